@@ -1,0 +1,21 @@
+"""fusedopt: torch.optim with the whole step in one or two GPU launches, and a fast torch fallback."""
+
+from .adagrad import Adagrad
+from .adam import Adam, AdamW
+from .backends import Backend, backend
+from .optimizer import FusedOptimizer, registry
+from .rmsprop import RMSprop
+from .sgd import SGD
+
+__version__ = "0.1.0"
+__all__ = [
+    "SGD",
+    "Adagrad",
+    "Adam",
+    "AdamW",
+    "Backend",
+    "FusedOptimizer",
+    "RMSprop",
+    "backend",
+    "registry",
+]

@@ -1,0 +1,127 @@
+"""``python -m fusedopt`` trains two lessons with torch.optim and with fusedopt; ``info`` says what would run where.
+
+Exit codes: 0 done; 2 wrong arguments, unusable data, or a package of the extra ``demo`` is missing.
+"""
+
+import argparse
+import importlib
+import platform
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+import fusedopt
+
+# The extra "demo" of pyproject.toml: import name -> name for pip.
+EXTRA = {"matplotlib": "matplotlib", "tqdm": "tqdm", "sklearn": "scikit-learn", "PIL": "pillow"}
+LEGEND = """\
+step: median wall time of optimizer.step(), torch.optim at its defaults; ratio: torch.optim over fusedopt
+difference: largest |parameter by torch.optim - parameter by fusedopt| after the training"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the arguments ``argv`` (None: the command line); returns 0 or raises SystemExit(2) after a message."""
+    parser = arguments()
+    options = parser.parse_args(argv)
+    if options.command == "info":
+        print(info())
+        return 0
+    try:
+        from fusedopt import demo, lessons
+    except ModuleNotFoundError as missing:
+        package = EXTRA.get((missing.name or "").partition(".")[0])
+        if package is None:
+            raise
+        install = "pip install \"fusedopt[demo]\" (in a clone: pip install '.[demo]')"
+        parser.exit(2, f"fusedopt: training needs {package}, which is not installed: {install}\n")
+    try:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.open("ab").close()  # a plot that cannot be saved is better known before the training than after
+        classifier, regression = lessons.classification(options.data, options.seed), lessons.regression(options.seed)
+    except (OSError, lessons.DataError) as problem:
+        parser.exit(2, f"fusedopt: {problem}\n")
+
+    for lesson in (classifier, regression):
+        print(f"{lesson.name}: {lesson.note}")
+    device = torch.device(options.device)
+    common = {"device": device, "seed": options.seed}
+    comparisons = []
+    for name in [options.optimizer] if options.optimizer else ["SGD", "Adam"]:
+        lr = options.lr or demo.LEARNING_RATES.get(name)
+        comparisons.append(demo.compare(classifier, name, lr=lr, epochs=options.epochs, **common))
+    comparisons.append(demo.compare(regression, "Adam", epochs=options.regression_epochs, **common))
+
+    backend = fusedopt.backend(device)
+    where = f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)
+    demo.plot(comparisons, f"torch.optim and fusedopt on {where}, fusedopt backend: {backend.name}", options.out)
+    print(f"\n{demo.table(comparisons)}\n\n{LEGEND}")
+    print(f"device: {where}; fusedopt backend: {backend.name} ({backend.reason})\nplot: {options.out}")
+    return 0
+
+
+def arguments() -> argparse.ArgumentParser:
+    """The command line; a wrong number, device or optimizer name ends with a message and exit code 2."""
+    parser = argparse.ArgumentParser(
+        prog="python -m fusedopt",
+        description="Train a classifier and a regression twice, with torch.optim and with fusedopt, from the same seed "
+        "on the same batches, and compare scores, parameters and step times.",
+    )
+    commands = parser.add_subparsers(dest="command", title="instead of training", metavar="[info]")
+    commands.add_parser("info", help="versions, devices, the backend of each device, registered optimizers")
+    comparable = sorted(name for name in fusedopt.registry if hasattr(torch.optim, name))
+    present = devices()
+    add = parser.add_argument
+    add("--data", type=Path, metavar="ROOT", help="images ROOT/<class>/*.png, 28x28 grey (default: embedded digits)")
+    add("--optimizer", choices=comparable, help="of the classifier (default: SGD, then Adam; the regression has Adam)")
+    add("--lr", type=positive(float), help="of the classifier (default: 0.1 for SGD, torch's default for the others)")
+    add("--epochs", type=positive(int), default=60, help="of the classifier (default: %(default)s)")
+    add("--regression-epochs", type=positive(int), default=3000, help="full-batch epochs (default: %(default)s)")
+    add("--device", choices=present, default=present[-1], help="default: %(default)s")
+    add("--seed", type=int, default=0, help="of the split, the initial parameters and the batches (default: 0)")
+    add("--out", type=Path, default=Path("demo/fusedopt.png"), help="the plot, a PNG (default: %(default)s)")
+    return parser
+
+
+def positive(number: type) -> Callable[[str], float]:
+    """An argparse type: ``number`` (int or float), finite and above zero."""
+
+    def parse(text: str) -> float:
+        value = number(text)
+        if not 0 < value < float("inf"):
+            raise argparse.ArgumentTypeError(f"{text} is not a finite number above zero")
+        return value
+
+    parse.__name__ = number.__name__  # argparse shows it: "invalid int value: 'ten'"
+    return parse
+
+
+def devices() -> list[str]:
+    """The devices that are there: ``cpu``, then ``cuda:<index>`` of each GPU, then ``cuda``, the current one."""
+    gpus = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
+    return ["cpu", *gpus, "cuda"] if gpus else ["cpu"]
+
+
+def info() -> str:
+    """Versions, the devices with the backend that fusedopt would use on each, and the registered optimizers."""
+    lines = [f"fusedopt    {fusedopt.__version__}", f"python      {platform.python_version()} on {platform.platform()}"]
+    lines += [f"{module:<12}{version(module)}" for module in ("torch", "triton", "numpy")]
+    for name in devices():
+        backend = fusedopt.backend(name)
+        gpu = f"{torch.cuda.get_device_name(name)}, " if name != "cpu" else ""
+        lines.append(f"{name:<12}{gpu}backend {backend.name}: {backend.reason}")
+    lines.append(f"optimizers  {', '.join(sorted(fusedopt.registry))}")
+    return "\n".join(lines)
+
+
+def version(module: str) -> str:
+    """The version of an importable module, or ``not installed``."""
+    try:
+        return importlib.import_module(module).__version__
+    except ModuleNotFoundError:
+        return "not installed"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,49 @@
+"""Adagrad.
+
+    G <- G + g^2        u = g / (sqrt(G) + eps)        p <- p - lr / (1 + (t - 1) lr_decay) u
+
+``weight_decay * p`` is added to g before the rule; G starts at ``initial_accumulator_value``.
+
+Sources: Duchi, Hazan and Singer, JMLR 12 (2011); defaults and state of torch.optim 2.10 to 2.13.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from .optimizer import FusedOptimizer
+from .rule import Rule
+
+
+def adagrad(g, state, h):
+    sum = state[0]
+    eps = h[0]
+    sum.addcmul_(g, g)
+    return torch.div(g, sum.sqrt().add_(eps))
+
+
+def fused(params, grads, states, steps, group, scale):
+    torch._fused_adagrad_(
+        params, grads, states[0], steps,
+        lr=float(group["lr"]), lr_decay=float(group["lr_decay"]), weight_decay=float(group["weight_decay"]),
+        eps=float(group["eps"]), maximize=group["maximize"], grad_scale=scale,
+    )  # fmt: skip
+
+
+ADAGRAD = Rule("adagrad", ("sum",), adagrad, fused, frozenset((torch.float32, torch.float64)))
+
+
+class Adagrad(FusedOptimizer, torch.optim.Adagrad):
+    """Adagrad, with torch.optim.Adagrad's arguments and defaults."""
+
+    def rule(self, group):
+        return ADAGRAD
+
+    def hyper(self, group, t):
+        return (group["eps"],)
+
+    def lr(self, group, t):
+        return float(group["lr"]) / (1 + (t - 1) * group["lr_decay"])
+
+    def initial_value(self, group, key):
+        return group["initial_accumulator_value"]

@@ -1,0 +1,130 @@
+"""The global gradient norm, and what follows from it: the clip factor, or a skipped step."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .settings import Settings
+
+CLIP_EPSILON = 1e-6
+"""torch.nn.utils.clip_grad_norm_ adds it to the norm, so that zero gradients stay zero."""
+
+
+class Verdict(NamedTuple):
+    """What one step does with its gradients. Either the host knows it, or ``device`` holds it as
+    float64 [norm, factor, skip, skipped steps so far] and nobody waits for it."""
+
+    norm: float | None = None
+    factor: float = 1.0
+    skip: bool = False
+    device: Tensor | None = None
+
+    def on(self, device: torch.device) -> Tensor | None:
+        """The verdict for kernels on ``device``; None if there is nothing to multiply or skip."""
+        if self.device is not None or self.factor == 1:
+            return self.device
+        return torch.tensor([self.norm or 0.0, self.factor, 0.0, 0.0], dtype=torch.float64).to(device)
+
+
+UNJUDGED = Verdict()
+
+
+def judge(
+    executors: Sequence[Any],
+    settings: Settings,
+    loss_scale: Tensor | None,
+    found_inf: Tensor | None,
+    skips: Skips,
+) -> Verdict:
+    """Judge this step's gradients: norm (if a setting needs it), unscaling, clip factor, skipping.
+
+    Args:
+        executors: one per bucket, each holding its gradients.
+        settings: ``max_grad_norm`` and ``skip_nonfinite``.
+        loss_scale, found_inf: what a GradScaler attached to the optimizer, 1-element tensors or None.
+        skips: where a skipped step is counted.
+    """
+    if not settings.needs_norm and loss_scale is None and found_inf is None:
+        return UNJUDGED
+    backends = {(executor.bucket.backend.name, executor.bucket.device) for executor in executors}
+    if len(backends) == 1 and executors[0].bucket.backend.name == "triton":
+        from . import triton_backend
+
+        return triton_backend.judge(executors, settings, loss_scale, found_inf, skips)
+
+    scale = 1.0 if loss_scale is None else loss_scale.item()
+    skip = found_inf is not None and found_inf.item() != 0
+    norm, factor = None, 1 / scale
+    if settings.needs_norm:
+        norm = math.sqrt(sum(executor.square_norm() for executor in executors)) / scale
+        skip = skip or (settings.skip_nonfinite and not math.isfinite(norm))
+    if settings.max_grad_norm is not None:
+        coefficient = settings.max_grad_norm / (norm + CLIP_EPSILON)
+        # Written so that a NaN norm gives a NaN factor, as in torch.
+        factor *= 1.0 if coefficient > 1 else coefficient
+    skips.count += skip
+    return Verdict(norm, factor, skip)
+
+
+class Skips:
+    """How many steps were skipped, and how many of those the host has heard of.
+
+    A GPU decides by itself whether to skip a step. The host learns of it later, without waiting, from
+    a copy of the device's count; until then it writes hyperparameters for every count that is possible.
+    """
+
+    FURTHEST = 32
+    """Steps the host may run ahead of its knowledge before it waits for the oldest."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.device: Tensor | None = None
+        self.known = 0
+        self.unheard: deque[tuple[torch.cuda.Event, Tensor]] = deque()
+
+    def verdict(self, device: torch.device) -> Tensor:
+        """The device's verdict, with the count that it carries on from step to step."""
+        if self.device is None or self.device.device != device:
+            self.device = torch.zeros(4, dtype=torch.float64, device=device)
+            self.known = 0
+        return self.device
+
+    def listen(self) -> None:
+        """Ask for the count as it is after the step just launched."""
+        if self.device is None or not self.device.is_cuda:
+            return
+        copy = torch.empty(1, dtype=torch.float64, pin_memory=True)
+        copy.copy_(self.device[3:], non_blocking=True)
+        event = torch.cuda.Event()
+        event.record()
+        self.unheard.append((event, copy))
+
+    def resolve(self, wait: bool = False) -> int:
+        """How many skipped steps the host has newly heard of."""
+        if self.device is None:
+            return 0
+        heard = self.known
+        if not self.device.is_cuda:
+            heard = int(self.device[3])
+        while self.unheard and (wait or len(self.unheard) > self.FURTHEST or self.unheard[0][0].query()):
+            event, copy = self.unheard.popleft()
+            event.synchronize()
+            heard = int(copy)
+        new, self.known = heard - self.known, heard
+        return new
+
+    @property
+    def variants(self) -> int:
+        """How many counts are possible now."""
+        return len(self.unheard) + 1
+
+    def total(self) -> Tensor:
+        if self.device is None:
+            return torch.tensor(self.count)
+        return self.device[3].to(torch.int64) + self.count

@@ -1,0 +1,126 @@
+"""One step: check the plan, take the gradients, judge their norm, update bucket by bucket."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import clipping, torch_backend
+from .plan import Bucket, Cohort, Place, Plan
+from .rule import Update
+
+
+class Engine:
+    """What ``step`` runs. Nothing is built before the first step, and all of it can be built again, so
+    none of it is copied or pickled with the optimizer."""
+
+    def __init__(self) -> None:
+        self.places: dict[Tensor, Place] = {}
+        self.plan: Plan | None = None
+        self.executors: list[Any] = []
+        self.verdict = clipping.UNJUDGED
+        self.skips = clipping.Skips()
+
+    def step(self, optimizer: Any) -> None:
+        grads = [p.grad for group in optimizer.param_groups for p in group["params"]]
+        if self.plan is None or not self.plan.holds(optimizer, grads):
+            self._build(optimizer)
+        if not self.executors:
+            return
+        try:
+            for executor in self.executors:
+                executor.take(grads)
+            self._run(optimizer)
+        finally:
+            for executor in self.executors:
+                executor.release()
+
+    def _build(self, optimizer: Any) -> None:
+        self.settle(optimizer)
+        self.plan = None
+        plan = Plan(optimizer, self.places)
+        self.executors = [_executor(bucket) for bucket in plan.buckets]
+        self.plan = plan
+
+    def _run(self, optimizer: Any) -> None:
+        self.plan.advance(-self.skips.resolve())
+        loss_scale, found_inf = getattr(optimizer, "grad_scale", None), getattr(optimizer, "found_inf", None)
+        self.verdict = clipping.judge(self.executors, optimizer._settings, loss_scale, found_inf, self.skips)
+        if self.verdict.skip:
+            self._drop_unwritten(optimizer)
+            return
+
+        def update(cohort: Cohort, skipped: int = 0) -> Update:
+            """The numbers of this step, if ``skipped`` more steps were skipped than the host knows."""
+            return optimizer.update(cohort.group, cohort.t + 1 - skipped)
+
+        for executor in self.executors:
+            executor.step(update, self.verdict, self.skips)
+        if self.verdict.device is not None:
+            self.skips.listen()
+        self.plan.advance(1)
+
+    def settle(self, optimizer: Any) -> None:
+        """Wait for what the device has not told yet, so that ``optimizer.state`` is exact."""
+        if self.plan is not None:
+            skipped = self.skips.resolve(wait=True)
+            if skipped:
+                self.plan.advance(-skipped)
+                self._drop_unwritten(optimizer)
+
+    def _drop_unwritten(self, optimizer: Any) -> None:
+        """A momentum buffer exists only once it was written: its absence means the first step."""
+        if optimizer.counts_steps:
+            return
+        for bucket in self.plan.buckets:
+            for member in bucket.members:
+                if bucket.cohorts[member.cohort].t == 0:
+                    for key in bucket.rule.states:
+                        optimizer.state[member.param].pop(key, None)
+        self.plan = None
+
+    def forget(self) -> None:
+        """Build a new plan at the next step."""
+        self.plan = None
+
+    def grad_norm(self) -> Tensor | None:
+        if self.verdict.device is not None:
+            return self.verdict.device[0].to(self._norm_dtype())
+        if self.verdict.norm is None:
+            return None
+        return torch.tensor(self.verdict.norm, dtype=self._norm_dtype())
+
+    def _norm_dtype(self) -> torch.dtype:
+        wide = any(executor.bucket.grad_dtype == torch.float64 for executor in self.executors)
+        return torch.float64 if wide else torch.float32
+
+    def skipped_steps(self) -> Tensor:
+        return self.skips.total()
+
+    def layout(self) -> str:
+        if self.plan is None:
+            return "nothing yet: the layout is decided at the first step"
+        return "\n".join(_describe(bucket) for bucket in self.plan.buckets) or "no parameter had a gradient"
+
+
+def _executor(bucket: Bucket) -> Any:
+    if bucket.backend.name == "torch":
+        return torch_backend.Executor(bucket)
+    from . import triton_backend
+
+    return triton_backend.Executor(bucket)
+
+
+def _describe(bucket: Bucket) -> str:
+    members = bucket.members
+    flattened = sum(m.place.flattened is not None for m in members)
+    gathered = sum(m.place.packed for m in members)
+    elements = sum(m.param.numel() for m in members)
+    placement = f"{flattened} flattened, {gathered} gathered" if flattened or gathered else "left in place"
+    return (
+        f"{bucket.rule.name} on {bucket.device}, {str(bucket.dtype).removeprefix('torch.')}: {len(members)} parameters "
+        f"({elements} elements, {placement}) in {len(bucket.cohorts)} row(s), "
+        f"backend {bucket.backend} ({bucket.backend.reason})"
+    )

@@ -1,0 +1,69 @@
+"""Flat index spaces: many tensors side by side, in parallel buffers with one layout.
+
+Views that others may see own their storage (a DLPack alias at offset 0), so that saving, pickling or
+freeing one never touches the whole buffer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+ALIGNMENT = 256
+"""Elements between possible starts of tensors in a buffer that kernels read: a multiple of every vector width."""
+
+
+def is_dense(tensor: Tensor) -> bool:
+    """Whether its elements fill one piece of memory, each once, in whatever order of dimensions."""
+    return tensor.is_contiguous() or torch.ops.aten.is_non_overlapping_and_dense(tensor)
+
+
+def memory_order(tensor: Tensor) -> Tensor:
+    """A dense tensor's elements as one dimension, in the order of its memory."""
+    return tensor.detach().as_strided((tensor.numel(),), (1,))
+
+
+def alias(part: Tensor) -> Tensor:
+    """The same memory as a tensor whose storage begins and ends with it."""
+    if part.numel() == 0:
+        return part.clone()
+    return torch._C._from_dlpack(torch._C._to_dlpack(part))
+
+
+class Space:
+    """One flat index space over ``params``, and its buffers, one per role ("exp_avg", "param", ...).
+
+    The first ``packed`` tensors lie side by side without gaps; the others start at multiples of
+    ALIGNMENT elements. Gaps hold zeros, and stay zero.
+    """
+
+    def __init__(self, params: Sequence[Tensor], packed: int):
+        self.device = params[0].device
+        self.sizes = [p.size() for p in params]
+        # States and copies follow the parameter's strides where these fill memory, as torch's do.
+        self.strides = [p.stride() if is_dense(p) else torch.empty(p.size(), device="meta").stride() for p in params]
+        self.offsets: list[int] = []
+        self.packed_size = end = 0
+        for index, p in enumerate(params):
+            start = end if index < packed else -(-end // ALIGNMENT) * ALIGNMENT
+            self.offsets.append(start)
+            end = start + p.numel()
+            if index < packed:
+                self.packed_size = end
+        self.size = -(-end // ALIGNMENT) * ALIGNMENT
+        self.buffers: dict[str, Tensor] = {}
+
+    def allocate(self, role: str, dtype: torch.dtype, size: int | None = None) -> Tensor:
+        size = self.size if size is None else size
+        self.buffers[role] = torch.zeros(size, dtype=dtype, device=self.device)
+        return self.buffers[role]
+
+    def view(self, role: str, index: int) -> Tensor:
+        """The ``index``-th tensor in that role, with its parameter's shape and strides."""
+        buffer, start = self.buffers[role], self.offsets[index]
+        return buffer[start:].as_strided(self.sizes[index], self.strides[index])
+
+    def end(self, index: int) -> int:
+        return self.offsets[index] + self.sizes[index].numel()

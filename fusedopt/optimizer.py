@@ -1,0 +1,198 @@
+"""The torch.optim protocol around a rule.
+
+``FusedOptimizer`` stands in front of a torch.optim class and replaces its ``step``; arguments, their
+validation, parameter groups, hooks and checkpoints stay torch's own.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .engine import Engine
+from .plan import NotFusable
+from .rule import Numbers, Rule, Stage, Update
+from .settings import Settings
+
+registry: dict[str, type[FusedOptimizer]] = {}
+"""Every optimizer by name. Tests and benchmarks take their cases from here."""
+
+SETTINGS_DOC = """
+
+    Besides torch's arguments (keyword-only; also attributes that may be changed between steps):
+
+    max_grad_norm (float, optional): clip the norm over the gradients of all groups to this before the
+        rule, g <- g min(1, max_grad_norm / (norm + 1e-6)), as torch.nn.utils.clip_grad_norm_ does.
+    max_grad_value (float or pair, optional): clip every component after that, to [-L, L], or to
+        [low, high] if given as a pair, in which None means no limit.
+    skip_nonfinite (bool): leave parameters, states and step counts untouched at a step where a gradient
+        has an inf or NaN; ``skipped_steps`` counts them.
+    flatten (bool): move plain dense parameters that alone own their memory into one flat buffer.
+    backend ("torch" | "triton" | None): None takes Triton kernels on GPUs and torch elsewhere.
+"""
+
+
+class FusedOptimizer(torch.optim.Optimizer):
+    """Base of the optimizers. A subclass names its rule and computes the group's numbers:
+    ``rule(group)``, ``hyper(group, t)`` and, where they differ from the defaults, ``lr``,
+    ``decoupled``, ``initial_value``."""
+
+    counts_steps = True
+    """Whether torch keeps ``state[p]["step"]``."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        registry[cls.__name__] = cls
+        cls.__doc__ = (cls.__doc__ or "") + SETTINGS_DOC
+        cls.__signature__ = _merged_signature(cls)
+
+    def __init__(
+        self,
+        params: Any,
+        *args: Any,
+        max_grad_norm: float | None = None,
+        max_grad_value: float | tuple[float | None, float | None] | None = None,
+        skip_nonfinite: bool = False,
+        flatten: bool = False,
+        backend: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self._settings = Settings(max_grad_norm, max_grad_value, skip_nonfinite, flatten, backend)
+        self._engine = Engine()
+        super().__init__(params, *args, **kwargs)
+
+    # What a rule's numbers are made of
+
+    def rule(self, group: dict[str, Any]) -> Rule:
+        """The formula that this group's options select."""
+        raise NotImplementedError
+
+    def hyper(self, group: dict[str, Any], t: int) -> Numbers:
+        """The rule's ``h`` at the group's ``t``-th step, counted from 1, in float64."""
+        raise NotImplementedError
+
+    def lr(self, group: dict[str, Any], t: int) -> float:
+        return float(group["lr"])
+
+    def decoupled(self, group: dict[str, Any]) -> bool:
+        """Whether weight decay is added after the rule instead of to the gradient."""
+        return False
+
+    def initial_value(self, group: dict[str, Any], key: str) -> float:
+        """What the state ``key`` is filled with before the first step."""
+        return 0.0
+
+    def update(self, group: dict[str, Any], t: int) -> Update:
+        """All numbers of one step of one group. Order as in torch: clip, negate, decay."""
+        weight_decay, decoupled = float(group["weight_decay"]), self.decoupled(group)
+        on_grad = (
+            Stage("clip_value", self._settings.value_limits, (-math.inf, math.inf)),
+            Stage("maximize", (-1.0 if group["maximize"] else 1.0,), (1.0,)),
+            Stage("decay", (0.0 if decoupled else weight_decay,), (0.0,)),
+        )
+        on_update = (Stage("decay", (weight_decay if decoupled else 0.0,), (0.0,)),)
+        return Update(self.lr(group, t), self.hyper(group, t), on_grad, on_update)
+
+    # The protocol
+
+    @torch._disable_dynamo
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        """Perform one optimization step.
+
+        Args:
+            closure: reevaluates the model and returns the loss, which is returned.
+
+        Raises:
+            RuntimeError: before anything is changed, for gradients or states that do not fit their
+                parameters, and for settings that these parameters cannot honour.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        try:
+            self._engine.step(self)
+        except NotFusable as reason:
+            self._torch_step(reason)
+        return loss
+
+    def _torch_step(self, reason: NotFusable) -> None:
+        """torch's own step, for what no fused step can do."""
+        active = self._settings.active()
+        if active:
+            raise RuntimeError(
+                f"{', '.join(active)} cannot be combined with {reason}; leave the setting away, "
+                "or make the parameters and gradients plain dense real tensors"
+            ) from None
+        step = super().step
+        # Not the hooked one, or every hook would run twice.
+        step = step.__wrapped__ if getattr(step, "hooked", False) else step.__func__
+        step(self)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        if isinstance(param_group, dict):
+            for key, value in {**self.defaults, **param_group}.items():
+                if isinstance(value, float) and math.isnan(value):
+                    raise ValueError(f"Invalid {key}: {value}; hyperparameters must be numbers")
+        super().add_param_group(param_group)
+
+    def state_dict(self) -> dict[str, Any]:
+        self._engine.settle(self)
+        return super().state_dict()
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._engine.settle(self)
+        return {**super().__getstate__(), "_settings": self._settings}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # A pickle of torch's class, or of an older version, has no settings.
+        self.__dict__.setdefault("_settings", Settings())
+        self.__dict__.setdefault("_engine", Engine())
+        self._engine.forget()
+        super().__setstate__(state)
+
+    # What fusedopt adds
+
+    @property
+    def grad_norm(self) -> Tensor | None:
+        """The global gradient norm of the latest step, before clipping: a 0-dim tensor on the gradients'
+        device, a new one at each access. None before the first step and where no setting needs it."""
+        return self._engine.grad_norm()
+
+    @property
+    def skipped_steps(self) -> Tensor:
+        """How many steps were skipped for non-finite gradients: a 0-dim tensor, a new one at each access."""
+        return self._engine.skipped_steps()
+
+    def layout(self) -> str:
+        """What runs where, and why: a line per bucket of the latest step."""
+        return self._engine.layout()
+
+
+def _setting(name: str) -> property:
+    def get(self: FusedOptimizer) -> Any:
+        return getattr(self._settings, name)
+
+    def set(self: FusedOptimizer, value: Any) -> None:
+        setattr(self._settings, name, value)
+
+    return property(get, set, doc=f"The setting ``{name}``: see the class.")
+
+
+for _name in inspect.signature(Settings).parameters:
+    setattr(FusedOptimizer, _name, _setting(_name))
+
+
+def _merged_signature(cls: type[FusedOptimizer]) -> inspect.Signature:
+    """torch's arguments as the installed version has them, then ours."""
+    ours = [
+        p for p in inspect.signature(FusedOptimizer.__init__).parameters.values() if p.kind is p.KEYWORD_ONLY
+    ]
+    torch_class = next(c for c in cls.__mro__ if not issubclass(c, FusedOptimizer))
+    theirs = [p for p in inspect.signature(torch_class).parameters.values()]
+    return inspect.Signature(theirs + ours)

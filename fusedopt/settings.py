@@ -1,0 +1,97 @@
+"""What fusedopt adds to torch.optim's arguments, kept outside the parameter groups.
+
+A key more in a group than torch has would make checkpoints of the two incompatible, so the settings
+live in one object of their own. Wrappers that copy an optimizer's ``__dict__`` share that object, and
+so see every change.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import torch
+
+BACKENDS = ("torch", "triton")
+
+
+@dataclasses.dataclass
+class Settings:
+    max_grad_norm: float | None = None
+    max_grad_value: float | tuple[float | None, float | None] | None = None
+    skip_nonfinite: bool = False
+    flatten: bool = False
+    backend: str | None = None
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, CHECKS[name](name, value))
+
+    @property
+    def value_limits(self) -> tuple[float, float]:
+        """The lower and the upper limit of each gradient component."""
+        limit = self.max_grad_value
+        low, high = limit if isinstance(limit, tuple) else (None if limit is None else -limit, limit)
+        return -math.inf if low is None else low, math.inf if high is None else high
+
+    @property
+    def needs_norm(self) -> bool:
+        return self.max_grad_norm is not None or self.skip_nonfinite
+
+    def active(self) -> list[str]:
+        """The names of the settings that ask for more than torch.optim does."""
+        names = ("max_grad_norm", "max_grad_value", "skip_nonfinite", "flatten", "backend")
+        return [name for name in names if getattr(self, name) not in (None, False)]
+
+
+def _number(name: str, value: Any) -> float:
+    if isinstance(value, torch.Tensor):
+        raise TypeError(f"{name} must be a Python number, got a tensor: pass {name}=float(value)")
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    if math.isnan(value):
+        raise ValueError(f"Invalid {name}: {value}")
+    return float(value)
+
+
+def _norm(name: str, value: Any) -> float | None:
+    if value is None:
+        return None
+    value = _number(name, value)
+    if value <= 0:
+        raise ValueError(f"Invalid {name}: {value}; give a positive number, or None for no clipping")
+    return value
+
+
+def _limits(name: str, value: Any) -> Any:
+    if value is None:
+        return None
+    if not isinstance(value, (tuple, list)):
+        return _norm(name, value)
+    if len(value) != 2:
+        raise ValueError(f"Invalid {name}: {value}; give one limit, or a pair (low, high) where None means no limit")
+    low, high = (None if limit is None else _number(name, limit) for limit in value)
+    if low is not None and high is not None and low > high:
+        raise ValueError(f"Invalid {name}: {value}; the lower limit lies above the upper one")
+    return None if low is None and high is None else (low, high)
+
+
+def _flag(name: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {value!r}")
+    return value
+
+
+def _backend(name: str, value: Any) -> str | None:
+    if value is not None and value not in BACKENDS:
+        raise ValueError(f"Invalid {name}: {value!r}; choose one of {', '.join(map(repr, BACKENDS))} or None")
+    return value
+
+
+CHECKS = {
+    "max_grad_norm": _norm,
+    "max_grad_value": _limits,
+    "skip_nonfinite": _flag,
+    "flatten": _flag,
+    "backend": _backend,
+}

@@ -1,0 +1,210 @@
+"""The fallback: the same chain -> rule -> chain in plain torch, as few and as large calls as possible.
+
+Where torch has a fused CPU kernel for the rule, it is called once per cohort on cached lists; other
+rules run in blocks that stay in the cache. Small tensors are gathered first: their gradients with one
+call into a scratch buffer, and their parameters too, unless ``flatten`` made these contiguous for good.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from .clipping import Skips, Verdict
+from .flat import memory_order
+from .plan import Bucket, Cohort, Member
+from .rule import Stage, Update
+
+BLOCK = 65536
+"""Elements per block of a rule that torch has no fused kernel for."""
+
+NORM_ROW = 4096
+"""torch's float32 norm adds in float32: over 25M elements it is off by 1e-3, over rows of 4096 by 1e-7."""
+
+stages = {
+    "clip_value": lambda x, p, low, high: x.clamp(low, high),
+    "maximize": lambda x, p, sign: x * sign,
+    "decay": lambda x, p, weight: x.add(p, alpha=weight),
+}
+
+
+def through(chain: Sequence[Stage], x: Tensor, p: Tensor) -> Tensor:
+    for stage in chain:
+        if stage.args != stage.neutral:
+            x = stages[stage.name](x, p, *stage.args)
+    return x
+
+
+@dataclasses.dataclass(slots=True)
+class Run:
+    """One cohort's tensors: pieces of gathered buffers first, then tensors used where they are."""
+
+    cohort: Cohort
+    params: list[Tensor]
+    states: list[list[Tensor]]
+    gathered: list[Tensor]
+    """The gathered gradients that go with the first parameters."""
+    direct: list[Member]
+    """The members whose own gradients go with the other parameters."""
+    grads: list[Tensor] = dataclasses.field(default_factory=list)
+
+
+class Executor:
+    """Runs one bucket."""
+
+    def __init__(self, bucket: Bucket):
+        self.bucket = bucket
+        rule = bucket.rule
+        self.fused = (
+            bucket.device.type == "cpu"
+            and rule.fused is not None
+            and bucket.dtype in rule.fused_dtypes
+            and bucket.dtype == bucket.grad_dtype
+            and all(m.place.dtypes[key] == bucket.dtype for m in bucket.members for key in rule.states)
+        )
+        self.compute_dtype = torch.promote_types(bucket.dtype, torch.float32)
+        gathered = [m for m in bucket.members if m.place.packed]
+        self.positions = [m.position for m in gathered]
+        self.scratch = self._parallel_buffers(gathered, bucket.grad_dtype)
+        self.staging = self._parallel_buffers([m for m in gathered if m.place.flattened is None], bucket.dtype)
+        self.scratch_views = [_part_like(self.scratch[id(m.place.space)], m) for m in gathered]
+        staged = [m for m in gathered if m.place.flattened is None]
+        self.staged = [m.param for m in staged]
+        self.staging_views = [_part_like(self.staging[id(m.place.space)], m) for m in staged]
+        self.in_place = [m.param for m in bucket.members if not (m.place.packed and m.place.flattened is None)]
+        self.runs = [self._run(cohort) for cohort in bucket.cohorts]
+
+    @staticmethod
+    def _parallel_buffers(members: list[Member], dtype: torch.dtype) -> dict[int, Tensor]:
+        """For each space, a buffer with the layout of its packed part."""
+        spaces = {id(m.place.space): m.place.space for m in members}
+        return {key: torch.zeros(s.packed_size, dtype=dtype, device=s.device) for key, s in spaces.items()}
+
+    def _run(self, cohort: Cohort) -> Run:
+        keys = self.bucket.rule.states
+        run = Run(cohort, [], [[] for _ in keys], [], [m for m in cohort.members if not m.place.packed])
+        for first, last in _neighbours([m for m in cohort.members if m.place.packed]):
+            space = first.place.space
+            part = slice(space.offsets[first.place.index], space.end(last.place.index))
+            in_place = first.place.flattened is not None
+            run.params.append((space.buffers["param"] if in_place else self.staging[id(space)])[part])
+            run.gathered.append(self.scratch[id(space)][part])
+            for tensors, key in zip(run.states, keys):
+                tensors.append(space.buffers[key][part])
+        for m in run.direct:
+            run.params.append(m.param)
+            for tensors, key in zip(run.states, keys):
+                tensors.append(m.place.views[key])
+        return run
+
+    def take(self, grads: Sequence[Tensor | None]) -> None:
+        """Take this step's gradients, the direct ones in their parameters' layout."""
+        if self.positions:
+            torch._foreach_copy_(self.scratch_views, [grads[i] for i in self.positions])
+        for run in self.runs:
+            run.grads = run.gathered + [_like(grads[m.position], m) for m in run.direct]
+
+    def release(self) -> None:
+        """Forget the gradients: the next backward pass must not hold two sets of them."""
+        for run in self.runs:
+            run.grads = []
+
+    def square_norm(self) -> float:
+        """The sum of squares of the gradients; not finite if and only if one of them is not."""
+        tensors = [*self.scratch.values(), *(g for run in self.runs for g in run.grads[len(run.gathered) :])]
+        large = [g for g in tensors if g.numel() >= 16 * NORM_ROW]
+        small = [g for g in tensors if g.numel() < 16 * NORM_ROW]
+        norms = [n for g in large for n in _norms_of_rows(memory_order(g), self.compute_dtype)]
+        norms += torch._foreach_norm(small, 2, dtype=self.compute_dtype) if small else []
+        if not norms:
+            return 0.0
+        norm = torch.linalg.vector_norm(torch.stack(norms), dtype=torch.float64).item()
+        if not 1e-16 < norm < math.inf:
+            # Squares that float32 cannot hold: once more in float64.
+            norm = math.sqrt(sum(torch.linalg.vector_norm(g, dtype=torch.float64).item() ** 2 for g in tensors))
+        return norm**2
+
+    def step(self, update: Callable[[Cohort], Update], verdict: Verdict, skips: Skips) -> None:
+        """Update parameters and states."""
+        factor = verdict.factor
+        if self.staged:
+            torch._foreach_copy_(self.staging_views, self.staged)
+        apply = self._step_fused if self.fused else self._step_in_blocks
+        for run in self.runs:
+            apply(run, update(run.cohort), factor)
+        if self.staged:
+            torch._foreach_copy_(self.staged, self.staging_views)
+        # In-place writes that autograd does not see by itself.
+        torch.autograd.graph.increment_version(self.in_place)
+
+    def _step_fused(self, run: Run, update: Update, factor: float) -> None:
+        clip = update.on_grad[0]
+        clips = clip.args != clip.neutral
+        # The kernels take the factor in float32 only.
+        if factor != 1 and (clips or self.bucket.dtype == torch.float64):
+            torch._foreach_mul_(run.grads, factor)
+            factor = 1.0
+        if clips:
+            for g in run.grads:
+                g.clamp_(*clip.args)
+        steps = [torch.tensor(run.cohort.t + 1.0)] * len(run.params)
+        scale = None if factor == 1 else torch.tensor(1 / factor if factor else math.inf)
+        self.bucket.rule.fused(run.params, run.grads, run.states, steps, run.cohort.group, scale)
+
+    def _step_in_blocks(self, run: Run, update: Update, factor: float) -> None:
+        rule, dtype = self.bucket.rule, self.compute_dtype
+        for p, g, *state in zip(run.params, run.grads, *run.states):
+            block = BLOCK if p.device.type == "cpu" else max(p.numel(), 1)
+            p, g, *state = map(memory_order, (p, g, *state))
+            for tensors in zip(*(x.split(block) for x in (p, g, *state))):
+                stored_p, x, *stored = tensors
+                value, x, *values = (t.to(dtype) for t in tensors)
+                x = through(update.on_grad, x if factor == 1 else x * factor, value)
+                u = through(update.on_update, rule.twin(x, values, update.h), value)
+                value.sub_(u, alpha=update.lr)
+                for kept, new in zip((stored_p, *stored), (value, *values)):
+                    if kept is not new:
+                        kept.copy_(new)
+
+
+def _part_like(buffer: Tensor, member: Member) -> Tensor:
+    space, index = member.place.space, member.place.index
+    return buffer[space.offsets[index] :].as_strided(space.sizes[index], space.strides[index])
+
+
+def _neighbours(members: list[Member]) -> list[tuple[Member, Member]]:
+    """The first and the last of every unbroken row of members in memory."""
+    rows: list[tuple[Member, Member]] = []
+    for m in sorted(members, key=lambda m: (id(m.place.space), m.place.index)):
+        if rows and _adjoin(rows[-1][1], m):
+            rows[-1] = (rows[-1][0], m)
+        else:
+            rows.append((m, m))
+    return rows
+
+
+def _adjoin(a: Member, b: Member) -> bool:
+    return (
+        a.place.space is b.place.space
+        and a.place.index + 1 == b.place.index
+        and (a.place.flattened is None) == (b.place.flattened is None)
+    )
+
+
+def _like(g: Tensor, member: Member) -> Tensor:
+    """The gradient in its parameter's layout: torch's fused kernels pair elements by memory, and are
+    silently wrong where the two differ."""
+    strides = member.place.space.strides[member.place.index]
+    if g.stride() == strides:
+        return g
+    return torch.empty_strided(g.shape, strides, dtype=g.dtype, device=g.device).copy_(g)
+
+
+def _norms_of_rows(x: Tensor, dtype: torch.dtype) -> list[Tensor]:
+    whole = x.numel() // NORM_ROW * NORM_ROW
+    rows = torch.linalg.vector_norm(x[:whole].view(-1, NORM_ROW), dim=1, dtype=dtype)
+    return [torch.linalg.vector_norm(part, dtype=dtype) for part in (rows, x[whole:])]

@@ -1,0 +1,129 @@
+"""The update directions: one formula per optimizer, all of them here.
+
+A rule is ``rule(g, state, h) -> (u, new_state)``; the step kernel then does ``p <- p - lr u``.
+``g`` and each state are blocks of float32 values (float64 for float64 parameters); ``h`` are the
+group's numbers, computed in float64 by ``hyper`` in ``fusedopt/<optimizer>.py``. There is no pointer,
+mask, dtype, learning rate, weight decay or clipping in a rule. The torch twin of each has the same
+name and reads the same.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def divide(x, y):
+    """x / y, correctly rounded: in float32 the plain ``/`` may be off by 2 ulp on a GPU."""
+    if x.dtype == tl.float32:
+        return tl.math.div_rn(x, y)
+    else:
+        return x / y
+
+
+@triton.jit
+def sqrt(x):
+    """The square root, correctly rounded."""
+    if x.dtype == tl.float32:
+        return tl.math.sqrt_rn(x)
+    else:
+        return tl.sqrt(x)
+
+
+@triton.jit
+def ema(average, x, weight):
+    """(1 - weight) average + weight x, with weight = 1 - beta formed in float64."""
+    return average + weight * (x - average)
+
+
+@triton.jit
+def ema_of_squares(average, x, weight):
+    """``ema`` of x^2. An average that once overflowed stays infinite, as in torch, instead of NaN."""
+    return tl.where(average < float("inf"), ema(average, x * x, weight), average)
+
+
+@triton.jit
+def sgd(g, state, h):
+    """u = g"""
+    return g, state
+
+
+@triton.jit
+def momentum(g, state, h):
+    """b <- mu b + (1 - dampening) g, but b_1 = g;  u = b  (Nesterov: u = g + mu b)"""
+    b = state[0]
+    mu, weight, nesterov, first = h
+    b = tl.where(first != 0, g, mu * b + weight * g)
+    return tl.where(nesterov != 0, g + mu * b, b), (b,)
+
+
+@triton.jit
+def adagrad(g, state, h):
+    """G <- G + g^2;  u = g / (sqrt(G) + eps)"""
+    sum = state[0]
+    eps = h[0]
+    sum = sum + g * g
+    return divide(g, sqrt(sum) + eps), (sum,)
+
+
+@triton.jit
+def rmsprop(g, state, h):
+    """v <- alpha v + (1 - alpha) g^2;  u = g / (sqrt(v) + eps)"""
+    v = state[0]
+    weight, eps, mu = h
+    v = ema_of_squares(v, g, weight)
+    return divide(g, sqrt(v) + eps), (v,)
+
+
+@triton.jit
+def rmsprop_centered(g, state, h):
+    """a <- alpha a + (1 - alpha) g;  u = g / (sqrt(v - a^2) + eps)"""
+    v, a = state
+    weight, eps, mu = h
+    v = ema_of_squares(v, g, weight)
+    a = ema(a, g, weight)
+    return divide(g, sqrt(v - a * a) + eps), (v, a)
+
+
+@triton.jit
+def rmsprop_momentum(g, state, h):
+    """b <- mu b + u of rmsprop;  u = b"""
+    v, b = state
+    u, v = rmsprop(g, (v,), h)
+    b = h[2] * b + u
+    return b, (v[0], b)
+
+
+@triton.jit
+def rmsprop_centered_momentum(g, state, h):
+    """b <- mu b + u of rmsprop_centered;  u = b"""
+    v, b, a = state
+    u, va = rmsprop_centered(g, (v, a), h)
+    b = h[2] * b + u
+    return b, (va[0], b, va[1])
+
+
+@triton.jit
+def adam(g, state, h):
+    """m <- beta1 m + (1 - beta1) g       m_hat = m / (1 - beta1^t)
+    v <- beta2 v + (1 - beta2) g^2     v_hat = v / (1 - beta2^t)     u = m_hat / (sqrt(v_hat) + eps)
+    """
+    m, v = state
+    weight1, weight2, eps, correction1, correction2 = h
+    m = ema(m, g, weight1)
+    v = ema_of_squares(v, g, weight2)
+    m_hat = m * correction1
+    root_v_hat = sqrt(v) * correction2
+    return divide(m_hat, root_v_hat + eps), (m, v)
+
+
+@triton.jit
+def amsgrad(g, state, h):
+    """adam, with the largest v so far in place of v"""
+    m, v, v_max = state
+    weight1, weight2, eps, correction1, correction2 = h
+    m = ema(m, g, weight1)
+    v = ema_of_squares(v, g, weight2)
+    v_max = tl.maximum(v_max, v, propagate_nan=tl.PropagateNan.ALL)
+    m_hat = m * correction1
+    root_v_hat = sqrt(v_max) * correction2
+    return divide(m_hat, root_v_hat + eps), (m, v, v_max)

@@ -1,0 +1,103 @@
+"""The one optimizer kernel: load -> gradient chain -> rule -> update chain -> round and store.
+
+A tile is at most BLOCK elements of one tensor; one program updates one tile. ``rows`` holds one row
+of numbers per (parameter group, step count): the learning rate, the rule's ``h``, the stages'
+arguments. Nothing that changes during training is a compile-time constant.
+"""
+
+import triton
+import triton.language as tl
+
+from .address import IS_ALIGNED, NUMEL, ROW
+from .norm import FACTOR, NONFINITE, SKIPPED
+from .stages import columns, through
+
+
+def named_after_rule(specialization):
+    return f"step_{specialization.constants['RULE'].__name__}"
+
+
+@triton.jit(repr=named_after_rule, do_not_specialize=["known_skips", "variants"])
+def step(
+    table,  # int64 [tensors, FIELDS]: see address.py
+    tiles,  # int32 [programs, 2]: tensor, tile within the tensor
+    rows,  # COMPUTE [cohorts, variants, WIDTH]
+    verdict,  # float64 [4] of norm.judge, or None: nothing scales or skips
+    known_skips: "i64",  # skipped steps that the host knew of when it wrote the rows
+    variants: "i64",  # rows per cohort, one per number of skips that it may not know of
+    roles,
+    h,
+    on_grad,
+    on_update,
+    RULE: tl.constexpr,
+    ADDRESS: tl.constexpr,
+    ROUND: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    FIELDS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    VECTOR: tl.constexpr,  # elements per thread
+):
+    program = tl.program_id(0).to(tl.int64)
+    record = table + tl.load(tiles + 2 * program).to(tl.int64) * FIELDS
+    tile = tl.load(tiles + 2 * program + 1).to(tl.int64)
+    start = tl.multiple_of(tile * BLOCK, BLOCK)
+    valid = tl.minimum(tl.load(record + NUMEL) - start, BLOCK).to(tl.int32)
+
+    row = rows + tl.load(record + ROW) * variants * WIDTH
+    factor = None
+    if verdict is not None:
+        if tl.load(verdict + NONFINITE) != 0:
+            return
+        row += (tl.load(verdict + SKIPPED).to(tl.int64) - known_skips) * WIDTH
+        factor = tl.load(verdict + FACTOR).to(COMPUTE)
+
+    # Only whole groups of 8 elements of aligned tensors can be loaded as vectors: a mask at an
+    # arbitrary element, or an address that is no multiple of 16 bytes, would make every load scalar.
+    # The rest goes one element per thread, which at least keeps neighbours together.
+    vectors = tl.where(tl.load(record + IS_ALIGNED) != 0, valid // 8 * 8, 0)
+    if vectors > 0:
+        t = ADDRESS(record, roles, True)
+        # One layout for all dtypes, or mixed ones would be exchanged through shared memory.
+        lanes = tl.max_contiguous(tl.multiple_of(tl.arange(0, BLOCK), VECTOR), VECTOR)
+        mask = lanes < tl.multiple_of(vectors, 8)
+        update(t, start + lanes, mask, row, factor, h, on_grad, on_update, RULE, ROUND, COMPUTE)
+    if vectors < valid:
+        t = ADDRESS(record, roles, False)
+        SMALL: tl.constexpr = BLOCK // 8
+        for at in tl.range(vectors, valid, SMALL):
+            lanes = at + tl.arange(0, SMALL)
+            update(t, start + lanes, lanes < valid, row, factor, h, on_grad, on_update, RULE, ROUND, COMPUTE)
+
+
+@triton.jit
+def update(
+    t, places, mask, row, factor, h, on_grad, on_update,
+    RULE: tl.constexpr, ROUND: tl.constexpr, COMPUTE: tl.constexpr,
+):  # fmt: skip
+    g = load(t.grad, places, mask, COMPUTE)
+    p = load(t.param, places, mask, COMPUTE)
+    state = tl.tuple([load(pointer, places, mask, COMPUTE) for pointer in t.states])
+    if factor is not None:
+        g = g * factor
+
+    g = through(on_grad, g, p, row)
+    u, state = RULE(g, state, columns(row, h))
+    u = through(on_update, u, p, row)
+    p = p - tl.load(row) * u
+
+    tl.static_assert(len(state) == len(t.states), "a rule returns as many states as it was given")
+    for k in tl.static_range(len(t.states)):
+        store(t.states[k], places, state[k], mask, ROUND)
+    store(t.param, places, p, mask, ROUND)
+
+
+@triton.jit
+def load(pointer, places, mask, COMPUTE: tl.constexpr):
+    return tl.load(pointer + places, mask=mask, other=0.0, eviction_policy="evict_first").to(COMPUTE)
+
+
+@triton.jit
+def store(pointer, places, x, mask, ROUND: tl.constexpr):
+    rounded = ROUND(x, pointer.dtype.element_ty)
+    tl.store(pointer + places, rounded, mask=mask, eviction_policy="evict_first")

@@ -1,0 +1,246 @@
+"""``python -m fusedopt``: tiny runs end to end, the notMNIST reader, ``info``, and the messages of every failure."""
+
+import re
+import subprocess
+import sys
+from copy import deepcopy
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import fusedopt
+from fusedopt import demo, lessons
+from fusedopt.__main__ import EXTRA, main
+
+CPU = torch.device("cpu")
+TORCH_NAMES = sorted(name for name in fusedopt.registry if hasattr(torch.optim, name))
+# A float32 step rounds parameters of size 1 at 6e-8; the at most 136 steps of a test may add up and amplify that to
+# 1e-5, while a wrong formula moves the parameters apart by whole steps of lr = 1e-3. float64 rounds at 1e-16.
+CLOSE = {"digits": 1e-5, "diabetes": 1e-13}
+
+
+def write_letters(root, counts):
+    """One folder per class with ``counts[class]`` images; which rows of an image are bright tells the class."""
+    random = np.random.default_rng(0)
+    for row, (name, number) in enumerate(counts.items()):
+        (root / name).mkdir(parents=True)
+        for index in range(number):
+            pixels = random.integers(0, 60, (28, 28), dtype=np.uint8)
+            pixels[4 * row : 4 * row + 4] += 180
+            Image.fromarray(pixels).save(root / name / f"{index}.png")
+
+
+def run(tmp_path, capsys, *argv):
+    """A short run of main on the CPU that must succeed and save a plot; returns what it printed."""
+    out = tmp_path / "new" / "folder" / "plot.png"
+    short = ["--device", "cpu", "--regression-epochs", "50", "--epochs", "8", "--out", out]
+    assert main([*map(str, [*short, *argv])]) == 0
+    with Image.open(out) as image:
+        assert image.format == "PNG"
+        assert min(image.size) > 800
+        assert np.asarray(image.convert("L")).std() > 10  # lines and text on white, no blank page
+    printed = capsys.readouterr().out
+    assert printed.endswith(f"plot: {out}\n")
+    return printed
+
+
+def table(printed):
+    """The table's rows: (training, optimizer) -> library -> column -> text."""
+    found = {}
+    lines = iter(printed.splitlines())
+    columns = re.split(r"\s{2,}", next(line for line in lines if line.startswith("training")))
+    for line in lines:
+        cells = re.split(r"\s{2,}", line.strip())
+        if "torch.optim" in cells:
+            key = tuple(cells[:2])
+            found[key] = {"torch.optim": dict(zip(columns[2:], cells[2:]))}
+        elif cells[0] == "fusedopt":
+            found[key]["fusedopt"] = dict(zip(columns[2:], cells))
+    return found
+
+
+def refused(capsys, *argv):
+    """Run main, which must stop with exit code 2 before it prints any result; returns the message on stderr."""
+    with pytest.raises(SystemExit) as stop:
+        main([*map(str, argv)])
+    captured = capsys.readouterr()
+    assert stop.value.code == 2
+    assert captured.out == ""
+    return captured.err
+
+
+def test_default_trainings_agree(tmp_path, capsys):
+    printed = run(tmp_path, capsys)
+    backend = fusedopt.backend("cpu")
+    assert f"device: cpu; fusedopt backend: {backend.name} ({backend.reason})" in printed
+    rows = table(printed)
+    assert list(rows) == [("digits", "SGD lr=0.1"), ("digits", "Adam lr=0.001"), ("diabetes", "Adam lr=0.001")]
+    for (training, _), sides in rows.items():
+        assert float(sides["fusedopt"]["difference"]) < CLOSE[training]
+        assert float(sides["fusedopt"]["ratio"].removesuffix("x")) > 0
+        for side in sides.values():
+            assert re.fullmatch(r"\d+\.\d us", side["step"])
+            for part in lessons.PARTS:
+                if training == "digits":
+                    assert float(side[part].removesuffix("%")) > 60  # chance is 10
+                else:
+                    assert 0 < float(side[part]) < 1.5  # the mean of a standardised target has 1, in training data
+
+
+def test_letters_are_read_and_learned(tmp_path, capsys):
+    root = tmp_path / "letters"
+    write_letters(root, {"A": 30, "B": 30, "C": 30})
+    (root / "A" / "broken.png").write_bytes(b"no image")
+    whole = (root / "B" / "0.png").read_bytes()
+    (root / "B" / "cut.png").write_bytes(whole[: len(whole) // 2])
+    Image.new("L", (20, 28)).save(root / "C" / "small.png")
+    Image.new("RGB", (28, 28)).save(root / "C" / "colour.png")
+    (root / "C" / "readme.txt").write_text("not counted: no .png")
+    (root / "empty").mkdir()
+
+    printed = run(tmp_path, capsys, "--data", root, "--optimizer", "AdamW", "--lr", "0.003")
+    assert "90 images, classes A B C; 4 files skipped (2 unreadable, 2 not 28x28 grey)" in printed
+    rows = table(printed)
+    assert list(rows) == [("letters", "AdamW lr=0.003"), ("diabetes", "Adam lr=0.001")]
+    for side in rows["letters", "AdamW lr=0.003"].values():
+        assert float(side["test"].removesuffix("%")) > 80  # chance is 33; bright rows are easily told apart
+
+
+def test_pixels_keep_their_class(tmp_path):
+    write_letters(tmp_path, {"A": 3, "B": 4})
+    images, classes, names, skipped = lessons.read_notmnist(tmp_path)
+    assert (images.shape, images.dtype, names, skipped.total()) == ((7, 784), torch.uint8, ["A", "B"], 0)
+    assert classes.tolist() == [0] * 3 + [1] * 4
+    bright = images.view(7, 28, 28).float().mean(2) > 150
+    assert bright[:3, :4].all() and bright[3:, 4:8].all() and bright.sum() == 28
+
+
+@pytest.mark.parametrize("make", ["missing", "file", "empty", "one class", "all corrupt", "too few"])
+def test_unusable_data_is_refused(tmp_path, capsys, make):
+    root = tmp_path / "data"
+    if make == "file":
+        root.write_text("")
+    elif make == "empty":
+        root.mkdir()
+    elif make == "one class":
+        write_letters(root, {"A": 6})
+    elif make == "all corrupt":
+        for name in "AB":
+            (root / name).mkdir(parents=True)
+            (root / name / "0.png").write_bytes(b"\x89PNG\r\n\x1a\n but no more")
+    elif make == "too few":
+        write_letters(root, {"A": 2, "B": 2})
+    message = refused(capsys, "--data", root, "--out", tmp_path / "plot.png")
+    assert str(root) in message
+    expected = {
+        "missing": "no folder",
+        "file": "no folder",
+        "empty": "0 classes with a usable image, two are needed (0 files skipped)",
+        "one class": "1 classes with a usable image, two are needed",
+        "all corrupt": "2 files skipped (2 unreadable)",
+        "too few": "4 usable images, five are needed",
+    }
+    assert expected[make] in message
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--optimizer", "Adm"], "invalid choice: 'Adm' (choose from"),
+        (["--device", "gpu"], "invalid choice: 'gpu' (choose from"),
+        (["--epochs", "0"], "0 is not a finite number above zero"),
+        (["--epochs", "ten"], "invalid int value: 'ten'"),
+        (["--lr", "nan"], "nan is not a finite number above zero"),
+        (["--out", "."], "Is a directory"),
+    ],
+)
+def test_wrong_arguments_are_refused(capsys, argv, message):
+    assert message in refused(capsys, *argv)
+
+
+@pytest.mark.parametrize("package", EXTRA)
+def test_missing_extra_says_what_to_install(monkeypatch, capsys, package):
+    for name in [*sys.modules]:
+        if name.partition(".")[0] == package or name in ("fusedopt.demo", "fusedopt.lessons"):
+            monkeypatch.delitem(sys.modules, name)
+    for module in ("demo", "lessons"):
+        monkeypatch.delattr(fusedopt, module)
+    monkeypatch.setitem(sys.modules, package, None)  # an import of it now raises ModuleNotFoundError
+    message = refused(capsys)
+    assert message.count("\n") == 1
+    assert EXTRA[package] in message
+    assert 'pip install "fusedopt[demo]"' in message and "pip install '.[demo]'" in message
+
+
+def test_info_needs_no_extra():
+    code = (
+        "import runpy, sys\n"
+        f"sys.modules.update(dict.fromkeys({[*EXTRA, 'triton']!r}))\n"
+        "sys.argv = ['fusedopt', 'info']\n"
+        "runpy.run_module('fusedopt', run_name='__main__')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    lines = dict(line.split(maxsplit=1) for line in done.stdout.splitlines())
+    assert lines["fusedopt"] == fusedopt.__version__
+    assert lines["python"].startswith(".".join(map(str, sys.version_info[:3])))
+    assert lines["torch"] == torch.__version__
+    assert lines["triton"] == "not installed"
+    assert lines["numpy"] == np.__version__
+    assert lines["cpu"].startswith("backend torch: ")
+    assert set(TORCH_NAMES) <= set(lines["optimizers"].split(", "))
+
+
+@pytest.mark.parametrize("name", TORCH_NAMES)
+def test_every_optimizer_learns_as_torch_does(name):
+    result = demo.compare(lessons.classification(), name, epochs=2, device=CPU, lr=demo.LEARNING_RATES.get(name))
+    assert result.difference < CLOSE["digits"]
+    theirs, ours = result.runs.values()
+    assert len(theirs.seconds) == len(ours.seconds) == 2 * 17  # 1079 training images in batches of 64
+    assert ours.losses[1] < ours.losses[0] == pytest.approx(theirs.losses[0], abs=1e-6)
+
+
+def test_seed_decides_everything():
+    curves = [
+        demo.compare(lessons.classification(seed=seed), "SGD", epochs=2, device=CPU, seed=seed).runs["fusedopt"].losses
+        for seed in (3, 3, 4)
+    ]
+    assert curves[0] == curves[1] != curves[2]
+
+
+def test_the_two_take_turns_on_the_same_batch(monkeypatch):
+    seen = []
+    learn = demo.Run.learn
+
+    def spy(run, lesson, x, y):
+        seen.append((isinstance(run.optimizer, fusedopt.registry["SGD"]), x))
+        return learn(run, lesson, x, y)
+
+    monkeypatch.setattr(demo.Run, "learn", spy)
+    demo.compare(lessons.classification(), "SGD", epochs=1, device=CPU)
+    assert [ours for ours, _ in seen[:6]] == [False, True, True, False, False, True]
+    assert all(first[1] is second[1] for first, second in zip(seen[::2], seen[1::2]))
+
+
+def test_difference_and_ratio_are_what_the_table_says():
+    lesson = lessons.regression()
+    network = lesson.network(0)
+    other = deepcopy(network)
+    with torch.no_grad():
+        other[2].bias -= 0.25
+    optimizer = torch.optim.SGD(network.parameters())
+    scores = dict.fromkeys(lessons.PARTS, 0.5)
+    runs = {
+        "torch.optim": demo.Run(network, optimizer, seconds=[9.0, 3e-5, 3e-5], scores=scores),
+        "fusedopt": demo.Run(other, optimizer, seconds=[9.0, 2e-5, 2e-5], scores=scores),
+    }
+    rows = table(demo.table([demo.Comparison(lesson, "SGD lr=1", runs)]))["diabetes", "SGD lr=1"]
+    assert rows["torch.optim"]["step"] == "30.0 us"
+    assert rows["fusedopt"] | {"step": "20.0 us", "ratio": "1.50x", "difference": "2.5e-01"} == rows["fusedopt"]
+
+
+def test_divergence_is_shown_not_hidden(tmp_path, capsys):
+    printed = run(tmp_path, capsys, "--lr", "1e30", "--optimizer", "SGD")
+    assert table(printed)["digits", "SGD lr=1e+30"]["fusedopt"]["difference"] == "nan"
