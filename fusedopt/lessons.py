@@ -59,7 +59,7 @@ class Lesson:
         )
 
 
-def classification(root: Path | None = None, seed: int = 0) -> Lesson:
+def classification(root: Path | None = None, seed: int = 0, dtype: torch.dtype = torch.float32) -> Lesson:
     """Letters from ``root`` (notMNIST layout), or the embedded digits; DataError if ``root`` cannot be used."""
     if root is None:
         digits = load_digits()
@@ -67,12 +67,12 @@ def classification(root: Path | None = None, seed: int = 0) -> Lesson:
         name, classes, note = "digits", 10, f"{len(x)} handwritten digits of 8x8 pixels, 10 classes"
     else:
         x, y, names, skipped = read_notmnist(root)
-        x = x.float() / 255
+        x = x / 255
         name, classes, note = "letters", len(names), f"{len(x)} images, classes {' '.join(names)}; {count(skipped)}"
     return Lesson(
         name=name,
         note=note,
-        parts=split(x.float() - 0.5, y, seed),
+        parts=split(x.to(dtype) - 0.5, y, seed),
         hidden=256,
         outputs=classes,
         loss=cross_entropy,

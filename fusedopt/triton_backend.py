@@ -1,0 +1,249 @@
+"""Names -> jit functions, tensors -> tables of addresses, one update launch per bucket.
+
+The only module that imports ``fusedopt.kernels``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+import triton.language as tl
+from torch import Tensor
+
+from .clipping import Skips, Verdict
+from .flat import is_dense
+from .kernels import address, norm, rounding, rules, stages
+from .kernels import step as step_kernel
+from .plan import Bucket, Member
+from .rule import Update
+from .settings import Settings
+
+BLOCK = 1024
+"""Elements per tile, a multiple of flat.ALIGNMENT."""
+
+SLOTS = 1024
+"""Partial sums of the norm per bucket, whatever the device: the order of addition must not depend on it."""
+
+TYPES = {
+    torch.float64: tl.float64,
+    torch.float32: tl.float32,
+    torch.bfloat16: tl.bfloat16,
+    torch.float16: tl.float16,
+}
+
+
+class Executor:
+    """Runs one bucket."""
+
+    def __init__(self, bucket: Bucket):
+        self.bucket = bucket
+        self.compute_dtype = torch.promote_types(bucket.dtype, torch.float32)
+        keys = bucket.rule.states
+        members = bucket.members
+        # A parameter with gaps in memory is updated in a dense copy.
+        self.copied = [(m, _dense_like(m)) for m in members if not is_dense(m.param)]
+        copies = {id(m): copy for m, copy in self.copied}
+        self.params = [copies.get(id(m), m.param) for m in members]
+        self.positions = [m.position for m in members]
+        self.in_place = [m.param for m in members if id(m) not in copies]
+
+        dtypes = [members[0].place.dtypes[key] for key in keys]
+        param, grad = address.PARAM.value, address.GRAD.value
+        if bucket.flat:
+            buffers = members[0].place.space.buffers
+            roles = address.Tensors(buffers["param"], _role(grad, bucket.grad_dtype), tuple(buffers[k] for k in keys))
+            self.address, self.fields = address.flat, param + 1
+        else:
+            states = tuple(_role(param + 1 + i, dtype) for i, dtype in enumerate(dtypes))
+            roles = address.Tensors(_role(param, bucket.dtype), _role(grad, bucket.grad_dtype), states)
+            self.address, self.fields = address.scattered, param + 1 + len(keys)
+        self.roles = roles
+        widest = max(dtype.itemsize for dtype in (bucket.dtype, bucket.grad_dtype, *dtypes))
+        self.vector = 16 // widest
+        self.num_warps = BLOCK // (32 * self.vector)
+
+        self.records = np.zeros((len(members), self.fields), dtype=np.int64)
+        self.records[:, address.NUMEL.value] = sizes = [p.numel() for p in self.params]
+        self.records[:, address.ROW.value] = [m.cohort for m in members]
+        if bucket.flat:
+            self.records[:, param] = [m.place.space.offsets[m.place.index] for m in members]
+        else:
+            self.records[:, param] = [p.data_ptr() for p in self.params]
+            for i, key in enumerate(keys):
+                self.records[:, param + 1 + i] = [m.place.views[key].data_ptr() for m in members]
+        self.in_line = np.bitwise_or.reduce(self.records[:, param:], axis=1) & 15 == 0
+        counts = -(-np.asarray(sizes) // BLOCK)
+        tiles = np.stack([np.repeat(np.arange(len(sizes)), counts), _ranges(counts)], axis=1)
+        self.tile_count = len(tiles)
+        self.tiles = torch.from_numpy(tiles.astype(np.int32)).to(bucket.device)
+        self.table = Upload(bucket.device)
+        self.rows = Upload(bucket.device)
+        self.chains: dict[tuple, tuple] = {}
+        self.grads: list[Tensor] = []
+
+    def take(self, grads: Sequence[Tensor | None]) -> None:
+        """Take this step's gradients, in their parameters' layout, and tell the device where they are."""
+        self.grads = [
+            g if g.stride() == p.stride() else torch.empty_like(p, dtype=g.dtype).copy_(g)
+            for g, p in zip([grads[i] for i in self.positions], self.params)
+        ]
+        addresses = np.fromiter(map(Tensor.data_ptr, self.grads), np.int64, len(self.grads))
+        if self.table.device_copy is None or not np.array_equal(addresses, self.records[:, address.GRAD.value]):
+            self.records[:, address.GRAD.value] = addresses
+            self.records[:, address.IS_ALIGNED.value] = (addresses & 15 == 0) & self.in_line
+            self.table.send(self.records)
+
+    def release(self) -> None:
+        """Forget the gradients: the next backward pass must not hold two sets of them."""
+        self.grads = []
+
+    def square_norm(self) -> float:
+        """The sum of squares of the gradients, waited for: only for buckets on several devices or backends."""
+        slots, verdict = (torch.zeros(n, dtype=torch.float64, device=self.bucket.device) for n in (SLOTS, 4))
+        self.add_squares(slots, 0, None, verdict, Settings(), None, None)
+        return slots.sum().item()
+
+    def add_squares(
+        self,
+        slots: Tensor,
+        first_slot: int,
+        ticket: Tensor | None,
+        verdict: Tensor,
+        settings: Settings,
+        loss_scale: Tensor | None,
+        found_inf: Tensor | None,
+    ) -> None:
+        """Launch the norm kernel over this bucket; with a ticket its last program passes the verdict."""
+        with on(self.bucket.device):
+            norm.sum_of_squares[(min(self.tile_count, SLOTS),)](
+                self.table.device_copy, self.tiles, self.tile_count, self.roles.grad, slots, first_slot, slots.numel(),
+                ticket, verdict, *_terms(settings, loss_scale, found_inf),
+                FIELDS=self.fields, BLOCK=BLOCK, SLOTS=SLOTS, num_warps=8,
+            )  # fmt: skip
+
+    def step(self, update: Callable[..., Update], verdict: Verdict, skips: Skips) -> None:
+        """Launch the update."""
+        if self.tile_count == 0:
+            return
+        on_device = verdict.device is not None
+        variants = skips.variants if on_device else 1
+        updates = [update(cohort, skipped) for cohort in self.bucket.cohorts for skipped in range(variants)]
+        h, on_grad, on_update, columns = self._chains(updates)
+        rows = np.array([columns(u) for u in updates], dtype=np.float64)
+        self.rows.send(rows.astype(np.float64 if self.compute_dtype == torch.float64 else np.float32))
+        for member, copy in self.copied:
+            copy.copy_(member.param)
+        with on(self.bucket.device):
+            step_kernel.step[(self.tile_count,)](
+                self.table.device_copy, self.tiles, self.rows.device_copy, verdict.on(self.bucket.device),
+                skips.known if on_device else 0, variants, self.roles, h, on_grad, on_update,
+                RULE=getattr(rules, self.bucket.rule.name), ADDRESS=self.address, ROUND=rounding.nearest,
+                COMPUTE=TYPES[self.compute_dtype], FIELDS=self.fields, WIDTH=rows.shape[1],
+                BLOCK=BLOCK, VECTOR=self.vector, num_warps=self.num_warps, enable_fp_fusion=False,
+            )  # fmt: skip
+        for member, copy in self.copied:
+            member.param.copy_(copy)
+        # In-place writes that autograd does not see by itself.
+        torch.autograd.graph.increment_version(self.in_place)
+
+    def _chains(self, updates: Sequence[Update]) -> tuple:
+        """The kernel's view of the rows: which columns are ``h``, which stages run on which columns."""
+        used = tuple(
+            tuple(any(u[chain][i].args != u[chain][i].neutral for u in updates) for i in range(len(updates[0][chain])))
+            for chain in (2, 3)
+        )
+        if used not in self.chains:
+            first = updates[0]
+            end = 1 + len(first.h)
+            h = tuple(tl.constexpr(c) for c in range(1, end))
+            built = []
+            for chain, keep in zip((first.on_grad, first.on_update), used):
+                picked = []
+                for stage in (s for s, k in zip(chain, keep) if k):
+                    places = tuple(tl.constexpr(c) for c in range(end, end + len(stage.args)))
+                    end += len(stage.args)
+                    picked.append(stages.Stage(getattr(stages, stage.name), places))
+                built.append(tuple(picked))
+
+            def columns(u: Update) -> list[float]:
+                args = (x for chain, keep in zip(u[2:], used) for s, k in zip(chain, keep) if k for x in s.args)
+                return [u.lr, *u.h, *args]
+
+            self.chains[used] = (h, *built, columns)
+        return self.chains[used]
+
+
+def judge(
+    executors: Sequence[Executor],
+    settings: Settings,
+    loss_scale: Tensor | None,
+    found_inf: Tensor | None,
+    skips: Skips,
+) -> Verdict:
+    """Pass the verdict on the device: one launch per bucket, and nobody waits."""
+    device = executors[0].bucket.device
+    verdict = skips.verdict(device)
+    filled = [executor for executor in executors if executor.tile_count] if settings.needs_norm else []
+    slots = torch.zeros(max(len(filled), 1) * SLOTS, dtype=torch.float64, device=device)
+    ticket = torch.zeros(1, dtype=torch.int32, device=device)
+    for i, executor in enumerate(filled):
+        last = executor is filled[-1]
+        executor.add_squares(slots, i * SLOTS, ticket if last else None, verdict, settings, loss_scale, found_inf)
+    if not filled:
+        with on(device):
+            norm.judge[(1,)](slots, slots.numel(), verdict, *_terms(settings, loss_scale, found_inf), SLOTS=SLOTS)
+    return Verdict(device=verdict)
+
+
+def _terms(settings: Settings, loss_scale: Tensor | None, found_inf: Tensor | None) -> tuple:
+    clips = settings.max_grad_norm is not None
+    return settings.max_grad_norm or math.inf, loss_scale, found_inf, clips, settings.skip_nonfinite
+
+
+class Upload:
+    """A small table on the device. Sending never waits: as long as a copy is under way its pinned
+    memory is left alone, and another piece is taken."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.device_copy: Tensor | None = None
+        self.pinned: list[tuple[Tensor, torch.cuda.Event]] = []
+
+    def send(self, values: np.ndarray) -> None:
+        source = torch.from_numpy(values)
+        if self.device_copy is None or self.device_copy.shape != source.shape:
+            self.device_copy = torch.empty_like(source, device=self.device)
+            self.pinned = []
+        if not self.device_copy.is_cuda:
+            self.device_copy.copy_(source)
+            return
+        free = next((i for i, (_, event) in enumerate(self.pinned) if event.query()), None)
+        if free is None:
+            self.pinned.append((torch.empty_like(source, pin_memory=True), torch.cuda.Event()))
+            free = len(self.pinned) - 1
+        staging, event = self.pinned[free]
+        staging.copy_(source)
+        self.device_copy.copy_(staging, non_blocking=True)
+        event.record()
+
+
+def on(device: torch.device) -> contextlib.AbstractContextManager:
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
+def _role(field: int, dtype: torch.dtype) -> address.Role:
+    return address.Role(tl.constexpr(field), tl.constexpr(TYPES[dtype]))
+
+
+def _dense_like(member: Member) -> Tensor:
+    space, i = member.place.space, member.place.index
+    return torch.empty_strided(space.sizes[i], space.strides[i], dtype=member.param.dtype, device=space.device)
+
+
+def _ranges(counts: np.ndarray) -> np.ndarray:
+    """0 .. n-1 for each count n, one after the other."""
+    return np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)

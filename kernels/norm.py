@@ -1,7 +1,7 @@
 """The global gradient norm and what follows from it, without leaving the device.
 
-Each of SLOTS programs sums the squares of its tiles in float64, lane by lane and in a fixed order,
-so the norm is the same to the last bit from run to run and from rank to rank, whatever the addresses
+Each of at most SLOTS programs sums the squares of every SLOTS-th tile in float64, lane by lane and in
+a fixed order, so the norm is the same to the last bit from run to run and from rank to rank, whatever the addresses
 and their alignment. The last program to finish adds the slots up and passes the verdict.
 
 float64 holds the square of every float32: finite gradients never look infinite.
@@ -62,7 +62,7 @@ def sum_of_squares(
 
     if ticket is not None:
         # Acquire and release: the last program sees the other programs' sums.
-        if tl.atomic_add(ticket, 1, sem="acq_rel", scope="gpu") == SLOTS - 1:
+        if tl.atomic_add(ticket, 1, sem="acq_rel", scope="gpu") == tl.num_programs(0) - 1:
             tl.store(ticket, 0)
             judge(slots, slot_count, verdict, max_norm, loss_scale, found_inf, CLIP, SKIP, SLOTS)
 
