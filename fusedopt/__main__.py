@@ -38,10 +38,10 @@ def main(argv: list[str] | None = None) -> int:
         install = "pip install \"fusedopt[demo]\" (in a clone: pip install '.[demo]')"
         parser.exit(2, f"fusedopt: training needs {package}, which is not installed: {install}\n")
     try:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.open("ab").close()  # a plot that cannot be saved is better known before the training than after
         classifier = lessons.classification(options.data, options.seed, getattr(torch, options.dtype))
         regression = lessons.regression(options.seed)
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.open("ab").close()  # a plot that cannot be saved is better known before the training than after
     except (OSError, lessons.DataError) as problem:
         parser.exit(2, f"fusedopt: {problem}\n")
 
@@ -50,13 +50,14 @@ def main(argv: list[str] | None = None) -> int:
     device = torch.device(options.device)
     common = {"device": device, "seed": options.seed}
     comparisons = []
-    for name in [options.optimizer] if options.optimizer else ["SGD", "Adam"]:
-        lr = options.lr or demo.LEARNING_RATES.get(name)
-        comparisons.append(demo.compare(classifier, name, lr=lr, epochs=options.epochs, **common))
-    comparisons.append(demo.compare(regression, "Adam", epochs=options.regression_epochs, **common))
+    with demo.cpu_threads(options.threads):
+        for name in [options.optimizer] if options.optimizer else ["SGD", "Adam"]:
+            lr = options.lr or demo.LEARNING_RATES.get(name)
+            comparisons.append(demo.compare(classifier, name, lr=lr, epochs=options.epochs, **common))
+        comparisons.append(demo.compare(regression, "Adam", epochs=options.regression_epochs, **common))
 
     backend = fusedopt.backend(device)
-    where = f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)
+    where = f"{device} ({describe(device, options.threads)})"
     demo.plot(comparisons, f"torch.optim and fusedopt on {where}, fusedopt backend: {backend.name}", options.out)
     print(f"\n{demo.table(comparisons)}\n\n{LEGEND}")
     print(f"device {where}, fusedopt backend {backend.name}: {backend.reason}\nplot: {options.out}")
@@ -82,6 +83,7 @@ def arguments() -> argparse.ArgumentParser:
     add("--epochs", type=positive(int), default=60, help="of the classifier (default: %(default)s)")
     add("--regression-epochs", type=positive(int), default=3000, help="full-batch epochs (default: %(default)s)")
     add("--device", choices=present, default=present[-1], help="default: %(default)s")
+    add("--threads", type=positive(int), default=1, help="CPU threads (default: %(default)s; the networks are small)")
     add("--seed", type=int, default=0, help="of the split, the initial parameters and the batches (default: 0)")
     add("--out", type=Path, default=Path("demo/fusedopt.png"), help="the plot, a PNG (default: %(default)s)")
     return parser
@@ -104,6 +106,13 @@ def devices() -> list[str]:
     """The devices that are there: ``cpu``, then ``cuda:<index>`` of each GPU, then ``cuda``, the current one."""
     gpus = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
     return ["cpu", *gpus, "cuda"] if gpus else ["cpu"]
+
+
+def describe(device: torch.device, threads: int) -> str:
+    """The name of a GPU, or how many threads of a CPU are used."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{threads} thread{'s' if threads > 1 else ''}"
 
 
 def info() -> str:

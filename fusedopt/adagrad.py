@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 
 from .optimizer import FusedOptimizer
-from .rule import Rule
+from .rule import Rule, step_tensors
 
 
 def adagrad(g, state, h):
@@ -22,9 +22,9 @@ def adagrad(g, state, h):
     return torch.div(g, sum.sqrt().add_(eps))
 
 
-def fused(params, grads, states, steps, group, scale):
+def fused(params, grads, states, t, group, scale):
     torch._fused_adagrad_(
-        params, grads, states[0], steps,
+        params, grads, states[0], step_tensors(t, params),
         lr=float(group["lr"]), lr_decay=float(group["lr_decay"]), weight_decay=float(group["weight_decay"]),
         eps=float(group["eps"]), maximize=group["maximize"], grad_scale=scale,
     )  # fmt: skip

@@ -16,7 +16,7 @@ from __future__ import annotations
 import torch
 
 from .optimizer import FusedOptimizer
-from .rule import Rule
+from .rule import Rule, step_tensors
 
 
 def adam(g, state, h):
@@ -38,11 +38,11 @@ def amsgrad(g, state, h):
     return m.mul(correction1).div_(root_v_hat.add_(eps))
 
 
-def fused(params, grads, states, steps, group, scale):
+def fused(params, grads, states, t, group, scale):
     m, v, *v_max = states
     kernel = torch._fused_adamw_ if group["decoupled_weight_decay"] else torch._fused_adam_
     kernel(
-        params, grads, m, v, v_max[0] if v_max else [], steps,
+        params, grads, m, v, v_max[0] if v_max else [], step_tensors(t, params),
         lr=float(group["lr"]), beta1=float(group["betas"][0]), beta2=float(group["betas"][1]),
         weight_decay=float(group["weight_decay"]), eps=float(group["eps"]),
         amsgrad=bool(v_max), maximize=group["maximize"], grad_scale=scale,

@@ -62,7 +62,7 @@ def judge(
     skip = found_inf is not None and found_inf.item() != 0
     norm, factor = None, 1 / scale
     if settings.needs_norm:
-        norm = math.sqrt(sum(executor.square_norm() for executor in executors)) / scale
+        norm = math.hypot(*(executor.norm() for executor in executors)) / scale
         skip = skip or (settings.skip_nonfinite and not math.isfinite(norm))
     if settings.max_grad_norm is not None:
         coefficient = settings.max_grad_norm / (norm + CLIP_EPSILON)

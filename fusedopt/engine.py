@@ -10,6 +10,7 @@ from torch import Tensor
 from . import clipping, torch_backend
 from .plan import Bucket, Cohort, Place, Plan
 from .rule import Update
+from .settings import Settings
 
 
 class Engine:
@@ -28,6 +29,7 @@ class Engine:
         if self.plan is None or not self.plan.holds(optimizer, grads):
             self._build(optimizer)
         if not self.executors:
+            self.verdict = clipping.Verdict(norm=0.0) if optimizer._settings.needs_norm else clipping.UNJUDGED
             return
         try:
             for executor in self.executors:
@@ -39,9 +41,9 @@ class Engine:
 
     def _build(self, optimizer: Any) -> None:
         self.settle(optimizer)
-        self.plan = None
+        self.plan, self.verdict = None, clipping.UNJUDGED
         plan = Plan(optimizer, self.places)
-        self.executors = [_executor(bucket) for bucket in plan.buckets]
+        self.executors = [_executor(bucket, optimizer._settings) for bucket in plan.buckets]
         self.plan = plan
 
     def _run(self, optimizer: Any) -> None:
@@ -105,12 +107,12 @@ class Engine:
         return "\n".join(_describe(bucket) for bucket in self.plan.buckets) or "no parameter had a gradient"
 
 
-def _executor(bucket: Bucket) -> Any:
+def _executor(bucket: Bucket, settings: Settings) -> Any:
     if bucket.backend.name == "torch":
-        return torch_backend.Executor(bucket)
+        return torch_backend.Executor(bucket, settings)
     from . import triton_backend
 
-    return triton_backend.Executor(bucket)
+    return triton_backend.Executor(bucket, settings)
 
 
 def _describe(bucket: Bucket) -> str:

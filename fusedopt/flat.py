@@ -55,15 +55,21 @@ class Space:
         self.size = -(-end // ALIGNMENT) * ALIGNMENT
         self.buffers: dict[str, Tensor] = {}
 
-    def allocate(self, role: str, dtype: torch.dtype, size: int | None = None) -> Tensor:
-        size = self.size if size is None else size
-        self.buffers[role] = torch.zeros(size, dtype=dtype, device=self.device)
-        return self.buffers[role]
+    def allocate(self, role: str, dtype: torch.dtype) -> None:
+        """Step counts are one number per tensor, on the host as in torch; all else has the full layout."""
+        if role == "step":
+            self.buffers[role] = torch.zeros(len(self.sizes), dtype=dtype)
+        else:
+            self.buffers[role] = torch.zeros(self.size, dtype=dtype, device=self.device)
 
     def view(self, role: str, index: int) -> Tensor:
         """The ``index``-th tensor in that role, with its parameter's shape and strides."""
-        buffer, start = self.buffers[role], self.offsets[index]
-        return buffer[start:].as_strided(self.sizes[index], self.strides[index])
+        if role == "step":
+            return self.buffers[role][index]
+        return self.part_like(self.buffers[role], index)
+
+    def part_like(self, buffer: Tensor, index: int) -> Tensor:
+        return buffer[self.offsets[index] :].as_strided(self.sizes[index], self.strides[index])
 
     def end(self, index: int) -> int:
         return self.offsets[index] + self.sizes[index].numel()

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from .engine import Engine
-from .plan import NotFusable
 from .rule import Numbers, Rule, Stage, Update
 from .settings import Settings
+from .survey import NotFusable
 
 registry: dict[str, type[FusedOptimizer]] = {}
 """Every optimizer by name. Tests and benchmarks take their cases from here."""
@@ -46,9 +46,13 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        registry[cls.__name__] = cls
-        cls.__doc__ = (cls.__doc__ or "") + SETTINGS_DOC
-        cls.__signature__ = _merged_signature(cls)
+        if "__init__" in vars(cls):
+            cls.__signature__ = _without_self(cls.__init__)
+        else:
+            cls.__signature__ = _merged_signature(cls)
+        if cls.__module__.startswith("fusedopt."):
+            registry[cls.__name__] = cls
+            cls.__doc__ = (cls.__doc__ or "") + SETTINGS_DOC
 
     def __init__(
         self,
@@ -99,8 +103,6 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     # The protocol
 
-    @torch._disable_dynamo
-    @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
         """Perform one optimization step.
 
@@ -111,15 +113,26 @@ class FusedOptimizer(torch.optim.Optimizer):
             RuntimeError: before anything is changed, for gradients or states that do not fit their
                 parameters, and for settings that these parameters cannot honour.
         """
+        if torch.compiler.is_compiling():
+            return self._opaque_step(closure)
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        try:
-            self._engine.step(self)
-        except NotFusable as reason:
-            self._torch_step(reason)
+        with torch.no_grad():
+            try:
+                self._engine.step(self)
+                return loss
+            except NotFusable as error:
+                reason = error
+        self._torch_step(reason)
         return loss
+
+    @torch._disable_dynamo
+    def _opaque_step(self, closure: Any) -> Any:
+        """``step`` inside a compiled training step: one graph break. The wrapper costs microseconds, so
+        that an uncompiled step goes without."""
+        return inspect.unwrap(type(self).step)(self, closure)
 
     def _torch_step(self, reason: NotFusable) -> None:
         """torch's own step, for what no fused step can do."""
@@ -153,6 +166,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         # A pickle of torch's class, or of an older version, has no settings.
         self.__dict__.setdefault("_settings", Settings())
         self.__dict__.setdefault("_engine", Engine())
+        self._engine.settle(self)
         self._engine.forget()
         super().__setstate__(state)
 
@@ -190,9 +204,13 @@ for _name in inspect.signature(Settings).parameters:
 
 def _merged_signature(cls: type[FusedOptimizer]) -> inspect.Signature:
     """torch's arguments as the installed version has them, then ours."""
-    ours = [
-        p for p in inspect.signature(FusedOptimizer.__init__).parameters.values() if p.kind is p.KEYWORD_ONLY
-    ]
-    torch_class = next(c for c in cls.__mro__ if not issubclass(c, FusedOptimizer))
-    theirs = [p for p in inspect.signature(torch_class).parameters.values()]
-    return inspect.Signature(theirs + ours)
+    base = next(c for c in cls.__mro__[1:] if "__init__" in vars(c) and c is not FusedOptimizer)
+    if issubclass(base, FusedOptimizer):
+        return inspect.signature(base)
+    ours = [p for p in _without_self(FusedOptimizer.__init__).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    return inspect.Signature([*inspect.signature(base).parameters.values(), *ours])
+
+
+def _without_self(function: Any) -> inspect.Signature:
+    signature = inspect.signature(function)
+    return signature.replace(parameters=list(signature.parameters.values())[1:])

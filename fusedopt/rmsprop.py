@@ -21,38 +21,44 @@ from .rule import Rule
 
 
 def rmsprop(g, state, h):
-    v = state[0]
-    weight, eps, mu = h
-    v.mul_(1 - weight).addcmul_(g, g, value=weight)
-    return torch.div(g, v.sqrt().add_(eps))
+    return g / denominator(g, *state, h)
 
 
 def rmsprop_centered(g, state, h):
-    v, a = state
-    weight, eps, mu = h
-    v.mul_(1 - weight).addcmul_(g, g, value=weight)
-    a.lerp_(g, weight)
-    return torch.div(g, v.addcmul(a, a, value=-1).sqrt_().add_(eps))
+    return g / centered_denominator(g, *state, h)
 
 
 def rmsprop_momentum(g, state, h):
     v, b = state
-    return b.mul_(h[2]).add_(rmsprop(g, (v,), h))
+    return b.mul_(h[2]).addcdiv_(g, denominator(g, v, h))
 
 
 def rmsprop_centered_momentum(g, state, h):
     v, b, a = state
-    return b.mul_(h[2]).add_(rmsprop_centered(g, (v, a), h))
+    return b.mul_(h[2]).addcdiv_(g, centered_denominator(g, v, a, h))
+
+
+def denominator(g, v, h):
+    weight, eps, mu = h
+    v.mul_(1 - weight).addcmul_(g, g, value=weight)
+    return v.sqrt().add_(eps)
+
+
+def centered_denominator(g, v, a, h):
+    weight, eps, mu = h
+    v.mul_(1 - weight).addcmul_(g, g, value=weight)
+    a.lerp_(g, weight)
+    return v.addcmul(a, a, value=-1).sqrt_().add_(eps)
 
 
 BLOCK = 1 << 18
 """Elements whose decayed gradient fits a core's second-level cache."""
 
-NO_BIAS_CORRECTION = torch.tensor(2.0**30)
-"""A step count at which Adam's bias corrections are 1."""
+NO_BIAS_CORRECTION = torch.tensor(2.0**100)
+"""A step count at which Adam's bias corrections are 1 for every beta below 1."""
 
 
-def fused(params, grads, states, steps, group, scale):
+def fused(params, grads, states, t, group, scale):
     """torch has no fused RMSprop, but RMSprop is Adam with beta1 = 0 and no bias correction. Its first
     moment is then the gradient itself and may share its memory, unless the kernel would write a decayed
     or negated gradient there: those need a copy."""
@@ -83,6 +89,7 @@ def _adam_without_momentum(params, grads, v, group):
 
 DTYPES = frozenset((torch.float32, torch.float64))
 PLAIN = Rule("rmsprop", ("square_avg",), rmsprop, fused, DTYPES)
+FROZEN_AVERAGE = Rule("rmsprop", ("square_avg",), rmsprop)
 CENTERED = Rule("rmsprop_centered", ("square_avg", "grad_avg"), rmsprop_centered)
 MOMENTUM = Rule("rmsprop_momentum", ("square_avg", "momentum_buffer"), rmsprop_momentum)
 BOTH = Rule("rmsprop_centered_momentum", ("square_avg", "momentum_buffer", "grad_avg"), rmsprop_centered_momentum)
@@ -94,7 +101,9 @@ class RMSprop(FusedOptimizer, torch.optim.RMSprop):
     def rule(self, group):
         if group["momentum"] > 0:
             return BOTH if group["centered"] else MOMENTUM
-        return CENTERED if group["centered"] else PLAIN
+        if group["centered"]:
+            return CENTERED
+        return PLAIN if group["alpha"] < 1 else FROZEN_AVERAGE
 
     def hyper(self, group, t):
         return 1 - float(group["alpha"]), group["eps"], group["momentum"]

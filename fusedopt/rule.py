@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 Numbers = tuple[float, ...]
@@ -20,9 +21,15 @@ class Rule(NamedTuple):
     """``twin(g, state, h) -> u`` in plain torch; updates ``state`` in place, leaves ``g`` alone."""
     fused: Callable[..., None] | None = None
     """torch's fused CPU kernel for the same formula, decay and step included:
-    ``fused(params, grads, states, steps, group, scale)``; with ``scale`` it divides the gradients by it."""
+    ``fused(params, grads, states, t, group, scale)`` for the ``t``-th step; ``scale``, a float32 tensor or
+    None, divides the gradients."""
     fused_dtypes: frozenset = frozenset()
     """Parameter dtypes in which that kernel is right."""
+
+
+def step_tensors(t: int, params: Sequence[Tensor]) -> list[Tensor]:
+    """The step count as torch's fused kernels take it: one per parameter, here the same for all."""
+    return [torch.tensor(float(t))] * len(params)
 
 
 class Stage(NamedTuple):

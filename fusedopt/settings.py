@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import numbers
 from typing import Any
 
 import torch
@@ -40,14 +41,13 @@ class Settings:
 
     def active(self) -> list[str]:
         """The names of the settings that ask for more than torch.optim does."""
-        names = ("max_grad_norm", "max_grad_value", "skip_nonfinite", "flatten", "backend")
-        return [name for name in names if getattr(self, name) not in (None, False)]
+        return [name for name, value in vars(self).items() if value not in (None, False, "torch")]
 
 
 def _number(name: str, value: Any) -> float:
     if isinstance(value, torch.Tensor):
         raise TypeError(f"{name} must be a Python number, got a tensor: pass {name}=float(value)")
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a number, got {value!r}")
     if math.isnan(value):
         raise ValueError(f"Invalid {name}: {value}")

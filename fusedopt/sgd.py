@@ -33,12 +33,17 @@ def momentum(g, state, h):
     return g.add(b, alpha=mu) if nesterov else b
 
 
-def fused(params, grads, states, steps, group, scale):
+def fused(params, grads, states, t, group, scale):
+    if not states and group["weight_decay"] == 0:
+        # One addition: torch's plain call is faster than its fused kernel, and leaves the gradients alone.
+        lr = float(group["lr"]) / (1 if scale is None else scale.item())
+        torch._foreach_add_(params, grads, alpha=lr if group["maximize"] else -lr)
+        return
     torch._fused_sgd_(
         params, grads, states[0] if states else [],
         lr=float(group["lr"]), momentum=float(group["momentum"]), dampening=float(group["dampening"]),
         weight_decay=float(group["weight_decay"]), nesterov=group["nesterov"], maximize=group["maximize"],
-        is_first_step=bool(states) and steps[0].item() == 1, grad_scale=scale,
+        is_first_step=bool(states) and t == 1, grad_scale=scale,
     )  # fmt: skip
 
 

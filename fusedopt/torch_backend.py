@@ -18,6 +18,7 @@ from .clipping import Skips, Verdict
 from .flat import memory_order
 from .plan import Bucket, Cohort, Member
 from .rule import Stage, Update
+from .settings import Settings
 
 BLOCK = 65536
 """Elements per block of a rule that torch has no fused kernel for."""
@@ -50,14 +51,17 @@ class Run:
     """The gathered gradients that go with the first parameters."""
     direct: list[Member]
     """The members whose own gradients go with the other parameters."""
+    blocks: list[list[tuple[Tensor, ...]]] = dataclasses.field(default_factory=list)
+    """For each parameter, its blocks and its states' in the order of memory; empty with a fused kernel."""
     grads: list[Tensor] = dataclasses.field(default_factory=list)
 
 
 class Executor:
     """Runs one bucket."""
 
-    def __init__(self, bucket: Bucket):
+    def __init__(self, bucket: Bucket, settings: Settings):
         self.bucket = bucket
+        self.settings = settings
         rule = bucket.rule
         self.fused = (
             bucket.device.type == "cpu"
@@ -67,14 +71,17 @@ class Executor:
             and all(m.place.dtypes[key] == bucket.dtype for m in bucket.members for key in rule.states)
         )
         self.compute_dtype = torch.promote_types(bucket.dtype, torch.float32)
+        stored = {bucket.dtype} | {m.place.dtypes[key] for m in bucket.members for key in rule.states}
+        self.computes_in_place = stored == {self.compute_dtype}
+        self.block = BLOCK if bucket.device.type == "cpu" else max(m.param.numel() for m in bucket.members) or 1
         gathered = [m for m in bucket.members if m.place.packed]
         self.positions = [m.position for m in gathered]
         self.scratch = self._parallel_buffers(gathered, bucket.grad_dtype)
         self.staging = self._parallel_buffers([m for m in gathered if m.place.flattened is None], bucket.dtype)
-        self.scratch_views = [_part_like(self.scratch[id(m.place.space)], m) for m in gathered]
+        self.scratch_views = [m.place.space.part_like(self.scratch[id(m.place.space)], m.place.index) for m in gathered]
         staged = [m for m in gathered if m.place.flattened is None]
         self.staged = [m.param for m in staged]
-        self.staging_views = [_part_like(self.staging[id(m.place.space)], m) for m in staged]
+        self.staging_views = [m.place.space.part_like(self.staging[id(m.place.space)], m.place.index) for m in staged]
         self.in_place = [m.param for m in bucket.members if not (m.place.packed and m.place.flattened is None)]
         self.runs = [self._run(cohort) for cohort in bucket.cohorts]
 
@@ -99,6 +106,9 @@ class Executor:
             run.params.append(m.param)
             for tensors, key in zip(run.states, keys):
                 tensors.append(m.place.views[key])
+        if not self.fused:
+            for tensors in zip(run.params, *run.states):
+                run.blocks.append(list(zip(*(memory_order(x).split(self.block) for x in tensors))))
         return run
 
     def take(self, grads: Sequence[Tensor | None]) -> None:
@@ -113,8 +123,8 @@ class Executor:
         for run in self.runs:
             run.grads = []
 
-    def square_norm(self) -> float:
-        """The sum of squares of the gradients; not finite if and only if one of them is not."""
+    def norm(self) -> float:
+        """The norm of the gradients; not finite if and only if one of them is not."""
         tensors = [*self.scratch.values(), *(g for run in self.runs for g in run.grads[len(run.gathered) :])]
         large = [g for g in tensors if g.numel() >= 16 * NORM_ROW]
         small = [g for g in tensors if g.numel() < 16 * NORM_ROW]
@@ -123,57 +133,49 @@ class Executor:
         if not norms:
             return 0.0
         norm = torch.linalg.vector_norm(torch.stack(norms), dtype=torch.float64).item()
-        if not 1e-16 < norm < math.inf:
-            # Squares that float32 cannot hold: once more in float64.
-            norm = math.sqrt(sum(torch.linalg.vector_norm(g, dtype=torch.float64).item() ** 2 for g in tensors))
-        return norm**2
+        if not 1e-16 < norm < 1e150:
+            # Squares that the dtype may not hold: once more in float64, relative to the largest element.
+            norm = math.hypot(*map(_norm_of_any, tensors))
+        return norm
 
     def step(self, update: Callable[[Cohort], Update], verdict: Verdict, skips: Skips) -> None:
         """Update parameters and states."""
-        factor = verdict.factor
         if self.staged:
             torch._foreach_copy_(self.staging_views, self.staged)
-        apply = self._step_fused if self.fused else self._step_in_blocks
         for run in self.runs:
-            apply(run, update(run.cohort), factor)
+            if self.fused:
+                self._step_fused(run, verdict.factor)
+            else:
+                self._step_in_blocks(run, update(run.cohort), verdict.factor)
         if self.staged:
             torch._foreach_copy_(self.staged, self.staging_views)
         # In-place writes that autograd does not see by itself.
         torch.autograd.graph.increment_version(self.in_place)
 
-    def _step_fused(self, run: Run, update: Update, factor: float) -> None:
-        clip = update.on_grad[0]
-        clips = clip.args != clip.neutral
+    def _step_fused(self, run: Run, factor: float) -> None:
+        clips = self.settings.max_grad_value is not None
         # The kernels take the factor in float32 only.
         if factor != 1 and (clips or self.bucket.dtype == torch.float64):
             torch._foreach_mul_(run.grads, factor)
             factor = 1.0
         if clips:
             for g in run.grads:
-                g.clamp_(*clip.args)
-        steps = [torch.tensor(run.cohort.t + 1.0)] * len(run.params)
+                g.clamp_(*self.settings.value_limits)
         scale = None if factor == 1 else torch.tensor(1 / factor if factor else math.inf)
-        self.bucket.rule.fused(run.params, run.grads, run.states, steps, run.cohort.group, scale)
+        self.bucket.rule.fused(run.params, run.grads, run.states, run.cohort.t + 1, run.cohort.group, scale)
 
     def _step_in_blocks(self, run: Run, update: Update, factor: float) -> None:
-        rule, dtype = self.bucket.rule, self.compute_dtype
-        for p, g, *state in zip(run.params, run.grads, *run.states):
-            block = BLOCK if p.device.type == "cpu" else max(p.numel(), 1)
-            p, g, *state = map(memory_order, (p, g, *state))
-            for tensors in zip(*(x.split(block) for x in (p, g, *state))):
-                stored_p, x, *stored = tensors
-                value, x, *values = (t.to(dtype) for t in tensors)
-                x = through(update.on_grad, x if factor == 1 else x * factor, value)
-                u = through(update.on_update, rule.twin(x, values, update.h), value)
-                value.sub_(u, alpha=update.lr)
-                for kept, new in zip((stored_p, *stored), (value, *values)):
-                    if kept is not new:
-                        kept.copy_(new)
+        for blocks, g in zip(run.blocks, run.grads):
+            for tensors, g_block in zip(blocks, memory_order(g).split(self.block)):
+                p, *state = tensors if self.computes_in_place else (t.to(self.compute_dtype) for t in tensors)
+                self._update(p, g_block.to(self.compute_dtype), state, update, factor)
+                if not self.computes_in_place:
+                    torch._foreach_copy_(tensors, [p, *state])
 
-
-def _part_like(buffer: Tensor, member: Member) -> Tensor:
-    space, index = member.place.space, member.place.index
-    return buffer[space.offsets[index] :].as_strided(space.sizes[index], space.strides[index])
+    def _update(self, p: Tensor, g: Tensor, state: list[Tensor], update: Update, factor: float) -> None:
+        g = through(update.on_grad, g if factor == 1 else g * factor, p)
+        u = through(update.on_update, self.bucket.rule.twin(g, state, update.h), p)
+        p.sub_(u, alpha=update.lr)
 
 
 def _neighbours(members: list[Member]) -> list[tuple[Member, Member]]:
@@ -208,3 +210,10 @@ def _norms_of_rows(x: Tensor, dtype: torch.dtype) -> list[Tensor]:
     whole = x.numel() // NORM_ROW * NORM_ROW
     rows = torch.linalg.vector_norm(x[:whole].view(-1, NORM_ROW), dim=1, dtype=dtype)
     return [torch.linalg.vector_norm(part, dtype=dtype) for part in (rows, x[whole:])]
+
+
+def _norm_of_any(x: Tensor) -> float:
+    largest = x.abs().max().item() if x.numel() else 0.0
+    if not 0 < largest < math.inf:
+        return largest
+    return largest * torch.linalg.vector_norm(x.to(torch.float64) / largest).item()

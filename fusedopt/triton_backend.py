@@ -39,7 +39,7 @@ TYPES = {
 class Executor:
     """Runs one bucket."""
 
-    def __init__(self, bucket: Bucket):
+    def __init__(self, bucket: Bucket, settings: Settings):
         self.bucket = bucket
         self.compute_dtype = torch.promote_types(bucket.dtype, torch.float32)
         keys = bucket.rule.states
@@ -101,11 +101,11 @@ class Executor:
         """Forget the gradients: the next backward pass must not hold two sets of them."""
         self.grads = []
 
-    def square_norm(self) -> float:
-        """The sum of squares of the gradients, waited for: only for buckets on several devices or backends."""
+    def norm(self) -> float:
+        """The norm of the gradients, waited for: only for buckets on several devices or backends."""
         slots, verdict = (torch.zeros(n, dtype=torch.float64, device=self.bucket.device) for n in (SLOTS, 4))
         self.add_squares(slots, 0, None, verdict, Settings(), None, None)
-        return slots.sum().item()
+        return math.sqrt(slots.sum().item())
 
     def add_squares(
         self,

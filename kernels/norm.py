@@ -24,14 +24,14 @@ SKIPPED = tl.constexpr(3)
 def sum_of_squares(
     table,  # int64 [tensors, FIELDS]: see address.py
     tiles,  # int32 [tile_count, 2]: tensor, tile within the tensor
-    tile_count: "i32",
+    tile_count: tl.int32,
     grad,  # Role
     slots,  # float64 [slot_count]
-    first_slot: "i32",
-    slot_count: "i32",
+    first_slot: tl.int32,
+    slot_count: tl.int32,
     ticket,  # int32 [1], zero between launches; None: another launch passes the verdict
     verdict,
-    max_norm: "fp64",
+    max_norm: tl.float64,
     loss_scale,
     found_inf,
     CLIP: tl.constexpr,
@@ -70,9 +70,9 @@ def sum_of_squares(
 @triton.jit(do_not_specialize=["slot_count"])
 def judge(
     slots,
-    slot_count: "i32",
+    slot_count: tl.int32,
     verdict,
-    max_norm: "fp64",
+    max_norm: tl.float64,
     loss_scale,  # float32 [1] of a GradScaler, or None
     found_inf,  # float32 [1] of a GradScaler, or None
     CLIP: tl.constexpr,

@@ -23,8 +23,8 @@ def step(
     tiles,  # int32 [programs, 2]: tensor, tile within the tensor
     rows,  # COMPUTE [cohorts, variants, WIDTH]
     verdict,  # float64 [4] of norm.judge, or None: nothing scales or skips
-    known_skips: "i64",  # skipped steps that the host knew of when it wrote the rows
-    variants: "i64",  # rows per cohort, one per number of skips that it may not know of
+    known_skips: tl.int64,  # skipped steps that the host knew of when it wrote the rows
+    variants: tl.int64,  # rows per cohort, one per number of skips that it may not know of
     roles,
     h,
     on_grad,

@@ -22,6 +22,12 @@ TORCH_NAMES = sorted(name for name in fusedopt.registry if hasattr(torch.optim, 
 CLOSE = {"digits": 1e-3, "diabetes": 1e-9}
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    with demo.cpu_threads(1):
+        yield
+
+
 def write_letters(root, counts):
     """One folder per class with ``counts[class]`` images; which rows of an image are bright tells the class."""
     random = np.random.default_rng(0)

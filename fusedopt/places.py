@@ -1,0 +1,115 @@
+"""Where the state of each parameter lives, and how it got there.
+
+``optimizer.state[p]`` holds views of flat spaces. What somebody else put there (a loaded checkpoint, a
+tensor of their own) is copied in; only memory shared between processes is used as it is.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import _get_scalar_dtype
+
+from .flat import Space, alias, is_dense
+from .rule import Rule
+
+
+@dataclasses.dataclass(slots=True, eq=False)
+class Place:
+    """Where one parameter's state lives."""
+
+    space: Space
+    index: int
+    dtypes: dict[str, torch.dtype]
+    packed: bool
+    views: dict[str, Tensor] = dataclasses.field(default_factory=dict)
+    flattened: int | None = None
+    """The address to which ``flatten`` moved the parameter, until somebody else moves it."""
+
+    def open(self, key: str, dtype: torch.dtype) -> Tensor:
+        """A view of this parameter's part of the buffer ``key``, with storage of its own."""
+        space = self.space
+        if key not in space.buffers:
+            space.allocate(key, dtype)
+        self.dtypes.setdefault(key, dtype)
+        self.views[key] = alias(space.view(key, self.index))
+        return self.views[key]
+
+    def address(self, key: str) -> int:
+        return self.space.view(key, self.index).data_ptr()
+
+    def fits(self, p: Tensor, dtypes: dict[str, torch.dtype], packed: bool) -> bool:
+        space, i = self.space, self.index
+        if space.device != p.device or space.sizes[i] != p.size() or packed < self.packed:
+            return False
+        if is_dense(p):
+            if space.strides[i] != p.stride():
+                return False
+        elif packed and not self.packed:
+            return False
+        return all(self.dtypes.get(key, dtype) == dtype for key, dtype in dtypes.items())
+
+
+def has_shared_state(optimizer: Any, p: Tensor) -> bool:
+    """Whether a state lies in memory shared between processes, as Adagrad.share_memory() puts it."""
+    return any(isinstance(x, Tensor) and x.is_cpu and x.is_shared() for x in optimizer.state.get(p, {}).values())
+
+
+def adopt_states(
+    optimizer: Any, p: Tensor, group: dict, place: Place, rule: Rule, dtypes: dict[str, torch.dtype], taken: int
+) -> list[tuple[Tensor, Tensor | float]]:
+    """Make ``optimizer.state[p]`` hold views of the place. Returns what has to be written into them."""
+    if not rule.states:
+        return []
+    state = optimizer.state[p]
+    writes = []
+    keys = ("step", *rule.states) if optimizer.counts_steps else rule.states
+    for key in keys:
+        value = state.get(key)
+        view = place.views.get(key)
+        if view is not None and value is view and view.data_ptr() == place.address(key):
+            continue
+        if isinstance(value, Tensor) and key != "step" and value.is_cpu and value.is_shared() and not place.packed:
+            place.views[key] = value
+            continue
+        view = state[key] = place.open(key, _get_scalar_dtype() if key == "step" else dtypes[key])
+        if key == "step":
+            writes.append((view, float(taken)))
+        else:
+            writes.append((view, optimizer.initial_value(group, key) if value is None else value.detach()))
+    return writes
+
+
+def write(writes: list[tuple[Tensor, Tensor | float]]) -> None:
+    """Fill views. A value may itself be one of the views, if states were exchanged: read all of those first."""
+    own = {view.data_ptr() for view, _ in writes}
+    writes = [(v, x.clone() if isinstance(x, Tensor) and x.data_ptr() in own else x) for v, x in writes]
+    for view, value in writes:
+        view.copy_(value) if isinstance(value, Tensor) else view.fill_(value)
+
+
+def flatten(places: list[Place], params: list[Tensor], wanted: bool) -> bool:
+    """Move parameters into their space's buffer, and let go those that somebody else moved away. True if
+    all of them are there, in one space."""
+    for p, place in zip(params, places):
+        if place.flattened is not None and p.data_ptr() != place.flattened:
+            place.flattened = None
+        elif wanted and place.flattened is None and "param" not in place.views and owns_memory(p):
+            view = place.open("param", p.dtype)
+            view.copy_(p.detach())
+            p.data = view
+            place.flattened = p.data_ptr()
+    return len({id(place.space) for place in places}) == 1 and all(place.flattened is not None for place in places)
+
+
+def owns_memory(p: Tensor) -> bool:
+    """Whether ``p`` is a plain dense tensor whose storage holds nothing else and is nobody else's."""
+    if type(p) not in (Tensor, torch.nn.Parameter) or hasattr(p, "_fsdp_flattened") or not is_dense(p):
+        return False
+    storage = p.untyped_storage()
+    # Memory of NumPy, of a file, or shared between processes cannot be resized. Two uses: p and this handle.
+    uses = torch._C._storage_Use_Count(storage._cdata)
+    return storage.resizable() and storage.nbytes() == p.numel() * p.itemsize and uses == 2

@@ -1,0 +1,292 @@
+"""What the optimizer tests share: the option sets of every optimizer, models, gradients, and the oracle.
+
+The oracle is torch.optim's for-loop (``foreach=False``) in float64: its foreach and fused variants have
+faults of their own. ``OPTIONS`` is the one table from which all tests take their cases.
+"""
+
+import functools
+
+import pytest
+import torch
+
+import fusedopt
+from fusedopt.plan import FEW, SMALL
+from fusedopt.torch_backend import BLOCK
+
+NAMES = sorted(fusedopt.registry)
+
+TENSOR_LR = torch.tensor(0.03, dtype=torch.float64)
+"""float64, since torch's Adam computes its step size in the dtype of a tensor lr."""
+
+OPTIONS = {
+    "SGD": [
+        {},
+        {"lr": TENSOR_LR},
+        {"momentum": 0.9},
+        {"momentum": 0.9, "dampening": 0.3},
+        {"momentum": 0.9, "nesterov": True},
+        {"weight_decay": 0.1},
+        {"maximize": True},
+        {"momentum": 0.8, "dampening": 0.1, "weight_decay": 0.1, "maximize": True},
+        {"momentum": 0.8, "nesterov": True, "weight_decay": 0.1, "maximize": True},
+    ],
+    "Adagrad": [
+        {},
+        {"lr": TENSOR_LR},
+        {"lr_decay": 0.1},
+        {"initial_accumulator_value": 0.5},
+        {"eps": 1e-3},
+        {"weight_decay": 0.1},
+        {"maximize": True},
+        {"lr_decay": 0.1, "initial_accumulator_value": 0.5, "eps": 1e-3, "weight_decay": 0.1, "maximize": True},
+    ],
+    "RMSprop": [
+        {},
+        {"lr": TENSOR_LR},
+        {"alpha": 0.5},
+        {"alpha": 0.0},
+        {"alpha": 1.0},
+        {"alpha": 1 - 1e-9},
+        {"eps": 1e-3},
+        {"centered": True},
+        {"momentum": 0.9},
+        {"weight_decay": 0.1},
+        {"maximize": True},
+        {"weight_decay": 0.1, "maximize": True},
+        {"momentum": 0.9, "centered": True, "alpha": 0.9, "eps": 1e-3, "weight_decay": 0.1, "maximize": True},
+    ],
+    "Adam": [
+        {},
+        {"lr": TENSOR_LR},
+        {"betas": (0.5, 0.9)},
+        {"betas": (0.0, 0.0)},
+        {"eps": 1e-3},
+        {"amsgrad": True},
+        {"weight_decay": 0.1},
+        {"weight_decay": 0.1, "decoupled_weight_decay": True},
+        {"maximize": True},
+        {"betas": (0.5, 0.9), "eps": 1e-3, "amsgrad": True, "weight_decay": 0.1, "maximize": True},
+    ],
+    "AdamW": [
+        {},
+        {"lr": TENSOR_LR},
+        {"betas": (0.5, 0.9)},
+        {"eps": 1e-3},
+        {"amsgrad": True},
+        {"weight_decay": 0.1},
+        {"maximize": True},
+        {"betas": (0.5, 0.9), "eps": 1e-3, "amsgrad": True, "weight_decay": 0.1, "maximize": True},
+    ],
+}
+"""Every option alone, and all that go together. Without ``lr`` a case runs at LR."""
+
+LR = 0.03
+
+STATEFUL = {
+    "SGD": {"momentum": 0.9, "nesterov": True},
+    "Adagrad": {"lr_decay": 0.1},
+    "RMSprop": {"momentum": 0.9, "centered": True},
+    "Adam": {"amsgrad": True},
+    "AdamW": {},
+}
+"""One option set per optimizer, with as much state as it can have: for tests of what is kept and moved."""
+
+CLIPS = {
+    "none": {},
+    "norm": {"max_grad_norm": 3.0},
+    "value": {"max_grad_value": 0.7},
+    "below": {"max_grad_value": (-0.7, None)},
+    "both": {"max_grad_norm": 20.0, "max_grad_value": (-0.1, 0.2)},
+}
+"""Limits that bind at some of the steps and some of the elements of these gradients."""
+
+
+def options_of(name):
+    """The option sets of one registered optimizer."""
+    assert name in OPTIONS, f"{name} is registered, but has no entry in tests/cases.py"
+    return OPTIONS[name]
+
+
+def label(options):
+    return ",".join(f"{key}={value}" for key, value in options.items()) or "defaults"
+
+
+every_option = pytest.mark.parametrize(
+    ("name", "options"),
+    [pytest.param(name, options, id=f"{name}-{label(options)}") for name in NAMES for options in OPTIONS.get(name, [])],
+)
+every_optimizer = pytest.mark.parametrize("name", NAMES)
+
+
+def shapes(kind):
+    """(shape, memory layout) of each parameter of a model.
+
+    "tiny": for the interpreter; "small": all layouts and enough small ones to be gathered; "large": also
+    more elements than are gathered, and than make one block; "line": enough for statistics.
+    """
+    if kind == "line":
+        return [((4000,), "")]
+    tiny = [((), ""), ((7, 5), ""), ((6, 4), "transposed"), ((0, 3), ""), ((5, 4), "gaps")]
+    if kind == "tiny":
+        return tiny
+    small = [
+        *tiny,
+        ((1,), ""),
+        ((2, 3, 4, 5), "channels_last"),
+        ((6, 4), "transposed gaps"),
+        ((1, 9), ""),
+        *[((2 + k,), "") for k in range(FEW)],
+    ]
+    if kind == "small":
+        return small
+    return [*small, ((130, 130), ""), ((BLOCK + 1000,), ""), ((250, 100), "transposed"), ((SMALL, 2), "gaps")]
+
+
+def laid_out(values, layout):
+    """The same values in memory of that layout; gaps hold other numbers."""
+    if layout == "channels_last":
+        return values.to(memory_format=torch.channels_last)
+    if "transposed" in layout:
+        return laid_out(values.t(), layout.removeprefix("transposed").strip()).t()
+    if layout == "gaps":
+        return torch.stack([values, torch.full_like(values, 7.0)], dim=-1)[..., 0]
+    return values.clone()
+
+
+@functools.cache
+def random(shape, seed):
+    """float32 numbers, so that every wider dtype holds them too. Not to be written to."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def model(kind="small", dtype=torch.float64, device="cpu"):
+    """Parameters in every layout: equal values at each call."""
+    return [
+        torch.nn.Parameter(laid_out(random(shape, 1000 + k).to(device, dtype), layout))
+        for k, (shape, layout) in enumerate(shapes(kind))
+    ]
+
+
+def gradient(p, k, step):
+    """The gradient of the k-th parameter: None at some steps, late for some, in changing layouts."""
+    if (k == 3 and step < 4) or (k in (0, 6) and step % 5 == 2):
+        return None
+    values = random(tuple(p.shape), 100_000 + 1000 * step + k).to(p.device, p.dtype)
+    if (k + step) % 4 == 1 and p.dim() == 2:
+        return values.t().contiguous().t()
+    if (k + step) % 7 == 1:
+        return values.flatten()[:1].sum().expand(p.shape)  # stride 0
+    # What autograd makes: the parameter's own strides.
+    return torch.empty_like(p).copy_(values) if (k + step) % 2 else values.clone()
+
+
+def give_gradients(params, step, plain=False):
+    """Set every p.grad for this step; ``plain``: without the odd layouts, for what cannot write to them."""
+    for k, p in enumerate(params):
+        g = gradient(p.detach(), k, step)
+        p.grad = g.contiguous().clone() if plain and g is not None else g
+
+
+def in_two_groups(params, options):
+    """Two groups with different numbers: what one of them lacks, the other has."""
+    lr = options.get("lr", LR)
+    second = {"lr": lr * 0.5, "weight_decay": options.get("weight_decay", 0) + 0.02}
+    middle = len(params) // 2
+    return [{"params": params[:middle]}, {"params": params[middle:], **second}]
+
+
+class Pair:
+    """An optimizer of fusedopt, and torch's beside it on equal parameters."""
+
+    def __init__(self, name, options=None, kind="small", dtype=torch.float64, device="cpu", groups=True, **settings):
+        options = {"lr": LR, **(STATEFUL[name] if options is None else options)}
+        self.ours, self.theirs = model(kind, dtype, device), model(kind, dtype, device)
+        arrange = in_two_groups if groups else lambda params, options: params
+        self.opt = fusedopt.registry[name](arrange(self.ours, options), **options, **settings)
+        self.oracle = getattr(torch.optim, name)(arrange(self.theirs, options), **options, foreach=False)
+        self.number = 0
+
+    def step(self, count=1):
+        """Both take the same steps; the oracle clips as torch's users do."""
+        for _ in range(count):
+            give_gradients(self.ours, self.number)
+            give_gradients(self.theirs, self.number, plain=True)
+            self.opt.step()
+            clip(self.theirs, self.opt)
+            self.oracle.step()
+            self.number += 1
+
+    def check(self, tolerance=1e-12):
+        """Parameters, states and groups are those of the oracle.
+
+        The tolerance: float64 rounds at 1.1e-16; 50 steps of a dozen operations, some of which cancel
+        (centered RMSprop), stay below 1e-12, and a wrong or a float32 number anywhere does not.
+        """
+        close(self.ours, self.theirs, tolerance)
+        for group, expected in zip(self.opt.param_groups, self.oracle.param_groups, strict=True):
+            assert list(group) == list(expected)
+            assert all(group[key] == expected[key] for key in group if key not in ("params", "foreach"))
+        # Where state_dict() has been told of steps that were skipped on a GPU.
+        states, expected = (optimizer.state_dict()["state"] for optimizer in (self.opt, self.oracle))
+        assert states.keys() == expected.keys()
+        for k in states:
+            assert list(states[k]) == list(expected[k])
+            close(list(states[k].values()), list(expected[k].values()), tolerance)
+
+
+def clip(params, settings):
+    """The settings of an optimizer of ours, done by torch."""
+    if settings.max_grad_norm is not None:
+        torch.nn.utils.clip_grad_norm_(params, settings.max_grad_norm, foreach=False)
+    limits = settings.max_grad_value
+    if limits is not None:
+        low, high = limits if isinstance(limits, tuple) else (-limits, limits)
+        for p in params:
+            if p.grad is not None:
+                p.grad.clamp_(low, high)
+
+
+def close(ours, theirs, tolerance):
+    """Equal in shape, dtype and device, and in value to ``tolerance`` (absolute below 1, relative above)."""
+    for k, (a, b) in enumerate(zip(ours, theirs, strict=True)):
+        torch.testing.assert_close(
+            a.detach(), b.detach(), rtol=tolerance, atol=tolerance, msg=lambda text, k=k: f"tensor {k}: {text}"
+        )
+
+
+def snapshot(*optimizers):
+    """Copies of everything that belongs to optimizers: parameters, state, groups, settings."""
+    return [
+        (
+            [p.detach().clone() for group in optimizer.param_groups for p in group["params"]],
+            [{k: copied(v) for k, v in s.items()} for s in optimizer.state_dict()["state"].values()],
+            [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups],
+            [len(group["params"]) for group in optimizer.param_groups],
+        )
+        for optimizer in optimizers
+    ]
+
+
+def copied(value):
+    return value.detach().clone() if isinstance(value, torch.Tensor) else value
+
+
+def assert_same(before, after):
+    """Two snapshots are the same to the last bit."""
+    for (params, states, *rest), (params_after, states_after, *rest_after) in zip(before, after, strict=True):
+        assert rest == rest_after
+        assert len(params) == len(params_after)
+        assert all(map(same_bits, params, params_after))
+        assert [list(state) for state in states] == [list(state) for state in states_after]
+        for state, state_after in zip(states, states_after):
+            assert all(map(same_bits, state.values(), state_after.values()))
+
+
+def same_bits(a, b):
+    """Equal dtypes, shapes and bit patterns, so that NaN and the sign of zero count; or equal objects."""
+    if not isinstance(a, torch.Tensor):
+        return a == b
+    if a.dtype != b.dtype or a.shape != b.shape:
+        return False
+    # Of complex and 0-dim tensors alike.
+    return torch.equal(*(x.detach().contiguous().reshape(-1).view(torch.uint8) for x in (a, b)))

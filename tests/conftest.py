@@ -1,0 +1,78 @@
+"""What all tests share: where they run, and memory that is NaN until somebody writes it.
+
+With a GPU the kernels run on it; without one, on CPU tensors in Triton's interpreter.
+"""
+
+import os
+
+import pytest
+import torch
+
+from fusedopt import backends
+
+GPU = torch.cuda.is_available()
+if not GPU:
+    # Read when a kernel is decorated, so before anything imports the kernels.
+    os.environ["TRITON_INTERPRET"] = "1"
+    if backends.triton_problem() is None:
+        import interpreter
+
+        from fusedopt import triton_backend
+
+        interpreter.repair()
+        # The interpreter runs one program after the other, at a millisecond each.
+        triton_backend.SLOTS = 4
+
+
+@pytest.fixture(scope="session")
+def device():
+    """Where the tensors of a test live."""
+    return torch.device("cuda" if GPU else "cpu")
+
+
+@pytest.fixture(params=["torch", "triton"])
+def backend(request, device):
+    """The ``backend`` argument of an optimizer: a test that asks for it runs with both."""
+    if request.param == "triton":
+        need_triton(device)
+    return request.param
+
+
+def need_triton(device):
+    """Skip a test where the kernels cannot run."""
+    try:
+        backends.backend(device, "triton")
+    except RuntimeError as problem:
+        pytest.skip(str(problem))
+
+
+@pytest.fixture(autouse=True, scope="session")
+def uninitialised_memory_is_nan():
+    """``torch.empty`` and its like return NaN, or the largest number of an integer type."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("empty", "empty_like", "empty_strided"):
+            patch.setattr(torch, name, poisoned(getattr(torch, name)))
+        for name in ("new_empty", "new_empty_strided"):
+            patch.setattr(torch.Tensor, name, poisoned(getattr(torch.Tensor, name)))
+        yield
+
+
+def poisoned(allocate):
+    """``allocate``, then the worst value all over the new memory, gaps between elements included."""
+
+    def wrapper(*args, **kwargs):
+        tensor = allocate(*args, **kwargs)
+        # torch's own switch for this (fill_uninitialized_memory) works in its deterministic mode only,
+        # which forbids operations and changes others. Subclasses and meta tensors have no memory.
+        if type(tensor) is torch.Tensor and tensor.layout is torch.strided and not tensor.is_meta:
+            elements = tensor.untyped_storage().nbytes() // tensor.itemsize
+            tensor.detach().as_strided((elements,), (1,), 0).fill_(worst(tensor.dtype))
+        return tensor
+
+    return wrapper
+
+
+def worst(dtype):
+    if dtype.is_floating_point or dtype.is_complex:
+        return float("nan")
+    return True if dtype is torch.bool else torch.iinfo(dtype).max

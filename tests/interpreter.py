@@ -1,0 +1,54 @@
+"""Repair of Triton's interpreter, which the kernel tests use where there is no GPU.
+
+As shipped (3.6 to 3.9), it truncates float32 -> bfloat16 instead of rounding to the nearest, and takes
+bfloat16 subnormals for garbage. Triton 3.6 moreover cannot use a tensor as a bound of ``range`` with numpy 2.4.
+"""
+
+import numpy as np
+import torch
+import triton.language as tl
+from triton.runtime import interpreter
+
+
+def convert(data: np.ndarray, source: tl.dtype, target: tl.dtype) -> np.ndarray:
+    """float32 values to the bits of bfloat16, or back: torch's conversion rounds as GPUs do."""
+    tensor = torch.from_numpy(np.ascontiguousarray(data))
+    if target == tl.bfloat16:
+        bits = tensor.to(torch.bfloat16).view(torch.uint16)
+    else:
+        bits = tensor.view(torch.bfloat16).to(torch.float32)
+    # ascontiguousarray makes scalars 1-dimensional.
+    return bits.numpy().reshape(data.shape)
+
+
+def repaired(cast):
+    """``cast(builder, source, type, ...)``, except between float32 and bfloat16."""
+
+    def wrapper(self, source, target_type, *args):
+        kinds = source.dtype.scalar, target_type.scalar
+        if kinds in ((tl.float32, tl.bfloat16), (tl.bfloat16, tl.float32)):
+            return interpreter.TensorHandle(convert(source.data, *kinds), kinds[1])
+        return cast(self, source, target_type, *args)
+
+    return wrapper
+
+
+def index(tensor) -> int:
+    """A kernel's scalar as a Python int; the interpreter holds it as an array of one element."""
+    return int(tensor.handle.data.item())
+
+
+def repair() -> None:
+    """Patch the interpreter of this process."""
+    builder = interpreter.InterpreterBuilder
+    # fp_ext, fp_trunc and the other casts look cast_impl up when they are called.
+    builder.cast_impl = repaired(builder.cast_impl)
+    builder.create_fp_to_fp = repaired(builder.create_fp_to_fp)
+
+    patch = interpreter._patch_lang_tensor
+
+    def patch_and_mend(tensor, scope):
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", index)
+
+    interpreter._patch_lang_tensor = patch_and_mend

@@ -1,0 +1,108 @@
+"""Imports run one way: kernels -> triton; fusedopt.<optimizer> -> optimizer -> engine -> what it is made of."""
+
+import ast
+import graphlib
+import sys
+from pathlib import Path
+
+import pytest
+
+import fusedopt
+
+ROOT = Path(fusedopt.__file__).parent.parent
+KERNELS = sorted((ROOT / "kernels").glob("*.py"))
+PACKAGE = sorted((ROOT / "fusedopt").glob("*.py"))
+OPTIMIZERS = {cls.__module__.removeprefix("fusedopt.") for cls in fusedopt.registry.values()}
+PROGRAM = {"__main__", "demo", "lessons"}
+"""What uses the package as anybody might."""
+
+
+def imports(path: Path, package: str) -> list[tuple[str, bool]]:
+    """Every module that a file imports, by its full name, and whether it does so when it is imported itself.
+    ``from package import name`` counts as ``package.name``, which may be a module or not."""
+    tree = ast.parse(path.read_text())
+    inner = {node for f in ast.walk(tree) if isinstance(f, ast.FunctionDef) for node in ast.walk(f)}
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found += [(alias.name, node not in inner) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level < 2, f"{path}: nothing lies above"
+            base = ".".join(filter(None, [package if node.level else "", node.module]))
+            found += [(f"{base}.{alias.name}", node not in inner) for alias in node.names]
+    return found
+
+
+def graph() -> dict[str, set[str]]:
+    """For each module of fusedopt, those that it imports when it is imported."""
+    names = {path.stem for path in PACKAGE}
+    edges = {}
+    for path in PACKAGE:
+        targets = (name.split(".") for name, at_once in imports(path, "fusedopt") if at_once)
+        edges[path.stem] = {parts[1] for parts in targets if parts[0] == "fusedopt" and parts[1] in names}
+    return edges
+
+
+def reachable(start: str, edges: dict[str, set[str]]) -> set[str]:
+    seen, todo = set(), [start]
+    while todo:
+        new = edges[todo.pop()] - seen
+        seen |= new
+        todo += new
+    return seen
+
+
+@pytest.mark.parametrize("path", KERNELS, ids=lambda path: path.name)
+def test_kernels_import_triton_and_nothing_else(path):
+    for name, _ in imports(path, "fusedopt.kernels"):
+        top = name.split(".")[0]
+        assert top == "triton" or top in sys.stdlib_module_names or name.startswith("fusedopt.kernels.")
+
+
+def test_only_the_triton_backend_knows_the_kernels():
+    users = {path.stem for path in PACKAGE for name, _ in imports(path, "fusedopt") if "kernels" in name.split(".")}
+    assert users == {"triton_backend"}
+
+
+def test_triton_is_imported_only_where_it_is_needed():
+    """A machine without Triton must be able to import the package."""
+    assert {
+        path.stem for path in PACKAGE for name, at_once in imports(path, "fusedopt") if at_once and "triton" in name
+    } == {"triton_backend"}
+    assert not {module for module, targets in graph().items() if "triton_backend" in targets}
+
+
+def test_imports_run_one_way():
+    edges = graph()
+    graphlib.TopologicalSorter(edges).prepare()  # raises CycleError, which names the cycle
+    assert all("optimizer" in edges[module] for module in OPTIMIZERS)
+    assert "engine" in edges["optimizer"]
+    below = {module: reachable(module, edges) for module in edges}
+    assert not below["optimizer"] & (OPTIMIZERS | PROGRAM)
+    for module in below["engine"] | {"triton_backend"} | below["triton_backend"]:
+        assert not below[module] & {"optimizer", "engine"}, module
+    assert not below["__init__"] & PROGRAM
+
+
+def test_imports_inside_functions_have_a_reason():
+    """The kernels, which not every machine can import; whatever else is late hides a cycle."""
+    late = {
+        (path.stem, name)
+        for path in PACKAGE
+        if path.stem not in PROGRAM
+        for name, at_once in imports(path, "fusedopt")
+        if not at_once
+    }
+    assert {name for _, name in late} <= {"triton", "fusedopt.triton_backend"}
+
+
+@pytest.mark.parametrize("path", [*KERNELS, *PACKAGE], ids=lambda path: f"{path.parent.name}/{path.name}")
+def test_nothing_imports_tests_or_benchmarks(path):
+    outside = {
+        "tests",
+        "bench",
+        "pytest",
+        *(p.stem for folder in ("tests", "bench") for p in (ROOT / folder).glob("*.py")),
+    }
+    for name, _ in imports(path, "fusedopt"):
+        assert name.split(".")[0] not in outside - {"fusedopt"}

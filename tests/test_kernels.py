@@ -1,0 +1,263 @@
+"""The kernels' numbers: every rule, in every chain and address, against its torch twin."""
+
+import inspect
+
+import numpy as np
+import pytest
+import torch
+from conftest import GPU, need_triton
+from rule_cases import (
+    ADDRESSES,
+    CASES,
+    CHAINS,
+    IN_TORCH,
+    assert_as_twin,
+    declared_rules,
+    kernel_rules,
+    optimizer,
+    parameters,
+    results,
+    same_bits,
+    set_gradients,
+    states,
+    tensors,
+    twin_step,
+)
+
+import fusedopt
+from fusedopt import kernels, torch_backend, triton_backend
+
+# numpy's, in the interpreter, where numbers overflow on purpose.
+pytestmark = pytest.mark.filterwarnings("ignore:(overflow|invalid value):RuntimeWarning:triton")
+
+
+@pytest.fixture(autouse=True)
+def triton_runs(device):
+    need_triton(device)
+
+
+def test_vocabularies_are_equal():
+    declared = declared_rules()
+    assert set(declared) == kernel_rules()
+    assert all(rule.twin.__name__ == name for name, rule in declared.items())
+    # What takes a value and the parameter is a stage.
+    in_kernels = {name for name, fn in vars(kernels.stages).items() if getattr(fn, "arg_names", ["", ""])[1:2] == ["p"]}
+    assert in_kernels == set(torch_backend.stages)
+    for name, twin in torch_backend.stages.items():
+        assert len(inspect.signature(twin).parameters) == len(getattr(kernels.stages, name).arg_names)
+
+
+def test_every_rule_has_a_case():
+    assert {case.split()[0] for case in CASES} == set(declared_rules())
+    for case in CASES:
+        made = optimizer(case, parameters([3], "cpu"), backend=None)
+        assert made.rule(made.param_groups[0]).name == case.split()[0]
+
+
+def test_every_optimizer_speaks_of_known_stages():
+    for cls in fusedopt.registry.values():
+        made = cls(parameters([3], "cpu"), lr=0.1)
+        update = made.update(made.param_groups[0], 1)
+        for stage in (*update.on_grad, *update.on_update):
+            assert stage.name in torch_backend.stages
+            # The value (or gradient) and the parameter come first.
+            assert len(stage.args) == len(stage.neutral) == len(getattr(kernels.stages, stage.name).arg_names) - 2
+
+
+# No chain knows the dtype, so all of them at once say as much in float64.
+@pytest.mark.parametrize(
+    ("chain", "dtype"), [(chain, torch.float32) for chain in CHAINS] + [("none", torch.float64), ("all", torch.float64)]
+)
+@pytest.mark.parametrize("address", ADDRESSES)
+@pytest.mark.parametrize("case", CASES)
+def test_one_step(case, address, chain, dtype, device):
+    # A remainder alone, and a full tile with one element in the next.
+    sizes = [(3, 3), 1025]
+    params = parameters(sizes, device, dtype)
+    made = optimizer(case, params, address, **CHAINS[chain])
+    # The first step of momentum is another than the second.
+    for t in (1, 2):
+        set_gradients(params, tensors(sizes, device, dtype, seed=t))
+        expected = twin_step(made, t)
+        made.step()
+        (executor,) = made._engine.executors
+        assert isinstance(executor, triton_backend.Executor)
+        assert executor.bucket.flat == (address == "flat")
+        assert_as_twin(made, expected)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_groups_and_step_counts_have_rows_of_their_own(case, device):
+    """Three groups, the last of which joins a step later: one launch, four rows."""
+    params = parameters([5, 1030, 9], device)
+    groups = [{"params": [p], "lr": lr, "weight_decay": w} for p, lr, w in zip(params, (0.1, 0.01, 0.3), (0, 0.1, 0))]
+    made = optimizer(case, groups)
+    set_gradients(params[:2], tensors([5, 1030], device, seed=1))
+    made.step()
+    set_gradients(params, tensors([5, 1030, 9], device, seed=2))
+    expected = twin_step(made, 2)[:2]
+    # As if the third were alone: it takes its first step.
+    expected += twin_step(made, 1)[2:]
+    made.step()
+    assert len(made._engine.executors) == 1
+    assert_as_twin(made, expected)
+
+
+@pytest.mark.parametrize("case", IN_TORCH)
+def test_fifty_steps_are_as_accurate_as_torch(case, device, monkeypatch):
+    """Many roundings add up, in torch too: compare the root mean square of both errors against float64.
+    1.05: the two differ by chance, each by 1 / sqrt(2 * 8192) = 0.8 %."""
+    size = 8192
+    if not GPU:
+        # One program instead of eight: the interpreter's time goes by programs.
+        monkeypatch.setattr(triton_backend, "BLOCK", size)
+    (start,) = tensors([size], device)
+    name, options = CASES[case]
+    options = {"lr": 0.01, "weight_decay": 0.01} | options
+
+    def trajectory(make, dtype, **more):
+        p = torch.nn.Parameter(start.to(dtype, copy=True))
+        made = make([p], **options, **more)
+        for t in range(50):
+            p.grad = tensors([size], device, seed=t)[0].to(dtype)
+            made.step()
+        return p.detach().double()
+
+    exact = trajectory(getattr(torch.optim, name), torch.float64)
+    theirs = (trajectory(getattr(torch.optim, name), torch.float32) - exact).square().mean().sqrt()
+    ours = (trajectory(fusedopt.registry[name], torch.float32, backend="triton") - exact).square().mean().sqrt()
+    assert ours <= 1.05 * theirs
+
+
+def test_float32_arithmetic_is_ieee(device):
+    """Bit for bit what numpy computes in the same order: no fused multiply-add, division and root correctly rounded."""
+    (p,) = params = parameters([4097], device)
+    made = optimizer("amsgrad", params, max_grad_value=(-1.0, 2.0), weight_decay=0.1, maximize=True, decoupled=True)
+    value = p.detach().cpu().numpy().copy()
+    m, v, largest = np.zeros((3, p.numel()), dtype=np.float32)
+    for t in (1, 2, 3):
+        (grad,) = grads = tensors([4097], device, seed=t, scale=3.0)
+        set_gradients(params, grads)
+        made.step()
+        hyper = made.update(made.param_groups[0], t)
+        lr, weight1, weight2, eps, correction1, correction2 = map(np.float32, (hyper.lr, *hyper.h))
+        g = -np.clip(grad.cpu().numpy(), np.float32(-1), np.float32(2))
+        m = m + weight1 * (g - m)
+        v = v + weight2 * (g * g - v)
+        largest = np.maximum(largest, v)
+        u = m * correction1 / (np.sqrt(largest) * correction2 + eps)
+        value = value - lr * (u + np.float32(0.1) * value)
+        for x, y in zip(results(made)[0], (value, m, v, largest)):
+            assert same_bits(x.cpu(), torch.from_numpy(y))
+
+
+@pytest.mark.parametrize("case", IN_TORCH)
+def test_overflow_and_nan_as_in_torch(case, device):
+    """An average of squares that once overflowed stays infinite, NaN stays NaN, and neighbours see nothing of it."""
+    nan, inf = float("nan"), float("inf")
+    steps = torch.tensor([[1e21, 1.0, 1.0, 0.5], [1.0, nan, inf, -1.0], [1.0, 1.0, 1.0, 2.0]], device=device)
+    name, options = CASES[case]
+    ours, theirs = (torch.nn.Parameter(torch.ones(4, device=device)) for _ in range(2))
+    made = optimizer(case, [ours], lr=0.01)
+    reference = getattr(torch.optim, name)([theirs], **{"lr": 0.01, "weight_decay": 0.0} | options)
+    for g in steps:
+        ours.grad, theirs.grad = g.clone(), g.clone()
+        made.step()
+        reference.step()
+    keys = made.rule(made.param_groups[0]).states
+    expected = [theirs.detach(), *(reference.state[theirs][key] for key in keys)]
+    for x, y in zip(results(made)[0], expected):
+        # Three steps' worth of the bound for one.
+        torch.testing.assert_close(x, y, rtol=3e-6, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("limit", [0.5, (-0.5, None), (None, 0.5)])
+def test_clip_value_propagates_nan(limit, device):
+    values = [float("nan"), float("inf"), -float("inf"), 0.1]
+    (p,) = params = [torch.nn.Parameter(torch.zeros(4, device=device))]
+    set_gradients(params, [torch.tensor(values, device=device)])
+    optimizer("sgd", params, lr=1.0, max_grad_value=limit).step()
+    low, high = limit if isinstance(limit, tuple) else (-limit, limit)
+    expected = -torch.tensor(values, device=device).clamp(low, high)
+    torch.testing.assert_close(p.detach(), expected, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_clip_factor_propagates_nan(bad, device):
+    """As torch.nn.utils.clip_grad_norm_: an infinite norm gives 0 and, where the gradient is infinite, NaN."""
+    ours, theirs = (torch.nn.Parameter(torch.ones(3, device=device)) for _ in range(2))
+    for p in (ours, theirs):
+        p.grad = torch.tensor([bad, 1.0, 2.0], device=device)
+    optimizer("sgd", [ours], lr=1.0, max_grad_norm=1.0).step()
+    torch.nn.utils.clip_grad_norm_([theirs], 1.0)
+    torch.optim.SGD([theirs], lr=1.0).step()
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=0, equal_nan=True)
+
+
+def rounded_once(x, dtype):
+    """float32 to the nearest 16-bit number, ties to even, by numpy alone."""
+    if dtype is torch.float16:
+        return torch.from_numpy(x.cpu().numpy().astype(np.float16))
+    patterns = x.cpu().numpy().view(np.uint32).astype(np.uint64)
+    upper = (patterns + 0x7FFF + (patterns >> np.uint64(16) & np.uint64(1))) >> np.uint64(16)
+    return torch.from_numpy(upper.astype(np.uint16)).view(torch.bfloat16)
+
+
+@pytest.mark.parametrize("address", ADDRESSES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+@pytest.mark.parametrize("case", CASES)
+def test_small_dtypes_compute_in_float32_and_round_once(case, dtype, address, device):
+    """Bit for bit what the same step in float32 gives, rounded at the end and nowhere before."""
+    sizes = [1033, 15]
+    chain = CHAINS["all"] | {"max_grad_norm": None}
+    narrow = [torch.nn.Parameter(p) for p in tensors(sizes, device, dtype)]
+    wide = [torch.nn.Parameter(p.detach().float()) for p in narrow]
+    ours, reference = optimizer(case, narrow, address, **chain), optimizer(case, wide, address, **chain)
+    for t in (1, 2):
+        grads = tensors(sizes, device, dtype, seed=t)
+        set_gradients(narrow, grads)
+        set_gradients(wide, [g.float() for g in grads])
+        ours.step()
+        reference.step()
+        for got, exact in zip(results(ours), results(reference)):
+            for x, y in zip(got, exact):
+                assert x.dtype == dtype
+                assert same_bits(x.cpu(), rounded_once(y, dtype))
+        # Both go on from the same numbers.
+        for p, q in zip(narrow, wide):
+            for x, y in zip((p, *states(ours, p)), (q, *states(reference, q))):
+                y.data.copy_(x.data)
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case != "sgd"])
+def test_wide_states_of_small_parameters(case, device):
+    """States that were loaded in float32 stay float32: only the parameter is rounded."""
+    sizes = [1033, 15]
+    narrow = [torch.nn.Parameter(p) for p in tensors(sizes, device, torch.bfloat16)]
+    wide = [torch.nn.Parameter(p.detach().float()) for p in narrow]
+    ours, reference = optimizer(case, narrow), optimizer(case, wide)
+    grads = tensors(sizes, device, torch.bfloat16, seed=1)
+    set_gradients(wide, [g.float() for g in grads])
+    reference.step()
+    for p, q in zip(narrow, wide):
+        ours.state[p] = {key: torch.clone(value) for key, value in reference.state[q].items()}
+        q.data.copy_(p.data)
+    grads = tensors(sizes, device, torch.bfloat16, seed=2)
+    set_gradients(narrow, grads)
+    set_gradients(wide, [g.float() for g in grads])
+    ours.step()
+    reference.step()
+    for got, exact in zip(results(ours), results(reference)):
+        assert same_bits(got[0].cpu(), rounded_once(exact[0], torch.bfloat16))
+        assert all(same_bits(x, y) for x, y in zip(got[1:], exact[1:]))
+
+
+def test_gradients_may_have_another_dtype(device):
+    """float32 gradients of bfloat16 parameters (FSDP, amp) are used as they are."""
+    (p,) = narrow = [torch.nn.Parameter(p) for p in tensors([1033], device, torch.bfloat16)]
+    (q,) = wide = [torch.nn.Parameter(p.detach().float())]
+    p.grad_dtype = None
+    for params in (narrow, wide):
+        set_gradients(params, tensors([1033], device, seed=1))
+        optimizer("adam", params).step()
+    assert same_bits(p.detach().cpu(), rounded_once(q.detach(), torch.bfloat16))
