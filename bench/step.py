@@ -62,9 +62,12 @@ class Row:
     rounds: int
 
 
-def steppers(model: str, variant: str, clip: bool, device: str) -> Iterator[tuple[str, Callable[[], None]]]:
+def steppers(
+    model: str, variant: str, clip: bool, device: str, only: str | None = None
+) -> Iterator[tuple[str, Callable[[], None]]]:
     """(name, one step) for torch's implementations and ours, each on tensors of its own. The gradients
-    are shared: nobody keeps them, and clipping them again changes nothing that costs time."""
+    are shared: nobody keeps them, and clipping them again changes nothing that costs time. ``only`` names
+    one of them."""
     name, options = VARIANTS[variant]
     groups = MODELS[model]
     grads = [[torch.randn(shape, device=device) * 1e-3 for shape in group] for group in groups]
@@ -79,6 +82,8 @@ def steppers(model: str, variant: str, clip: bool, device: str) -> Iterator[tupl
         return made
 
     for implementation in ("forloop", "foreach", "fused"):
+        if only not in (None, implementation):
+            continue
         choice = {"foreach": implementation == "foreach"}
         if implementation == "fused":
             choice = {"fused": True}
@@ -91,6 +96,8 @@ def steppers(model: str, variant: str, clip: bool, device: str) -> Iterator[tupl
         yield implementation, _torch_step(optimizer, everything, clip)
     norm = {"max_grad_norm": MAX_NORM} if clip else {}
     for setting in ("default", "flatten"):
+        if only not in (None, setting):
+            continue
         cls = getattr(fusedopt, name)
         yield setting, cls(parameters(), lr=1e-4, **options, **norm, flatten=setting == "flatten").step
 
@@ -136,13 +143,18 @@ def measure(model: str, variant: str, clip: bool, device: str, seconds: float) -
 
 def timed(step: Callable[[], None], device: str, repeats: int) -> float:
     """Seconds per step, the device's work included."""
-    synchronize = torch.cuda.synchronize if device == "cuda" else lambda: None
-    synchronize()
+    settle(device)
     start = time.perf_counter()
     for _ in range(repeats):
         step()
-    synchronize()
+    settle(device)
     return (time.perf_counter() - start) / repeats
+
+
+def settle(device: str) -> None:
+    """Wait for the device."""
+    if device == "cuda":
+        torch.cuda.synchronize()
 
 
 def surroundings(device: str) -> dict:

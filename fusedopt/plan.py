@@ -8,7 +8,7 @@ the ones that it was built from.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import compress
 from operator import attrgetter, is_, itemgetter
 from typing import Any
@@ -20,7 +20,7 @@ from .backends import Backend
 from .flat import Space, is_dense
 from .places import Place, adopt_states, flatten, has_shared_state, write
 from .rule import Rule
-from .survey import NotFusable, is_differentiable, survey
+from .survey import NotFusable, survey
 
 SMALL = 16384
 """Elements below which a CPU spends more on calling an operation than on the numbers."""
@@ -74,14 +74,12 @@ class Plan:
     def __init__(self, optimizer: Any, places: dict[Tensor, Place]):
         groups = optimizer.param_groups
         self.params = [p for group in groups for p in group["params"]]
-        self.groups = list(groups)
         self.group_sizes = [len(group["params"]) for group in groups]
-        self.rules = [optimizer.rule(group) for group in groups]
+        rules = [optimizer.rule(group) for group in groups]
         self.present = [p.grad is not None for p in self.params]
-        self.flatten = optimizer._settings.flatten
-        self.requested_backend = optimizer._settings.backend
+        self.settings = (optimizer._settings.flatten, optimizer._settings.backend)
 
-        newcomers = survey(optimizer, self.rules)
+        newcomers = survey(optimizer, rules)
         for stale in set(places).difference(self.params):
             del places[stale]
         self.buckets = [_settle(optimizer, key, entries, places) for key, entries in newcomers.items()]
@@ -95,7 +93,7 @@ class Plan:
         self.spaces = list({id(m.place.space): m.place.space for m in members}.values())
         self.steps = [space.buffers["step"] for space in self.spaces if "step" in space.buffers]
         self.stepped = [_stepped(space, members) for space in self.spaces if "step" in space.buffers]
-        self.states = list(optimizer.state.values())
+        self.identities = _identities(optimizer, rules)
         self.views = []
         for bucket in self.buckets:
             dicts = [optimizer.state[m.param] for m in bucket.members] if bucket.rule.states else []
@@ -113,20 +111,17 @@ class Plan:
     def holds(self, optimizer: Any, grads: Sequence[Tensor | None]) -> bool:
         """Whether the same plan serves this step. Runs at every step: about 0.4 us per parameter."""
         groups = optimizer.param_groups
+        settings = optimizer._settings
         return (
-            _same(groups, self.groups)
+            _same(_identities(optimizer, map(optimizer.rule, groups)), self.identities)
             and [len(group["params"]) for group in groups] == self.group_sizes
-            and _same([p for group in groups for p in group["params"]], self.params)
             and [g is not None for g in grads] == self.present
-            and optimizer._settings.flatten is self.flatten
-            and optimizer._settings.backend is self.requested_backend
-            and _same(list(map(optimizer.rule, groups)), self.rules)
+            and (settings.flatten, settings.backend) == self.settings
             and list(map(Tensor.data_ptr, self.active)) == self.addresses
             and list(map(Tensor.stride, self.active)) == self.strides
             and list(map(kind, compress(grads, self.present))) == self.grad_kinds
             and list(map(Tensor.numel, compress(grads, self.present))) == self.sizes
-            and not any(map(is_differentiable, groups))
-            and _same(list(optimizer.state.values()), self.states)
+            and not any([group.get("differentiable") for group in groups])
             and self._states_hold()
             and self.step_values == [steps.tolist() for steps in self.steps]
         )
@@ -147,6 +142,12 @@ class Plan:
         for steps, stepped in zip(self.steps, self.stepped):
             steps.add_(stepped, alpha=by)
         self.note_steps()
+
+
+def _identities(optimizer: Any, rules: Iterable[Rule]) -> list[Any]:
+    """Objects that must stay the same ones: groups, parameters, rules and the parameters' states."""
+    groups = optimizer.param_groups
+    return [*groups, *(p for group in groups for p in group["params"]), *rules, *optimizer.state.values()]
 
 
 def _same(a: list[Any], b: list[Any]) -> bool:

@@ -43,6 +43,11 @@ def survey(optimizer: Any, rules: list[Rule]) -> dict[tuple, list[tuple]]:
                 raise RuntimeError(f"the gradient of {where} is on {g.device}, the parameter on {p.device}")
             if g.shape != p.shape:
                 raise RuntimeError(f"the gradient of {where} has shape {tuple(g.shape)}")
+            if optimizer._settings.max_grad_norm is not None and getattr(p, "_fsdp_flattened", False):
+                raise RuntimeError(
+                    f"max_grad_norm={optimizer._settings.max_grad_norm} would clip by this rank's part of the norm, since "
+                    f"{where} is a shard of FullyShardedDataParallel; call model.clip_grad_norm_() before step() instead"
+                )
             state = optimizer.state.get(p, {})
             dtypes = {key: _state_dtype(p, state.get(key), key, where) for key in rule.states}
             taken = _steps_taken(optimizer, rule, state, where)
@@ -55,8 +60,8 @@ def survey(optimizer: Any, rules: list[Rule]) -> dict[tuple, list[tuple]]:
 def _not_fusable(p: Tensor, g: Tensor, group: dict[str, Any]) -> str | None:
     if is_differentiable(group):
         return "differentiable=True"
-    if group.get("capturable") and p.is_cpu:
-        return "capturable=True on a CPU"
+    if group.get("capturable"):
+        return "capturable=True"
     if g.layout is not torch.strided:
         return "a sparse gradient"
     if p.is_complex():

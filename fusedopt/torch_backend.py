@@ -51,6 +51,8 @@ class Run:
     """The gathered gradients that go with the first parameters."""
     direct: list[Member]
     """The members whose own gradients go with the other parameters."""
+    strides: list[tuple[int, ...]]
+    """Those parameters' strides."""
     blocks: list[list[tuple[Tensor, ...]]] = dataclasses.field(default_factory=list)
     """For each parameter, its blocks and its states' in the order of memory; empty with a fused kernel."""
     grads: list[Tensor] = dataclasses.field(default_factory=list)
@@ -93,7 +95,9 @@ class Executor:
 
     def _run(self, cohort: Cohort) -> Run:
         keys = self.bucket.rule.states
-        run = Run(cohort, [], [[] for _ in keys], [], [m for m in cohort.members if not m.place.packed])
+        direct = [m for m in cohort.members if not m.place.packed]
+        strides = [m.place.space.strides[m.place.index] for m in direct]
+        run = Run(cohort, [], [[] for _ in keys], [], direct, strides)
         for first, last in _neighbours([m for m in cohort.members if m.place.packed]):
             space = first.place.space
             part = slice(space.offsets[first.place.index], space.end(last.place.index))
@@ -116,7 +120,10 @@ class Executor:
         if self.positions:
             torch._foreach_copy_(self.scratch_views, [grads[i] for i in self.positions])
         for run in self.runs:
-            run.grads = run.gathered + [_like(grads[m.position], m) for m in run.direct]
+            direct = [grads[m.position] for m in run.direct]
+            if list(map(Tensor.stride, direct)) != run.strides:
+                direct = list(map(_with_strides, direct, run.strides))
+            run.grads = run.gathered + direct
 
     def release(self) -> None:
         """Forget the gradients: the next backward pass must not hold two sets of them."""
@@ -197,10 +204,9 @@ def _adjoin(a: Member, b: Member) -> bool:
     )
 
 
-def _like(g: Tensor, member: Member) -> Tensor:
+def _with_strides(g: Tensor, strides: tuple[int, ...]) -> Tensor:
     """The gradient in its parameter's layout: torch's fused kernels pair elements by memory, and are
     silently wrong where the two differ."""
-    strides = member.place.space.strides[member.place.index]
     if g.stride() == strides:
         return g
     return torch.empty_strided(g.shape, strides, dtype=g.dtype, device=g.device).copy_(g)

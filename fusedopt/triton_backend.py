@@ -129,6 +129,8 @@ class Executor:
         """Launch the update."""
         if self.tile_count == 0:
             return
+        if self.tiles.is_cuda and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError("step() in a CUDA graph needs capturable=True: its numbers would be frozen at capture")
         on_device = verdict.device is not None
         variants = skips.variants if on_device else 1
         updates = [update(cohort, skipped) for cohort in self.bucket.cohorts for skipped in range(variants)]

@@ -1,6 +1,7 @@
 """The numbers: textbook formulas in NumPy, torch.optim in float64, and the rounding of narrower dtypes."""
 
 from collections import defaultdict
+from copy import deepcopy
 
 import numpy as np
 import pytest
@@ -173,7 +174,7 @@ def test_textbook_formula(row, clip, objective, backend, device):
         gradient = (lambda x: curvature * x) if objective == "quadratic" else (lambda x, t=t: noise[t - 1])
         at = np.concatenate([p.detach().cpu().numpy() for p in params])
         for p, g in zip(params, np.split(gradient(at), [5])):
-            p.grad = torch.from_numpy(g).to(device)
+            p.grad = torch.from_numpy(g.copy()).to(device)  # clipping may write to it
         optimizer.step()
         theta = update(theta, lambda x, gradient=gradient: clipped(gradient(x)), t, memory)
         # As in Pair.check: float64's 1.1e-16, times a dozen operations and 50 steps.
@@ -214,7 +215,7 @@ def test_16_bit_parameters_are_computed_in_float32_and_rounded_once(name, option
         for p, q in zip(params, exact):
             q.grad = None if p.grad is None else p.grad.double()
         oracle = getattr(torch.optim, name)(exact, **options, foreach=False)
-        oracle.load_state_dict(optimizer.state_dict())
+        oracle.load_state_dict(deepcopy(optimizer.state_dict()))  # torch would share the step counts
         before = tensors(params, optimizer)
         optimizer.step()
         oracle.step()
