@@ -18,7 +18,8 @@ CLIP_EPSILON = 1e-6
 
 class Verdict(NamedTuple):
     """What one step does with its gradients. Either the host knows it, or ``device`` holds it as
-    float64 [norm, factor, skip, skipped steps so far] and nobody waits for it."""
+    float64 [norm, factor, skip, skipped steps so far] and nobody waits for it. ``norm`` is None where
+    no setting needs one, and NaN where only the device knows it."""
 
     norm: float | None = None
     factor: float = 1.0
@@ -100,9 +101,10 @@ class Skips:
         if self.device is None or not self.device.is_cuda:
             return
         copy = torch.empty(1, dtype=torch.float64, pin_memory=True)
-        copy.copy_(self.device[3:], non_blocking=True)
-        event = torch.cuda.Event()
-        event.record()
+        with torch.cuda.device(self.device.device):
+            copy.copy_(self.device[3:], non_blocking=True)
+            event = torch.cuda.Event()
+            event.record()
         self.unheard.append((event, copy))
 
     def resolve(self, wait: bool = False) -> int:

@@ -47,7 +47,6 @@ class Engine:
         self.plan = plan
 
     def _run(self, optimizer: Any) -> None:
-        self.plan.advance(-self.skips.resolve())
         loss_scale, found_inf = getattr(optimizer, "grad_scale", None), getattr(optimizer, "found_inf", None)
         self.verdict = clipping.judge(self.executors, optimizer._settings, loss_scale, found_inf, self.skips)
         if self.verdict.skip:
@@ -60,17 +59,22 @@ class Engine:
 
         for executor in self.executors:
             executor.step(update, self.verdict, self.skips)
+        self.plan.advance(1)
         if self.verdict.device is not None:
             self.skips.listen()
-        self.plan.advance(1)
+            self._hear(optimizer, wait=False)
 
     def settle(self, optimizer: Any) -> None:
         """Wait for what the device has not told yet, so that ``optimizer.state`` is exact."""
         if self.plan is not None:
-            skipped = self.skips.resolve(wait=True)
-            if skipped:
-                self.plan.advance(-skipped)
-                self._drop_unwritten(optimizer)
+            self._hear(optimizer, wait=True)
+
+    def _hear(self, optimizer: Any, wait: bool) -> None:
+        """Take back the steps that turned out to be skipped."""
+        skipped = self.skips.resolve(wait)
+        if skipped:
+            self.plan.advance(-skipped)
+            self._drop_unwritten(optimizer)
 
     def _drop_unwritten(self, optimizer: Any) -> None:
         """A momentum buffer exists only once it was written: its absence means the first step."""
@@ -88,10 +92,10 @@ class Engine:
         self.plan = None
 
     def grad_norm(self) -> Tensor | None:
-        if self.verdict.device is not None:
-            return self.verdict.device[0].to(self._norm_dtype())
         if self.verdict.norm is None:
             return None
+        if self.verdict.device is not None:
+            return self.verdict.device[0].to(self._norm_dtype(), copy=True)
         return torch.tensor(self.verdict.norm, dtype=self._norm_dtype())
 
     def _norm_dtype(self) -> torch.dtype:

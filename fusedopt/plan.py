@@ -90,6 +90,7 @@ class Plan:
         self.sizes = list(map(Tensor.numel, self.active))
         self.addresses = list(map(Tensor.data_ptr, self.active))
         self.strides = list(map(Tensor.stride, self.active))
+        self.dtypes = [p.dtype for p in self.active]
         self.spaces = list({id(m.place.space): m.place.space for m in members}.values())
         self.steps = [space.buffers["step"] for space in self.spaces if "step" in space.buffers]
         self.stepped = [_stepped(space, members) for space in self.spaces if "step" in space.buffers]
@@ -119,6 +120,7 @@ class Plan:
             and (settings.flatten, settings.backend) == self.settings
             and list(map(Tensor.data_ptr, self.active)) == self.addresses
             and list(map(Tensor.stride, self.active)) == self.strides
+            and list(map(attrgetter("dtype"), self.active)) == self.dtypes
             and list(map(kind, compress(grads, self.present))) == self.grad_kinds
             and list(map(Tensor.numel, compress(grads, self.present))) == self.sizes
             and not any([group.get("differentiable") for group in groups])

@@ -43,10 +43,11 @@ def survey(optimizer: Any, rules: list[Rule]) -> dict[tuple, list[tuple]]:
                 raise RuntimeError(f"the gradient of {where} is on {g.device}, the parameter on {p.device}")
             if g.shape != p.shape:
                 raise RuntimeError(f"the gradient of {where} has shape {tuple(g.shape)}")
-            if optimizer._settings.max_grad_norm is not None and getattr(p, "_fsdp_flattened", False):
+            max_norm = optimizer._settings.max_grad_norm
+            if max_norm is not None and getattr(p, "_fsdp_flattened", False):
                 raise RuntimeError(
-                    f"max_grad_norm={optimizer._settings.max_grad_norm} would clip by this rank's part of the norm, since "
-                    f"{where} is a shard of FullyShardedDataParallel; call model.clip_grad_norm_() before step() instead"
+                    f"max_grad_norm={max_norm} would clip by this rank's part of the norm: {where} is a shard of "
+                    "FullyShardedDataParallel; leave it away and call model.clip_grad_norm_() before step()"
                 )
             state = optimizer.state.get(p, {})
             dtypes = {key: _state_dtype(p, state.get(key), key, where) for key in rule.states}
@@ -97,5 +98,5 @@ def _steps_taken(optimizer: Any, rule: Rule, state: dict[str, Any], where: str) 
     step = state.get("step", 0)
     try:
         return int(step)
-    except (TypeError, ValueError, RuntimeError) as error:
+    except (TypeError, ValueError, OverflowError, RuntimeError) as error:
         raise RuntimeError(f"the state 'step' of {where} must be a number, got {step!r}") from error

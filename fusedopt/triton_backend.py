@@ -13,7 +13,9 @@ import numpy as np
 import torch
 import triton.language as tl
 from torch import Tensor
+from triton.runtime import driver
 
+from .backends import interpreting
 from .clipping import Skips, Verdict
 from .flat import is_dense
 from .kernels import address, norm, rounding, rules, stages
@@ -64,7 +66,7 @@ class Executor:
         self.roles = roles
         widest = max(dtype.itemsize for dtype in (bucket.dtype, bucket.grad_dtype, *dtypes))
         self.vector = 16 // widest
-        self.num_warps = BLOCK // (32 * self.vector)
+        self.num_warps, self.norm_warps = _warps(self.vector), _warps(16 // bucket.grad_dtype.itemsize)
 
         self.records = np.zeros((len(members), self.fields), dtype=np.int64)
         self.records[:, address.NUMEL.value] = sizes = [p.numel() for p in self.params]
@@ -84,6 +86,7 @@ class Executor:
         self.rows = Upload(bucket.device)
         self.chains: dict[tuple, tuple] = {}
         self.grads: list[Tensor] = []
+        self.slots: Tensor | None = None
 
     def take(self, grads: Sequence[Tensor | None]) -> None:
         """Take this step's gradients, in their parameters' layout, and tell the device where they are."""
@@ -100,6 +103,13 @@ class Executor:
     def release(self) -> None:
         """Forget the gradients: the next backward pass must not hold two sets of them."""
         self.grads = []
+
+    def workspace(self, buckets: int) -> tuple[Tensor, Tensor]:
+        """The norm's slots and ticket. Zeroed once: every step leaves the ticket at zero, and writes the same slots."""
+        if self.slots is None or len(self.slots) != buckets * SLOTS:
+            self.slots = torch.zeros(buckets * SLOTS, dtype=torch.float64, device=self.bucket.device)
+            self.ticket = torch.zeros(1, dtype=torch.int32, device=self.bucket.device)
+        return self.slots, self.ticket
 
     def norm(self) -> float:
         """The norm of the gradients, waited for: only for buckets on several devices or backends."""
@@ -122,7 +132,7 @@ class Executor:
             norm.sum_of_squares[(min(self.tile_count, SLOTS),)](
                 self.table.device_copy, self.tiles, self.tile_count, self.roles.grad, slots, first_slot, slots.numel(),
                 ticket, verdict, *_terms(settings, loss_scale, found_inf),
-                FIELDS=self.fields, BLOCK=BLOCK, SLOTS=SLOTS, num_warps=8,
+                FIELDS=self.fields, BLOCK=BLOCK, SLOTS=SLOTS, num_warps=self.norm_warps, enable_fp_fusion=False,
             )  # fmt: skip
 
     def step(self, update: Callable[..., Update], verdict: Verdict, skips: Skips) -> None:
@@ -190,15 +200,17 @@ def judge(
     device = executors[0].bucket.device
     verdict = skips.verdict(device)
     filled = [executor for executor in executors if executor.tile_count] if settings.needs_norm else []
-    slots = torch.zeros(max(len(filled), 1) * SLOTS, dtype=torch.float64, device=device)
-    ticket = torch.zeros(1, dtype=torch.int32, device=device)
+    slots, ticket = executors[-1].workspace(max(len(filled), 1))
     for i, executor in enumerate(filled):
         last = executor is filled[-1]
         executor.add_squares(slots, i * SLOTS, ticket if last else None, verdict, settings, loss_scale, found_inf)
     if not filled:
         with on(device):
-            norm.judge[(1,)](slots, slots.numel(), verdict, *_terms(settings, loss_scale, found_inf), SLOTS=SLOTS)
-    return Verdict(device=verdict)
+            norm.judge[(1,)](
+                slots, slots.numel(), verdict, *_terms(settings, loss_scale, found_inf),
+                SLOTS=SLOTS, enable_fp_fusion=False,
+            )  # fmt: skip
+    return Verdict(norm=math.nan if settings.needs_norm else None, device=verdict)
 
 
 def _terms(settings: Settings, loss_scale: Tensor | None, found_inf: Tensor | None) -> tuple:
@@ -223,6 +235,10 @@ class Upload:
         if not self.device_copy.is_cuda:
             self.device_copy.copy_(source)
             return
+        with on(self.device):
+            self._send_pinned(source)
+
+    def _send_pinned(self, source: Tensor) -> None:
         free = next((i for i, (_, event) in enumerate(self.pinned) if event.query()), None)
         if free is None:
             self.pinned.append((torch.empty_like(source, pin_memory=True), torch.cuda.Event()))
@@ -235,6 +251,12 @@ class Upload:
 
 def on(device: torch.device) -> contextlib.AbstractContextManager:
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
+def _warps(vector: int) -> int:
+    """How many warps share a tile, if each thread takes that many elements. AMD's have up to 64 threads."""
+    threads = 32 if interpreting() else driver.active.get_current_target().warp_size
+    return BLOCK // (threads * vector)
 
 
 def _role(field: int, dtype: torch.dtype) -> address.Role:

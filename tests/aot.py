@@ -1,17 +1,17 @@
 """Compile what the optimizers launch, for GPUs that are not there.
 
-A program of its own, since Triton's interpreter and compiler cannot live in one process::
+A program of its own, since Triton's interpreter and its compiler cannot live in one process::
 
-    python tests/aot.py sm_90 gfx942    # facts about every kernel, as JSON
-    python tests/aot.py launches        # how often 50 steps compile
+    python tests/aot.py sm_90:float32 gfx942:mixed launches
 
-Whole optimizer steps run on CPU tensors: planning, tables, Triton's binder and cache, its compiler and
-ptxas are the real ones, and only the launch does nothing.
+prints JSON: facts about every kernel for a target and dtypes, and how often 50 steps compile. Whole
+optimizer steps run on CPU tensors: planning, tables, Triton's binder and cache, its compiler and ptxas are
+the real ones, and only the launch does nothing.
 """
 
 import collections
+import itertools
 import json
-import os
 import re
 import subprocess
 import sys
@@ -25,6 +25,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from fusedopt import backends, kernels
+from fusedopt.clipping import Skips
 
 TARGETS = {
     "sm_75": GPUTarget("cuda", 75, 32),
@@ -46,17 +47,18 @@ KERNELS = kernels.step.step, kernels.norm.sum_of_squares, kernels.norm.judge
 
 
 class NoGPU:
-    """A driver whose GPU is ``target``: knows what can be compiled, and launches nothing."""
+    """A driver whose GPU is ``target``: knows for what to compile, and launches nothing."""
 
-    target = "sm_90"
-    compiled: list[str] = []
+    def __init__(self, target, label):
+        self.target = TARGETS[target]
+        # Triton's caches go by device: a label gives a test caches of its own.
+        self.device = f"{target} {label}"
 
     def get_current_target(self):
-        return TARGETS[self.target]
+        return self.target
 
     def get_current_device(self):
-        # Triton's caches go by device, so each target has its own.
-        return self.target
+        return self.device
 
     def get_current_stream(self, device):
         return 0
@@ -75,7 +77,7 @@ class NoGPU:
 
         @staticmethod
         def load_binary(name, binary, shared, device):
-            NoGPU.compiled.append(name)
+            # Module, function, registers, spills, largest number of threads.
             return None, None, 0, 0, 1024
 
     class launcher_cls:
@@ -85,77 +87,94 @@ class NoGPU:
         def __call__(self, *args):
             pass
 
+    def compiled(self):
+        """Every kernel that was compiled for this device so far."""
+        return [kernel for fn in KERNELS for kernel in fn.device_caches[self.device][0].values()]
 
-def compiled_for(target):
-    """Every kernel that was compiled for a target so far."""
-    return [kernel for fn in KERNELS for kernel in fn.device_caches[target][0].values()]
 
-
-def run_steps(case, address, dtype, **settings):
-    """Two steps of a model with aligned and misaligned tensors, tails and several groups."""
+def step_once(case, address, dtype, **settings):
+    """One step of a small model whose states have their own dtype."""
     param, state = DTYPES[dtype]
-    sizes = [5000, 33]
-    params = parameters(sizes, "cpu", param)
+    params = parameters([5000, 33], "cpu", param)
     made = optimizer(case, params, address, **settings)
-    if state is not param:
-        for p in params:
-            keys = made.rule(made.param_groups[0]).states
-            made.state[p] = {key: torch.zeros_like(p, dtype=state) for key in keys}
-            if keys and made.counts_steps:
-                made.state[p]["step"] = torch.tensor(1.0)
-    set_gradients(params, [torch.ones_like(p) for p in params])
+    for p in params:
+        p.grad = torch.ones_like(p)
+        for key in made.rule(made.param_groups[0]).states:
+            made.state[p] |= {key: torch.zeros_like(p, dtype=state), "step": torch.tensor(1.0)}
     made.step()
-    return made
 
 
-def facts(kernel, **labels):
-    """What the assembly says."""
+def all_facts(target, dtype):
+    """Facts about every rule x address with everything around it, and about the norm kernels."""
+    gpu = NoGPU(target, dtype)
+    driver.set_active(gpu)
+    everything = CHAINS["all"] | {"skip_nonfinite": True}
+    for address, case in itertools.product(ADDRESSES, CASES):
+        before = set(gpu.compiled())
+        step_once(case, address, dtype, **everything)
+        for kernel in set(gpu.compiled()) - before:
+            yield facts(kernel) | {"address": address, "dtype": dtype}
+
+
+def facts(kernel):
+    """What assembly and metadata say of a kernel."""
+    found = {"name": kernel.metadata.name, "shared": kernel.metadata.shared}
     assembly = kernel.asm["ptx"] if "ptx" in kernel.asm else kernel.asm["amdgcn"]
-    found = {"name": kernel.metadata.name, "shared": kernel.metadata.shared, **labels}
-    # Behind a predicate such as @%p1, and in front of its operands.
-    opcodes = re.findall(r"^\s+(?:@!?%\w+\s+)?([a-z][\w.:]*)\b", assembly, re.MULTILINE)
-    found["opcodes"] = collections.Counter(opcodes)
+    # Behind a predicate such as @%p1, and in front of the operands.
+    found["opcodes"] = collections.Counter(re.findall(r"^\s+(?:@!?%\w+\s+)?([a-z][\w.:]*)", assembly, re.MULTILINE))
     if "ptx" in kernel.asm:
-        found |= resources(kernel.asm["cubin"])
-    else:
-        numbers = {key: int(value) for key, value in re.findall(r"\.(\w+):\s+(\d+)\s*$", assembly, re.MULTILINE)}
-        found["registers"] = numbers["vgpr_count"]
-        found["stack"] = numbers["private_segment_fixed_size"]
-        found["spills"] = numbers["vgpr_spill_count"] + numbers["sgpr_spill_count"]
-    return found
+        return found | resources(kernel.asm["cubin"])
+    numbers = {key: int(value) for key, value in re.findall(r"\.(\w+):\s+(\d+)\s*$", assembly, re.MULTILINE)}
+    spills = numbers["vgpr_spill_count"] + numbers["sgpr_spill_count"]
+    return found | {"registers": numbers["vgpr_count"], "stack": numbers["private_segment_fixed_size"] + spills}
 
 
 def resources(cubin):
-    """Registers per thread and bytes of stack (which is where spills go), from ptxas' own books."""
+    """Registers per thread, and bytes of stack, which is where spilled ones go: from ptxas' own books."""
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
         text = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True)
-    (usage,) = re.findall(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", text.stdout + text.stderr)
-    registers, stack, local = map(int, usage)
-    return {"registers": registers, "stack": stack, "spills": local}
+    usage = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", text.stdout + text.stderr)
+    registers, stack, local = map(int, usage.groups())
+    return {"registers": registers, "stack": stack + local}
 
 
-def kernel_facts(target):
-    """Facts about every rule x address x dtype with everything around it, and about the norm kernel."""
-    NoGPU.target = target
-    everything = CHAINS["all"] | {"skip_nonfinite": True}
-    for dtype in DTYPES:
-        for address in ADDRESSES:
-            for case in CASES:
-                before = set(compiled_for(target))
-                run_steps(case, address, dtype, **everything)
-                for kernel in set(compiled_for(target)) - before:
-                    yield facts(kernel, target=target, case=case, address=address, dtype=dtype)
+def compiles(case, address):
+    """How often each kernel is compiled over 50 steps with every number changing, by two models."""
+    gpu = NoGPU("sm_90", f"{case} {address}")
+    driver.set_active(gpu)
+    for sizes in ([5000, 33, 1024], [16]):
+        params = parameters(sizes, "cpu")
+        settings = {"weight_decay": 0.1, "maximize": True, "skip_nonfinite": True}
+        made = optimizer(case, [{"params": [p]} for p in params], address, **settings)
+        for t in range(50):
+            set_gradients(params, [torch.ones(size) for size in sizes])
+            for i, group in enumerate(made.param_groups):
+                # Triton looks at integers, and 1 and multiples of 16 are special to it.
+                group["lr"] = (1, 0, 16, 0.5 / (t + 1), True)[(t + i) % 5]
+                group["weight_decay"] = (1, 16, 0.1 * (t + 1))[(t + i) % 3]
+            made.max_grad_norm = (1, 16, 0.3 * (t + 1))[t % 3]
+            made.max_grad_value = (-1 - t, 16)
+            # As if every second step had been skipped, and the host had not yet heard of some.
+            Skips.variants = 1 + t // 3
+            if t:
+                made._engine.skips.device[3] += t % 2
+            made.step()
+    return collections.Counter(kernel.metadata.name for kernel in gpu.compiled())
 
 
 def main(jobs):
-    assert os.environ.get("TRITON_INTERPRET") != "1"
-    driver.set_active(NoGPU())
-    # CPU tensors are taken for a GPU's.
-    backends.interpreting = lambda: True
-    print(json.dumps([fact for job in jobs for fact in kernel_facts(job)]))
+    # CPU tensors are taken for those of the GPU.
+    backends._device_problem = lambda device, requested: None
+    report = {"triton": triton.__version__}
+    for job in jobs:
+        if job == "launches":
+            report[job] = {f"{case}, {address}": compiles(case, address) for case in CASES for address in ADDRESSES}
+        else:
+            report[job] = list(all_facts(*job.split(":")))
+    print(json.dumps(report))
 
 
 if __name__ == "__main__":

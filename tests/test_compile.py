@@ -1,0 +1,183 @@
+"""What the compiler makes of the kernels, for five GPUs, without one.
+
+Every rule x address x dtype, exactly as the optimizers launch it (tests/aot.py), with the installed
+Triton and, where FUSEDOPT_OLD_TRITON names a folder with another, with that one too.
+"""
+
+import collections
+import json
+import os
+import re
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from rule_cases import ADDRESSES, CASES, declared_rules
+
+pytest.importorskip("triton")
+
+PROGRAM = Path(__file__).parent / "aot.py"
+OLD_TRITON = os.environ.get("FUSEDOPT_OLD_TRITON")
+NVIDIA = ["sm_75", "sm_80", "sm_90", "sm_100"]
+TARGETS = [*NVIDIA, "gfx942"]
+DTYPES = dict.fromkeys(TARGETS, ["float32", "bfloat16"])
+# The others differ in what they share with these: one GPU of each make will do.
+DTYPES |= dict.fromkeys(["sm_90", "gfx942"], ["float32", "bfloat16", "float64", "mixed"])
+
+MAX_REGISTERS = {"float32": 64, "mixed": 64, "float64": 64, "bfloat16": 80}
+"""Per thread. At 64 an SM holds 1024 threads, each with 16 bytes per tensor under way. Eight bfloat16 in float32 need
+more where a rule has two or three states (maxnreg=64 spills); at 80 an SM still holds 768 threads, hence at least
+16 * 4 * 768 = 49 KB under way, and 33 KB suffice to hide a microsecond at 4.3 TB/s."""
+
+
+def old_triton():
+    return pytest.param(
+        "old",
+        marks=pytest.mark.skipif(not OLD_TRITON, reason="FUSEDOPT_OLD_TRITON names no folder with another Triton"),
+    )
+
+
+@pytest.fixture(scope="module", params=["installed", old_triton()])
+def report(request):
+    """What the program says: facts by target, "launches" for the number of compiles, "triton" for its version."""
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    if request.param == "old":
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, [OLD_TRITON, environment.get("PYTHONPATH")]))
+
+    def run(jobs):
+        # -W error: what warns us would warn every user.
+        command = [sys.executable, "-W", "error", PROGRAM, *jobs]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-4000:]
+        return json.loads(done.stdout)
+
+    jobs = ["launches", *(f"{target}:{dtype}" for target in TARGETS for dtype in DTYPES[target])]
+    # One process per core, each with as much to do as the others.
+    workers = min(os.cpu_count(), len(jobs))
+    with ThreadPoolExecutor(workers) as pool:
+        parts = list(pool.map(run, [jobs[i::workers] for i in range(workers)]))
+    found = {key: value for part in parts for key, value in part.items()}
+    return found | {target: sum((found[f"{target}:{dtype}"] for dtype in DTYPES[target]), []) for target in TARGETS}
+
+
+def steps(report, target):
+    return [kernel for kernel in report[target] if kernel["name"].startswith("step_")]
+
+
+def norms(report, target):
+    return [kernel for kernel in report[target] if not kernel["name"].startswith("step_")]
+
+
+def label(kernel):
+    return f"{kernel['name']} {kernel['address']} {kernel['dtype']}"
+
+
+def count(kernel, pattern):
+    """How many instructions match, once for each time that they stand in the assembly."""
+    return sum(number for opcode, number in kernel["opcodes"].items() if re.fullmatch(pattern, opcode))
+
+
+def test_the_other_triton_is_another(report, request):
+    installed = subprocess.run(
+        [sys.executable, "-c", "import triton; print(triton.__version__)"], capture_output=True, text=True
+    ).stdout.strip()
+    is_old = "old" in request.node.callspec.params.values()
+    assert (report["triton"] != installed) == is_old
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_every_case_is_compiled_once(target, report):
+    """Two cases of one rule, such as momentum with and without Nesterov, share a kernel."""
+    found = collections.Counter(map(label, steps(report, target)))
+    assert found == {f"step_{name} {a} {d}": 1 for name in declared_rules() for a in ADDRESSES for d in DTYPES[target]}
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_memory_is_accessed_16_bytes_at_a_time(target, report):
+    """One load per tensor and one store per written tensor, for the vectors; mixed dtypes share one layout, in which
+    the narrower ones move 8 bytes. Rows, tables and remainders are scalar."""
+    for kernel in steps(report, target):
+        states = len(declared_rules()[kernel["name"].removeprefix("step_")].states)
+        mixed = kernel["dtype"] == "mixed" and states > 0
+        if target in NVIDIA:
+            wide = "v2.b64" if kernel["dtype"] == "float64" else "v4.b32"
+            load, store = (rf"{op}\.global\..*evict_first.*\.{wide}" for op in ("ld", "st"))
+            half = r"{}\.global\..*evict_first.*\.v2\.b32"
+            assert count(kernel, half.format("ld")) == 2 * mixed, label(kernel)
+            assert count(kernel, half.format("st")) == 1 * mixed, label(kernel)
+            assert count(kernel, load) == states + 2 * (not mixed), label(kernel)
+        else:
+            load, store = (rf"(global|buffer)_{op}_dwordx4" for op in ("load", "store"))
+            # AMD's compiler also joins loads of neighbouring numbers of the row.
+            assert count(kernel, load) >= states + 2 * (not mixed), label(kernel)
+        assert count(kernel, store) == states + (not mixed), label(kernel)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_registers_suffice(target, report):
+    for kernel in report[target]:
+        assert kernel["stack"] == 0, f"{label(kernel)} spills"
+        assert kernel["registers"] <= MAX_REGISTERS[kernel["dtype"]], f"{label(kernel)}: {kernel['registers']}"
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_steps_exchange_nothing_between_threads(target, report):
+    """Neither a reduction nor a change of layout between dtypes, which would go through shared memory."""
+    for kernel in steps(report, target):
+        assert kernel["shared"] == 0, label(kernel)
+        assert count(kernel, r"bar\.sync|s_barrier|shfl.*") == 0, label(kernel)
+
+
+@pytest.mark.parametrize("target", NVIDIA)
+def test_arithmetic_is_ieee(target, report):
+    """Division and root correctly rounded, no fused multiply-add: what the interpreter computes, bit for bit."""
+    for kernel in report[target]:
+        assert count(kernel, r"div\.full.*|.*\.approx.*|fma.*|mad\..*f(32|64)|.*\.ftz.*") == 0, label(kernel)
+    rooted = {"adagrad", "adam", "amsgrad", "rmsprop", "rmsprop_centered"}
+    for kernel in steps(report, target):
+        if kernel["name"].removeprefix("step_") in rooted:
+            kind = "f64" if kernel["dtype"] == "float64" else "f32"
+            assert count(kernel, rf"div\.rn\.{kind}") and count(kernel, rf"sqrt\.rn\.{kind}"), label(kernel)
+
+
+@pytest.mark.parametrize("target", NVIDIA)
+def test_min_and_max_propagate_nan(target, report):
+    """A GPU's plain min and max drop it. These kernels clip values and factors, so each has some."""
+    for kernel in report[target]:
+        assert count(kernel, r"(min|max)\.(NaN\.)?f(32|64)"), label(kernel)
+        # sm_75 and float64 have no such instruction, and test for NaN beside each.
+        plain = count(kernel, r"(min|max)\.f(32|64)")
+        assert plain <= count(kernel, r"setp\.(nan|num)\.f(32|64)"), label(kernel)
+        if target != "sm_75" and kernel["dtype"] != "float64" and kernel["name"].startswith("step_"):
+            assert plain == 0, label(kernel)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_norm_kernel(target, report):
+    """16-byte loads; and the last program to finish sees what all others have stored."""
+    kernels = norms(report, target)
+    assert {kernel["dtype"] for kernel in kernels} == set(DTYPES[target])
+    for kernel in kernels:
+        assert kernel["name"] == "sum_of_squares"
+        if target in NVIDIA:
+            assert count(kernel, r"ld\.global\.(v4\.b32|v2\.b64)") == 1, label(kernel)
+            assert count(kernel, r"atom\.global\.gpu\.acq_rel\.add\.u32") == 1
+            # Not from the first-level cache, which may hold older values.
+            assert count(kernel, r"ld\.global\.cg\.v2\.b64") >= 1
+            assert count(kernel, r"sqrt\.rn\.f64") == count(kernel, r"div\.rn\.f64") == 1
+        else:
+            assert count(kernel, r"(global|buffer)_load_dwordx4") >= 1, label(kernel)
+            # Write back before the ticket is taken, invalidate afterwards.
+            assert (
+                count(kernel, "buffer_wbl2") == count(kernel, "global_atomic_add") == count(kernel, "buffer_inv") == 1
+            )
+
+
+def test_numbers_never_recompile(report):
+    """50 steps in which every hyperparameter and step count changes, with three groups and then with one."""
+    assert len(report["launches"]) == len(CASES) * len(ADDRESSES)
+    for case, compiles in report["launches"].items():
+        rule = re.split("[ ,]", case)[0]
+        assert compiles == {f"step_{rule}": 1, "sum_of_squares": 1}, case
