@@ -41,6 +41,7 @@ class Space:
 
     def __init__(self, params: Sequence[Tensor], packed: int):
         self.device = params[0].device
+        self.dtype = params[0].dtype
         self.sizes = [p.size() for p in params]
         # States and copies follow the parameter's strides where these fill memory, as torch's do.
         self.strides = [p.stride() if is_dense(p) else torch.empty(p.size(), device="meta").stride() for p in params]

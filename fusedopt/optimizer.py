@@ -113,8 +113,15 @@ class FusedOptimizer(torch.optim.Optimizer):
             RuntimeError: before anything is changed, for gradients or states that do not fit their
                 parameters, and for settings that these parameters cannot honour.
         """
-        if torch.compiler.is_compiling():
-            return self._opaque_step(closure)
+        # Opaque to torch.compile: one graph break. The wrapper that does it costs microseconds, so an uncompiled
+        # step goes without.
+        return self._opaque_step(closure) if torch.compiler.is_compiling() else self._eager_step(closure)
+
+    @torch._disable_dynamo
+    def _opaque_step(self, closure: Any) -> Any:
+        return self._eager_step(closure)
+
+    def _eager_step(self, closure: Any) -> Any:
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -127,12 +134,6 @@ class FusedOptimizer(torch.optim.Optimizer):
                 reason = error
         self._torch_step(reason)
         return loss
-
-    @torch._disable_dynamo
-    def _opaque_step(self, closure: Any) -> Any:
-        """``step`` inside a compiled training step: one graph break. The wrapper costs microseconds, so
-        that an uncompiled step goes without."""
-        return inspect.unwrap(type(self).step)(self, closure)
 
     def _torch_step(self, reason: NotFusable) -> None:
         """torch's own step, for what no fused step can do."""

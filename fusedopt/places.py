@@ -28,6 +28,8 @@ class Place:
     views: dict[str, Tensor] = dataclasses.field(default_factory=dict)
     flattened: int | None = None
     """The address to which ``flatten`` moved the parameter, until somebody else moves it."""
+    owned: bool = False
+    """Whether the parameter's memory is an earlier place's, and so may be moved again."""
 
     def open(self, key: str, dtype: torch.dtype) -> Tensor:
         """A view of this parameter's part of the buffer ``key``, with storage of its own."""
@@ -38,12 +40,12 @@ class Place:
         self.views[key] = alias(space.view(key, self.index))
         return self.views[key]
 
-    def address(self, key: str) -> int:
-        return self.space.view(key, self.index).data_ptr()
+    def address(self, key: str) -> int | None:
+        return self.space.view(key, self.index).data_ptr() if key in self.space.buffers else None
 
     def fits(self, p: Tensor, dtypes: dict[str, torch.dtype], packed: bool) -> bool:
         space, i = self.space, self.index
-        if space.device != p.device or space.sizes[i] != p.size() or packed < self.packed:
+        if (space.device, space.dtype, space.sizes[i]) != (p.device, p.dtype, p.size()) or packed < self.packed:
             return False
         if is_dense(p):
             if space.strides[i] != p.stride():
@@ -70,7 +72,7 @@ def adopt_states(
     for key in keys:
         value = state.get(key)
         view = place.views.get(key)
-        if view is not None and value is view and view.data_ptr() == place.address(key):
+        if view is not None and value is view and place.address(key) in (None, view.data_ptr()):
             continue
         if isinstance(value, Tensor) and key != "step" and value.is_cpu and value.is_shared() and not place.packed:
             place.views[key] = value
@@ -97,7 +99,7 @@ def flatten(places: list[Place], params: list[Tensor], wanted: bool) -> bool:
     for p, place in zip(params, places):
         if place.flattened is not None and p.data_ptr() != place.flattened:
             place.flattened = None
-        elif wanted and place.flattened is None and "param" not in place.views and owns_memory(p):
+        elif wanted and place.flattened is None and "param" not in place.views and (place.owned or owns_memory(p)):
             view = place.open("param", p.dtype)
             view.copy_(p.detach())
             p.data = view

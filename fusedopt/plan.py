@@ -25,9 +25,6 @@ from .survey import NotFusable, survey
 SMALL = 16384
 """Elements below which a CPU spends more on calling an operation than on the numbers."""
 
-FEW_FUSED, FEW = 8, 2
-"""Fewer small tensors than this are not worth gathering, where torch has a fused kernel and elsewhere."""
-
 
 kind = attrgetter("dtype", "is_sparse")
 
@@ -169,14 +166,14 @@ def _settle(optimizer: Any, key: tuple, entries: list[tuple], places: dict[Tenso
     params = [p for p, *_ in entries]
     overlapping = _overlapping(params)
     if overlapping and (choice.name == "triton" or any(id(p) in overlapping and not is_dense(p) for p in params)):
-        raise NotFusable("parameters that share memory")
+        raise NotFusable("parameters that share memory, or whose elements lie between each other's")
     irregular = [choice.name == "torch" and not is_dense(p) for p in params]
     gathers = choice.name == "torch" and device.type == "cpu"
     small = [
         gathers and p.numel() < SMALL and id(p) not in overlapping and not has_shared_state(optimizer, p)
         for p in params
     ]
-    enough = sum(small) >= (FEW_FUSED if rule.fused else FEW)
+    enough = sum(small) >= rule.few
     packed = [a or (b and enough) for a, b in zip(irregular, small)]
 
     homeless = [
@@ -189,7 +186,9 @@ def _settle(optimizer: Any, key: tuple, entries: list[tuple], places: dict[Tenso
         homeless.sort(key=lambda pair: not pair[1])
         space = Space([entry[0] for entry, _ in homeless], packed=sum(pack for _, pack in homeless))
         for index, ((p, *_, dtypes), pack) in enumerate(homeless):
-            places[p] = Place(space, index, dict(dtypes), pack)
+            earlier = places.get(p)
+            owned = earlier is not None and earlier.flattened == p.data_ptr()
+            places[p] = Place(space, index, dict(dtypes), pack, owned=owned)
 
     flattened = flatten([places[p] for p in params], params, optimizer._settings.flatten)
     cohorts: dict[tuple[int, int], Cohort] = {}

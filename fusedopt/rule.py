@@ -25,6 +25,9 @@ class Rule(NamedTuple):
     None, divides the gradients."""
     fused_dtypes: frozenset = frozenset()
     """Parameter dtypes in which that kernel is right."""
+    few: int = 2
+    """Fewer small tensors than this are not worth gathering on a CPU. Where one call of a fused kernel serves
+    a whole list, gathering pays later than where each tensor takes several calls."""
 
 
 def step_tensors(t: int, params: Sequence[Tensor]) -> list[Tensor]:

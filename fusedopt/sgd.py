@@ -49,8 +49,8 @@ def fused(params, grads, states, t, group, scale):
 
 # torch's kernel leaves whole SIMD blocks of 16-bit parameters unchanged (torch issue 191763).
 DTYPES = frozenset((torch.float32, torch.float64))
-PLAIN = Rule("sgd", (), sgd, fused, DTYPES)
-MOMENTUM = Rule("momentum", ("momentum_buffer",), momentum, fused, DTYPES)
+PLAIN = Rule("sgd", (), sgd, fused, DTYPES, few=8)
+MOMENTUM = Rule("momentum", ("momentum_buffer",), momentum, fused, DTYPES, few=8)
 
 
 class SGD(FusedOptimizer, torch.optim.SGD):

@@ -12,16 +12,20 @@ from fusedopt import backends
 
 GPU = torch.cuda.is_available()
 if not GPU:
-    # Read when a kernel is decorated, so before anything imports the kernels.
+    # Read when a function is decorated, so before anything imports Triton.
     os.environ["TRITON_INTERPRET"] = "1"
-    if backends.triton_problem() is None:
-        import interpreter
 
-        from fusedopt import triton_backend
+if backends.triton_problem() is not None:
+    # They cannot even import the kernels.
+    collect_ignore_glob = ["test_kernel*.py", "test_compile.py"]
+elif not GPU:
+    import interpreter
 
-        interpreter.repair()
-        # The interpreter runs one program after the other, at a millisecond each.
-        triton_backend.SLOTS = 4
+    from fusedopt import triton_backend
+
+    interpreter.repair()
+    # The interpreter runs one program after the other, at a millisecond each.
+    triton_backend.SLOTS = 4
 
 
 @pytest.fixture(scope="session")
@@ -30,20 +34,21 @@ def device():
     return torch.device("cuda" if GPU else "cpu")
 
 
-@pytest.fixture(params=["torch", "triton"])
-def backend(request, device):
-    """The ``backend`` argument of an optimizer: a test that asks for it runs with both."""
-    if request.param == "triton":
-        need_triton(device)
-    return request.param
-
-
-def need_triton(device):
+@pytest.fixture(scope="session")
+def needs_triton(device):
     """Skip a test where the kernels cannot run."""
     try:
         backends.backend(device, "triton")
     except RuntimeError as problem:
         pytest.skip(str(problem))
+
+
+@pytest.fixture(params=["torch", "triton"])
+def backend(request):
+    """The ``backend`` argument of an optimizer: a test that asks for it runs with both."""
+    if request.param == "triton":
+        request.getfixturevalue("needs_triton")
+    return request.param
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -63,8 +68,9 @@ def poisoned(allocate):
     def wrapper(*args, **kwargs):
         tensor = allocate(*args, **kwargs)
         # torch's own switch for this (fill_uninitialized_memory) works in its deterministic mode only,
-        # which forbids operations and changes others. Subclasses and meta tensors have no memory.
-        if type(tensor) is torch.Tensor and tensor.layout is torch.strided and not tensor.is_meta:
+        # which forbids operations and changes others. Subclasses, meta tensors and traces have no memory.
+        plain = type(tensor) is torch.Tensor and tensor.layout is torch.strided and not tensor.is_meta
+        if plain and not torch.compiler.is_compiling():
             elements = tensor.untyped_storage().nbytes() // tensor.itemsize
             tensor.detach().as_strided((elements,), (1,), 0).fill_(worst(tensor.dtype))
         return tensor

@@ -6,13 +6,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from rule_cases import shipped_optimizers
 
-import fusedopt
-
-ROOT = Path(fusedopt.__file__).parent.parent
+ROOT = Path(__file__).parent.parent
 KERNELS = sorted((ROOT / "kernels").glob("*.py"))
 PACKAGE = sorted((ROOT / "fusedopt").glob("*.py"))
-OPTIMIZERS = {cls.__module__.removeprefix("fusedopt.") for cls in fusedopt.registry.values()}
+OPTIMIZERS = {cls.__module__.removeprefix("fusedopt.") for cls in shipped_optimizers()}
 PROGRAM = {"__main__", "demo", "lessons"}
 """What uses the package as anybody might."""
 

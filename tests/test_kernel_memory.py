@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from conftest import need_triton
 from rule_cases import (
     ADDRESSES,
     CASES,
@@ -20,13 +19,10 @@ from rule_cases import (
 
 from fusedopt import kernels
 
+pytestmark = pytest.mark.usefixtures("needs_triton")
+
 SIZES = [1, 2, 7, 8, 9, 255, 256, 257, 1023, 1024, 1025, 4097, 7777, (), 0, (0, 3), (3, 0), (1, 1)]
 """Around the vector (8), the granule of flat buffers (256), the tile (1024); several tiles; one and no element."""
-
-
-@pytest.fixture(autouse=True)
-def triton_runs(device):
-    need_triton(device)
 
 
 def spaces(made):
@@ -203,6 +199,14 @@ def test_autograd_sees_the_writes(address, device):
     for loss in losses:
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             loss.backward()
+
+
+def test_uninitialised_memory_is_nan(device):
+    """So that no test here passes by luck."""
+    like = torch.zeros(3, 4, device=device).t()
+    made = [torch.empty(5, device=device), torch.empty_like(like), torch.empty_strided((2, 2), (5, 1), device=device)]
+    assert all(x.isnan().all() for x in [*made, like.new_empty(3), torch.empty(3, dtype=torch.bfloat16, device=device)])
+    assert (torch.empty(3, dtype=torch.int64, device=device) > 1e18).all()
 
 
 def test_bits_tell_zeros_and_nans_apart(device):

@@ -1,11 +1,11 @@
 """The kernels' numbers: every rule, in every chain and address, against its torch twin."""
 
 import inspect
+import math
 
 import numpy as np
 import pytest
 import torch
-from conftest import GPU, need_triton
 from rule_cases import (
     ADDRESSES,
     CASES,
@@ -19,6 +19,7 @@ from rule_cases import (
     results,
     same_bits,
     set_gradients,
+    shipped_optimizers,
     states,
     tensors,
     twin_step,
@@ -27,13 +28,11 @@ from rule_cases import (
 import fusedopt
 from fusedopt import kernels, torch_backend, triton_backend
 
-# numpy's, in the interpreter, where numbers overflow on purpose.
-pytestmark = pytest.mark.filterwarnings("ignore:(overflow|invalid value):RuntimeWarning:triton")
-
-
-@pytest.fixture(autouse=True)
-def triton_runs(device):
-    need_triton(device)
+# The warnings are numpy's, in the interpreter, where numbers overflow on purpose.
+pytestmark = [
+    pytest.mark.usefixtures("needs_triton"),
+    pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning"),
+]
 
 
 def test_vocabularies_are_equal():
@@ -55,7 +54,7 @@ def test_every_rule_has_a_case():
 
 
 def test_every_optimizer_speaks_of_known_stages():
-    for cls in fusedopt.registry.values():
+    for cls in shipped_optimizers():
         made = cls(parameters([3], "cpu"), lr=0.1)
         update = made.update(made.param_groups[0], 1)
         for stage in (*update.on_grad, *update.on_update):
@@ -66,11 +65,12 @@ def test_every_optimizer_speaks_of_known_stages():
 
 # No chain knows the dtype, so all of them at once say as much in float64.
 @pytest.mark.parametrize(
-    ("chain", "dtype"), [(chain, torch.float32) for chain in CHAINS] + [("none", torch.float64), ("all", torch.float64)]
+    ("chain", "dtype"), [*((chain, "float32") for chain in CHAINS), ("none", "float64"), ("all", "float64")]
 )
 @pytest.mark.parametrize("address", ADDRESSES)
 @pytest.mark.parametrize("case", CASES)
 def test_one_step(case, address, chain, dtype, device):
+    dtype = getattr(torch, dtype)
     # A remainder alone, and a full tile with one element in the next.
     sizes = [(3, 3), 1025]
     params = parameters(sizes, device, dtype)
@@ -108,7 +108,7 @@ def test_fifty_steps_are_as_accurate_as_torch(case, device, monkeypatch):
     """Many roundings add up, in torch too: compare the root mean square of both errors against float64.
     1.05: the two differ by chance, each by 1 / sqrt(2 * 8192) = 0.8 %."""
     size = 8192
-    if not GPU:
+    if device.type == "cpu":
         # One program instead of eight: the interpreter's time goes by programs.
         monkeypatch.setattr(triton_backend, "BLOCK", size)
     (start,) = tensors([size], device)
@@ -154,8 +154,7 @@ def test_float32_arithmetic_is_ieee(device):
 @pytest.mark.parametrize("case", IN_TORCH)
 def test_overflow_and_nan_as_in_torch(case, device):
     """An average of squares that once overflowed stays infinite, NaN stays NaN, and neighbours see nothing of it."""
-    nan, inf = float("nan"), float("inf")
-    steps = torch.tensor([[1e21, 1.0, 1.0, 0.5], [1.0, nan, inf, -1.0], [1.0, 1.0, 1.0, 2.0]], device=device)
+    steps = torch.tensor([[1e21, 1.0, 1.0, 0.5], [1.0, math.nan, math.inf, -1.0], [1.0, 1.0, 1.0, 2.0]], device=device)
     name, options = CASES[case]
     ours, theirs = (torch.nn.Parameter(torch.ones(4, device=device)) for _ in range(2))
     made = optimizer(case, [ours], lr=0.01)
@@ -171,9 +170,23 @@ def test_overflow_and_nan_as_in_torch(case, device):
         torch.testing.assert_close(x, y, rtol=3e-6, atol=0, equal_nan=True)
 
 
+def test_what_a_group_does_not_use_changes_nothing(device):
+    """A stage that only another group needs runs for all, and 0 x inf is NaN."""
+    special = torch.tensor([math.inf, -math.inf, 1.0, -0.0], device=device)
+    params = [torch.nn.Parameter(special.clone()), torch.nn.Parameter(special.clone())]
+    set_gradients(params, [torch.tensor([1.0, 2.0, 3e38, -0.0], device=device) for _ in params])
+    groups = [{"params": [params[0]]}, {"params": [params[1]], "weight_decay": 0.5, "maximize": True}]
+    alone = [torch.nn.Parameter(special.clone())]
+    set_gradients(alone, [params[0].grad.clone()])
+    for decoupled in (False, True):
+        optimizer("sgd", groups, decoupled=decoupled).step()
+        optimizer("sgd", alone).step()
+        assert same_bits(params[0], alone[0])
+
+
 @pytest.mark.parametrize("limit", [0.5, (-0.5, None), (None, 0.5)])
 def test_clip_value_propagates_nan(limit, device):
-    values = [float("nan"), float("inf"), -float("inf"), 0.1]
+    values = [math.nan, math.inf, -math.inf, 0.1]
     (p,) = params = [torch.nn.Parameter(torch.zeros(4, device=device))]
     set_gradients(params, [torch.tensor(values, device=device)])
     optimizer("sgd", params, lr=1.0, max_grad_value=limit).step()
@@ -182,7 +195,7 @@ def test_clip_value_propagates_nan(limit, device):
     torch.testing.assert_close(p.detach(), expected, rtol=0, atol=0, equal_nan=True)
 
 
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_clip_factor_propagates_nan(bad, device):
     """As torch.nn.utils.clip_grad_norm_: an infinite norm gives 0 and, where the gradient is infinite, NaN."""
     ours, theirs = (torch.nn.Parameter(torch.ones(3, device=device)) for _ in range(2))
@@ -203,8 +216,21 @@ def rounded_once(x, dtype):
     return torch.from_numpy(upper.astype(np.uint16)).view(torch.bfloat16)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_rounding(dtype, device):
+    """To the nearest, ties to even: random numbers of every size, and numbers half way between two others."""
+    patterns = torch.randint(1, 0x7F800000, (2000,), generator=torch.Generator().manual_seed(0), dtype=torch.int32)
+    half_way = patterns & ~0xFFFF | 0x8000 if dtype is torch.bfloat16 else patterns & ~0x1FFF | 0x1000
+    values = torch.cat([patterns, half_way]).view(torch.float32).to(device)
+    p = torch.nn.Parameter(torch.zeros(values.shape, dtype=dtype, device=device))
+    p.grad_dtype = None
+    p.grad = -values
+    optimizer("sgd", [p], lr=1.0).step()
+    assert same_bits(p.detach().cpu(), rounded_once(values, dtype))
+
+
 @pytest.mark.parametrize("address", ADDRESSES)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("case", CASES)
 def test_small_dtypes_compute_in_float32_and_round_once(case, dtype, address, device):
     """Bit for bit what the same step in float32 gives, rounded at the end and nowhere before."""

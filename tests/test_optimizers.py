@@ -1,0 +1,359 @@
+"""The optimizer protocol: classes, groups, hooks, closures, schedulers and scalers behave as torch.optim's."""
+
+import inspect
+import warnings
+
+import pytest
+import torch
+from cases import LR, TENSOR_LR, Pair, clip, every_optimizer, give_gradients, model
+from torch.optim import lr_scheduler
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+
+import fusedopt
+
+
+@every_optimizer
+def test_class_is_a_subclass_of_torchs(name):
+    ours, theirs = fusedopt.registry[name], getattr(torch.optim, name)
+    optimizer = ours(model())
+    assert isinstance(optimizer, theirs)
+    assert ours.__name__ == theirs.__name__ == name
+    assert optimizer.defaults == theirs(model()).defaults
+    parameters, expected = (list(inspect.signature(cls).parameters.values()) for cls in (ours, theirs))
+    assert parameters[: len(expected)] == expected
+    added = parameters[len(expected) :]
+    assert [p.name for p in added] == ["max_grad_norm", "max_grad_value", "skip_nonfinite", "flatten", "backend"]
+    assert all(p.kind is p.KEYWORD_ONLY for p in added)
+
+
+def test_positional_arguments():
+    ours, theirs = (cls(model(), 0.1, 0.9, 0.0, 0.01, True) for cls in (fusedopt.SGD, torch.optim.SGD))
+    assert ours.defaults == theirs.defaults
+
+
+def test_subclasses_of_users_keep_their_signature_and_stay_out_of_the_registry():
+    before = dict(fusedopt.registry)
+
+    class Mine(fusedopt.Adam):
+        """My own."""
+
+        def __init__(self, params, size, power=2):
+            super().__init__(params, lr=size**power)
+
+    class Plain(fusedopt.SGD):
+        pass
+
+    assert fusedopt.registry == before
+    assert list(inspect.signature(Mine).parameters) == ["params", "size", "power"]
+    assert inspect.signature(Plain) == inspect.signature(fusedopt.SGD)
+    assert Mine(model(), 0.1).param_groups[0]["lr"] == 0.1**2
+    assert Mine.__doc__ == "My own."
+
+
+def test_groups_with_different_formulas(backend, device):
+    """Groups that need different states and rules: one bucket each."""
+    options = {
+        "SGD": [{}, {"momentum": 0.9}, {"momentum": 0.5, "nesterov": True}, {"momentum": 0.5, "dampening": 0.5}],
+        "RMSprop": [{}, {"centered": True}, {"momentum": 0.9}, {"momentum": 0.9, "centered": True}],
+        "Adam": [{}, {"amsgrad": True}, {"betas": (0.5, 0.5)}, {"maximize": True}],
+    }
+    for name, groups in options.items():
+        pair = Pair(name, {}, "small", device=device, groups=False, backend=backend, max_grad_norm=5.0)
+        for optimizer in (pair.opt, pair.oracle):
+            params = optimizer.param_groups.pop()["params"]
+            for k, group in enumerate(groups):
+                optimizer.add_param_group({"params": params[k::4], **group})
+        pair.step(4)
+        pair.check()
+
+
+@every_optimizer
+@pytest.mark.parametrize("flatten", [False, True])
+def test_add_param_group_in_mid_training(name, flatten, backend, device):
+    pair = Pair(name, None, "tiny", device=device, backend=backend, flatten=flatten)
+    pair.step(2)
+    for optimizer, params in ((pair.opt, pair.ours), (pair.oracle, pair.theirs)):
+        newcomers = model("tiny", device=device)
+        optimizer.add_param_group({"params": newcomers, "lr": 0.01})
+        params += newcomers
+    pair.step(3)
+    pair.check()
+
+
+@every_optimizer
+def test_groups_removed_reordered_emptied_and_replaced(name, device):
+    pair = Pair(name, device=device)
+    optimizers = (pair.opt, pair.oracle)
+    pair.step(2)
+    for optimizer in optimizers:
+        optimizer.param_groups.reverse()
+    pair.step()
+    pair.check()
+    for optimizer in optimizers:
+        # Objects of their own: the same numbers, and one that changes.
+        optimizer.param_groups = [dict(group) for group in optimizer.param_groups]
+        optimizer.param_groups[0]["lr"] = 0.5
+    pair.step()
+    pair.check()
+    removed = [optimizer.param_groups.pop() for optimizer in optimizers]
+    pair.step()
+    for optimizer, group in zip(optimizers, removed):
+        optimizer.param_groups.append(group)
+        optimizer.param_groups[0]["params"] = []
+    pair.step()
+    for ours, theirs in zip(pair.ours, pair.theirs):
+        # Same seeds, and a dozen roundings: Pair.check, whose state_dict cannot hold what stands in no group.
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+
+
+@every_optimizer
+def test_empty_groups(name, backend, device):
+    params = [model("tiny", device=device) for _ in range(2)]
+    for cls, its, extra in ((fusedopt.registry[name], params[0], {"backend": backend}), (None, params[1], {})):
+        optimizer = (cls or getattr(torch.optim, name))([{"params": []}, {"params": its}, {"params": []}], **extra)
+        give_gradients(its, 0)
+        optimizer.step()
+    for ours, theirs in zip(*params):
+        # One step in float64.
+        torch.testing.assert_close(ours, theirs, rtol=1e-14, atol=1e-14)
+
+
+def test_nothing_to_do(backend, device):
+    params = model("tiny", device=device)
+    optimizer = fusedopt.Adam(params, backend=backend, max_grad_norm=1.0, skip_nonfinite=True)
+    optimizer.step()
+    assert optimizer.grad_norm == 0
+    assert len(optimizer.state) == 0
+
+
+@every_optimizer
+def test_named_parameters(name):
+    module = torch.nn.Linear(3, 2)
+    optimizer = fusedopt.registry[name](module.named_parameters())
+    assert optimizer.param_groups[0]["param_names"] == ["weight", "bias"]
+    module(torch.ones(3)).sum().backward()
+    optimizer.step()
+    assert optimizer.state_dict()["param_groups"][0]["param_names"] == ["weight", "bias"]
+
+
+@pytest.mark.parametrize("sparse", [False, True], ids=["fused", "torch's own step"])
+@pytest.mark.parametrize("name", ["SGD", "Adagrad"])
+def test_hooks_run_once(name, sparse):
+    calls = []
+    embedding = torch.nn.Embedding(4, 3, sparse=sparse)
+    optimizer = fusedopt.registry[name](embedding.parameters())
+
+    def note(text):
+        return lambda *args: calls.append((text, args[0] is optimizer))
+
+    handles = [
+        optimizer.register_step_pre_hook(note("pre")),
+        optimizer.register_step_post_hook(note("post")),
+        register_optimizer_step_pre_hook(note("global pre")),
+        register_optimizer_step_post_hook(note("global post")),
+        optimizer.register_state_dict_pre_hook(note("save pre")),
+        optimizer.register_state_dict_post_hook(note("save post")),
+        optimizer.register_load_state_dict_pre_hook(note("load pre")),
+        optimizer.register_load_state_dict_post_hook(note("load post")),
+    ]
+    embedding(torch.tensor([0, 2])).sum().backward()
+    optimizer.step()
+    optimizer.load_state_dict(optimizer.state_dict())
+    for handle in handles:
+        handle.remove()
+    optimizer.step()
+    expected = ["global pre", "pre", "post", "global post", "save pre", "save post", "load pre", "load post"]
+    assert calls == [(text, True) for text in expected]
+
+
+def test_pre_hook_may_change_gradients_and_state(backend, device):
+    params = model("tiny", device=device)
+    optimizer = fusedopt.Adam(params, backend=backend)
+    give_gradients(params, 4)
+    optimizer.step()
+    before = [p.detach().clone() for p in params]
+
+    def hook(optimizer, args, kwargs):
+        for p in params:
+            p.grad = None
+
+    optimizer.register_step_pre_hook(hook)
+    give_gradients(params, 5)
+    optimizer.step()
+    assert all(map(torch.equal, params, before))
+
+
+@every_optimizer
+def test_closure(name, backend, device):
+    pair = Pair(name, None, "tiny", device=device, groups=False, backend=backend)
+
+    def closure_of(optimizer, params):
+        def closure():
+            assert torch.is_grad_enabled()
+            optimizer.zero_grad()
+            loss = sum((p * p).sum() for p in params)
+            loss.backward()
+            return loss
+
+        return closure
+
+    for _ in range(3):
+        loss = pair.opt.step(closure_of(pair.opt, pair.ours))
+        expected = pair.oracle.step(closure=closure_of(pair.oracle, pair.theirs))
+        # Sums of a hundred squares in float64.
+        torch.testing.assert_close(loss, expected, rtol=1e-13, atol=0)
+    pair.check()
+
+    def broken():
+        raise KeyError("of the user")
+
+    with pytest.raises(KeyError, match="of the user"):
+        pair.opt.step(broken)
+    pair.step(2)
+    pair.check()
+
+
+@every_optimizer
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_zero_grad(name, set_to_none):
+    pair = Pair(name)
+    pair.step(2)
+    kept = [p.grad for p in pair.ours]
+    for optimizer, params in ((pair.opt, pair.ours), (pair.oracle, pair.theirs)):
+        for p in params:
+            p.grad = None if p.grad is None else p.grad.clone()
+        optimizer.zero_grad(set_to_none=set_to_none)
+        optimizer.step()
+    # A gradient of zero still decays and counts; none leaves alone.
+    for p, g in zip(pair.ours, kept):
+        assert (p.grad is None) == (set_to_none or g is None)
+        assert p.grad is None or not p.grad.any()
+    pair.check()
+
+
+SCHEDULERS = {
+    "LambdaLR": lambda opt: lr_scheduler.LambdaLR(opt, lambda epoch: 0.9**epoch),
+    "OneCycleLR": lambda opt: lr_scheduler.OneCycleLR(opt, 0.1, total_steps=9, cycle_momentum=cycles(opt)),
+    "ReduceLROnPlateau": lambda opt: lr_scheduler.ReduceLROnPlateau(opt, patience=1, factor=0.3),
+}
+
+
+def cycles(optimizer):
+    return not isinstance(optimizer, torch.optim.Adagrad)  # which has no momentum to cycle
+
+
+@every_optimizer
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+@pytest.mark.parametrize("tensor", [False, True], ids=["float lr", "tensor lr"])
+def test_schedulers(name, scheduler, tensor, backend, device):
+    pair = Pair(name, None, "tiny", device=device, groups=False, backend=backend)
+    if tensor:
+        for optimizer in (pair.opt, pair.oracle):  # an object for each: schedulers write to it
+            optimizer.param_groups[0]["lr"] = TENSOR_LR.clone()
+    ours, theirs = SCHEDULERS[scheduler](pair.opt), SCHEDULERS[scheduler](pair.oracle)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # "lr_scheduler.step() before optimizer.step()", for one
+        for _ in range(6):
+            pair.step()
+            for each in (ours, theirs):
+                each.step(1.0) if scheduler == "ReduceLROnPlateau" else each.step()
+    assert ours.get_last_lr() == theirs.get_last_lr()
+    assert float(ours.get_last_lr()[0]) != LR
+    pair.check()
+
+
+@every_optimizer
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("settings", [{}, {"max_grad_norm": 3.0, "max_grad_value": 0.4}], ids=["plain", "clip"])
+def test_grad_scaler(name, fused, settings, backend, device):
+    """``fused=True``: the scaler leaves unscaling and the check to step(). The oracle never sees the bad steps."""
+    if fused and "fused" not in inspect.signature(getattr(torch.optim, name)).parameters:
+        pytest.skip("torch refuses fused=True")
+    if fused and name == "RMSprop":
+        pytest.skip("torch has no fused RMSprop")
+    pair = Pair(name, None, "tiny", device=device, backend=backend, **settings, **({"fused": True} if fused else {}))
+    # A power of two, which scaling divides out exactly.
+    scaler = torch.amp.GradScaler(device.type, init_scale=8.0, growth_interval=1000)
+    for number in range(6):
+        give_gradients(pair.ours, number, plain=True)
+        give_gradients(pair.theirs, number, plain=True)
+        scaler.scale(torch.zeros((), device=device))
+        for p in pair.ours:
+            if p.grad is not None:
+                p.grad *= scaler.get_scale()
+        bad = number in (0, 3)
+        if bad:
+            pair.ours[1].grad[0, 0] = float("inf")
+        scaler.step(pair.opt)
+        scaler.update()
+        if not bad:
+            clip(pair.theirs, pair.opt)
+            pair.oracle.step()
+    assert scaler.get_scale() == 2.0
+    pair.check()
+
+
+@every_optimizer
+def test_unscale_by_hand(name, device):
+    """scaler.unscale_, then torch's own clipping, then step: the usual loop."""
+    pair = Pair(name, None, "tiny", device=device)
+    scaler = torch.amp.GradScaler(device.type, init_scale=8.0, growth_interval=1000)
+    for number in range(4):
+        give_gradients(pair.ours, number, plain=True)
+        give_gradients(pair.theirs, number, plain=True)
+        scaler.scale(torch.zeros((), device=device))
+        for p in pair.ours:
+            if p.grad is not None:
+                p.grad *= 8
+        scaler.unscale_(pair.opt)
+        for params in (pair.ours, pair.theirs):
+            torch.nn.utils.clip_grad_norm_(params, 2.0, foreach=False)
+        scaler.step(pair.opt)
+        scaler.update()
+        pair.oracle.step()
+    pair.check()
+
+
+def test_compiled_training_step(device):
+    """One graph break at step(); ``backend="eager"`` traces as every backend does, and needs no C++ compiler."""
+    pair = Pair("Adam", None, "tiny", device=device, groups=False, max_grad_norm=2.0)
+
+    def loss_of(params):
+        return sum((p * p).sum() for p in params)
+
+    compiled_loss = torch.compile(loss_of, backend="eager")
+
+    @torch.compile(backend="eager")
+    def train(optimizer, params):
+        optimizer.zero_grad()
+        loss_of(params).backward()
+        optimizer.step()
+
+    for number in range(4):
+        for p in pair.theirs:
+            p.grad = None
+        loss_of(pair.theirs).backward()
+        clip(pair.theirs, pair.opt)
+        pair.oracle.step()
+        if number % 2:
+            train(pair.opt, pair.ours)
+        else:
+            pair.opt.zero_grad()
+            compiled_loss(pair.ours).backward()
+            pair.opt.step()
+    pair.check()
+
+
+def test_step_of_a_subclass_runs_once_when_compiled():
+    class Counting(fusedopt.SGD):
+        calls = 0
+
+        def step(self, closure=None):
+            self.calls += 1
+            return super().step(closure)
+
+    params = model("tiny")
+    optimizer = Counting(params, lr=0.1)
+    give_gradients(params, 5)
+    torch.compile(lambda: optimizer.step(), backend="eager")()
+    assert optimizer.calls == 1

@@ -1,0 +1,305 @@
+"""Parameters and gradients as users treat them: moved, tied, frozen, sparse, complex, kept or let go."""
+
+import math
+import weakref
+
+import pytest
+import torch
+from cases import LR, STATEFUL, Pair, close, every_optimizer, every_option, give_gradients, model, same_bits
+
+import fusedopt
+
+flat_or_not = pytest.mark.parametrize("flatten", [False, True], ids=["in place", "flatten"])
+
+
+def both(name, build, **settings):
+    """``build()`` twice, with an optimizer of ours on the one and torch's on the other."""
+    ours, theirs = build(), build()
+    return (
+        (ours, fusedopt.registry[name](ours.parameters(), lr=0.1, **settings)),
+        (theirs, getattr(torch.optim, name)(theirs.parameters(), lr=0.1, foreach=False)),
+    )
+
+
+@pytest.mark.parametrize("name", ["SGD", "Adagrad"])  # torch's other optimizers refuse sparse gradients
+def test_sparse_gradients(name):
+    def build():
+        torch.manual_seed(0)
+        return torch.nn.Sequential(torch.nn.Embedding(9, 4, sparse=True), torch.nn.Linear(4, 3)).double()
+
+    pairs = both(name, build)
+    for number in range(6):
+        for module, optimizer in pairs:
+            optimizer.zero_grad()
+            module(torch.tensor([number, 2, 5])).square().sum().backward()
+            if number in (2, 3):  # dense for once, then sparse again
+                module[0].weight.grad = module[0].weight.grad.to_dense()
+            optimizer.step()
+    # float64, and torch's own code where it is sparse.
+    close(pairs[0][0].parameters(), pairs[1][0].parameters(), 1e-12)
+
+
+@every_optimizer
+def test_refused_gradients_are_refused_as_by_torch(name):
+    if name in ("SGD", "Adagrad"):
+        return
+    pairs = both(name, lambda: torch.nn.Embedding(9, 4, sparse=True))
+    messages = []
+    for module, optimizer in pairs:
+        before = module.weight.detach().clone()
+        module(torch.tensor([1])).sum().backward()
+        with pytest.raises(RuntimeError) as error:
+            optimizer.step()
+        messages.append(str(error.value))
+        assert torch.equal(module.weight, before)
+    assert messages[0] == messages[1]
+
+
+@every_optimizer
+def test_complex_parameters(name, device):
+    params = [
+        [torch.nn.Parameter(p.detach() + 0.5j) for p in model("tiny", device=device)] + model("tiny", device=device)
+        for _ in range(2)
+    ]
+    options = {"lr": LR, **STATEFUL[name]}
+    ours = fusedopt.registry[name](params[0], **options)
+    theirs = getattr(torch.optim, name)(params[1], **options, foreach=False)
+    for number in range(4):
+        for its, optimizer in zip(params, (ours, theirs)):
+            give_gradients(its, number, plain=True)
+            optimizer.step()
+    close(*params, 1e-12)
+
+
+@every_optimizer
+def test_differentiable(name):
+    """The step as a function of the gradient: its derivative is torch's."""
+    results = []
+    for cls in (fusedopt.registry[name], getattr(torch.optim, name)):
+        start = torch.linspace(1, 2, 4, dtype=torch.float64, requires_grad=True)
+        gradient = torch.linspace(-1, 1, 4, dtype=torch.float64, requires_grad=True)
+        p = start.clone()
+        p.grad = gradient
+        optimizer = cls([p], lr=0.1, differentiable=True)
+        optimizer.step()
+        p.square().sum().backward()
+        results.append((p, start.grad, gradient.grad))
+    assert all(map(torch.equal, *results))
+    assert results[0][2].any()
+
+
+@every_optimizer
+@flat_or_not
+def test_data_replaced_between_steps(name, flatten, backend, device):
+    pair = Pair(name, None, "small", device=device, backend=backend, flatten=flatten)
+    changes = [
+        lambda p: p.clone(),
+        lambda p: p.t() if p.dim() == 2 and p.shape[0] == p.shape[1] else p,  # the same address
+        lambda p: p.contiguous(),
+        lambda p: p.t().contiguous().t() if p.dim() == 2 else p * 2,
+    ]
+    for optimizer, params in ((pair.opt, pair.ours), (pair.oracle, pair.theirs)):
+        square = torch.nn.Parameter(torch.ones(4, 4, dtype=torch.float64, device=device))
+        optimizer.add_param_group({"params": [square]})
+        params.append(square)
+    pair.step()
+    for change in changes:
+        for params in (pair.ours, pair.theirs):
+            for p in params:
+                p.data = change(p.data)
+        pair.step()
+        pair.check()
+    assert not any(p.grad is not None and p.grad.shape != p.shape for p in pair.ours)
+
+
+@pytest.mark.parametrize("count", [1, 12])
+def test_another_dtype_at_the_same_address(count, device):
+    """16 bits read as another format: nothing but the dtype tells."""
+    params = [torch.nn.Parameter(torch.ones(8, dtype=torch.float16, device=device)) for _ in range(count)]
+    optimizer = fusedopt.SGD(params, lr=0.5)
+    for dtype in (torch.float16, torch.bfloat16):
+        for p in params:
+            p.grad = None
+            p.data = p.data.view(dtype).fill_(1.0)
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+        assert all(p.dtype is dtype and (p == 0.5).all() for p in params)
+
+
+@every_optimizer
+@flat_or_not
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=["double", "bfloat16"])
+def test_module_converted_between_steps(name, flatten, dtype, device):
+    """``module.double()`` and ``module.bfloat16()`` keep the Parameters and replace their memory."""
+    single = Pair(name, {}, "small", torch.float32, device, flatten=flatten)
+    exact = Pair(name, {}, "small", torch.float64, device)
+    for pair in (single, exact):
+        pair.step(3)
+    for p in single.ours:
+        p.grad = None
+        p.data = p.data.to(dtype)
+    for number in range(3, 6):
+        give_gradients(single.ours, number)
+        single.opt.step()
+        exact.step()
+    assert all(p.dtype is dtype for p in single.ours)
+    # The states stay float32; bfloat16 rounds at 2^-9 of values below 4, four times.
+    close([p.double() for p in single.ours], exact.ours, 1e-5 if dtype is torch.float64 else 0.05)
+
+
+@flat_or_not
+@pytest.mark.parametrize("assign", [False, True])
+def test_module_loads_a_state_dict(flatten, assign):
+    def build():
+        torch.manual_seed(0)
+        return torch.nn.Sequential(*[torch.nn.Linear(5, 5) for _ in range(6)]).double()
+
+    pairs = both("Adam", build, flatten=flatten)
+    loaded = {key: value + 1 for key, value in build().state_dict().items()}
+    for module, optimizer in pairs:
+        for number in range(4):
+            if number == 2:
+                module.load_state_dict({key: value.clone() for key, value in loaded.items()}, assign=assign)
+            optimizer.zero_grad()
+            module(torch.ones(5, dtype=torch.float64)).sum().backward()
+            optimizer.step()
+    # With assign=True the module has Parameters that no optimizer knows, in torch as here.
+    close(pairs[0][0].parameters(), pairs[1][0].parameters(), 1e-12)
+    assert torch.equal(pairs[0][0][0].weight, loaded["0.weight"]) == assign
+
+
+@every_optimizer
+@flat_or_not
+def test_tied_parameters(name, flatten):
+    """One Parameter in two places of a model, and two Parameters over one memory."""
+
+    def build():
+        torch.manual_seed(0)
+        module = torch.nn.Sequential(*[torch.nn.Linear(5, 5) for _ in range(8)]).double()
+        module[1].weight = module[0].weight
+        module[3].weight.data = module[2].weight.data
+        return module
+
+    pairs = both(name, build, flatten=flatten)
+    for module, optimizer in pairs:
+        for _ in range(3):
+            optimizer.zero_grad()
+            module(torch.ones(5, dtype=torch.float64)).sum().backward()
+            optimizer.step()
+    module = pairs[0][0]
+    assert module[0].weight is module[1].weight
+    assert module[3].weight.data_ptr() == module[2].weight.data_ptr()
+    close(module.parameters(), pairs[1][0].parameters(), 1e-12)
+
+
+@every_optimizer
+def test_parameter_listed_twice(name):
+    """torch warns, and steps it twice."""
+    pair = []
+    for cls in (fusedopt.registry[name], getattr(torch.optim, name)):
+        params = model()
+        with pytest.warns(UserWarning, match="duplicate parameters"):
+            optimizer = cls([*params, params[1]], lr=LR)
+        for number in range(3):
+            give_gradients(params, number, plain=True)
+            optimizer.step()
+        pair.append(params)
+    close(*pair, 1e-12)
+
+
+@every_optimizer
+@flat_or_not
+def test_frozen_then_unfrozen(name, flatten, backend, device):
+    pair = Pair(name, None, "tiny", device=device, backend=backend, flatten=flatten)
+    optimizers = ((pair.opt, pair.ours), (pair.oracle, pair.theirs))
+    pair.step(2)
+    for optimizer, params in optimizers:
+        params[1].requires_grad_(False)
+        frozen = params[1].detach().clone()
+        for number in (2, 3):
+            give_gradients(params, number, plain=True)
+            params[1].grad = None
+            optimizer.step()
+        assert torch.equal(params[1], frozen)
+        params[1].requires_grad_(True)
+    pair.number = 4
+    pair.step(2)
+    pair.check()
+
+
+@every_optimizer
+def test_two_optimizers_over_the_same_parameters(name, backend, device):
+    pair = Pair(name, None, "tiny", device=device, groups=False, backend=backend)
+    others = fusedopt.SGD(pair.ours, lr=0.1, backend=backend), torch.optim.SGD(pair.theirs, lr=0.1, foreach=False)
+    for _ in range(3):
+        pair.step()
+        for optimizer in others:
+            optimizer.step()
+    pair.check()
+
+
+@every_option
+def test_gradients_are_left_alone_without_clipping(name, options, backend, device):
+    if backend == "triton" and device.type == "cpu" and options != {}:
+        return  # the interpreter is slow, and the kernels have no way to write to gradients
+    kinds = ["tiny"] if backend == "triton" else ["tiny", "small"]
+    for kind in kinds:
+        params = model(kind, torch.float32, device)
+        optimizer = fusedopt.registry[name](params, backend=backend, **options)
+        for number, bad in enumerate([0.0, -0.0, 1e-42, math.inf, math.nan]):
+            give_gradients(params, number, plain=True)
+            for p in params:
+                if p.grad is not None and p.grad.numel():
+                    p.grad.view(-1)[0] = bad
+            grads = [p.grad for p in params]
+            kept = [g if g is None else (g.clone(), g._version) for g in grads]
+            optimizer.step()
+            assert all(p.grad is g for p, g in zip(params, grads))
+            for g, copy in zip(grads, kept):
+                assert g is None or (same_bits(g, copy[0]) and g._version == copy[1])
+
+
+@every_optimizer
+@flat_or_not
+def test_autograd_sees_that_parameters_changed(name, flatten, backend, device):
+    params = model("small" if backend == "torch" else "tiny", device=device)
+    optimizer = fusedopt.registry[name](params, backend=backend, flatten=flatten)
+    for number in range(5, 8):
+        give_gradients(params, number)
+        versions = [p._version for p in params]
+        optimizer.step()
+        stepped = [p.grad is not None for p in params]
+        assert all(p._version > v for p, v, s in zip(params, versions, stepped) if s)
+    p = params[1]
+    loss = (p * p).sum()
+    give_gradients(params, 9)
+    optimizer.step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@every_optimizer
+@pytest.mark.parametrize("settings", [{}, {"max_grad_norm": 1.0, "max_grad_value": 0.1}], ids=["plain", "clip"])
+def test_no_gradient_is_kept(name, settings, backend, device):
+    params = model("small" if backend == "torch" else "tiny", device=device)
+    optimizer = fusedopt.registry[name](params, backend=backend, **settings)
+    for number in range(5, 7):
+        give_gradients(params, number)
+        optimizer.step()
+        grads = [weakref.ref(p.grad) for p in params if p.grad is not None]
+        for p in params:
+            p.grad = None
+        assert not any(g() is not None for g in grads)
+
+
+def test_adagrad_shares_its_memory(backend):
+    """``share_memory()``, for training in several processes, stays in force, before the first step and after."""
+    for steps in (0, 2):
+        pair = Pair("Adagrad", backend=backend, kind="small" if backend == "torch" else "tiny")
+        pair.step(steps)
+        pair.opt.share_memory()
+        shared = [pair.opt.state[p]["sum"] for p in pair.ours if p.numel() and p.is_contiguous()]
+        pair.step(3)
+        pair.check()
+        now = [pair.opt.state[p]["sum"] for p in pair.ours if p.numel() and p.is_contiguous()]
+        assert all(a is b and a.is_shared() for a, b in zip(shared, now))
