@@ -85,10 +85,15 @@ def adopt_states(
     return writes
 
 
-def write(writes: list[tuple[Tensor, Tensor | float]]) -> None:
-    """Fill views. A value may itself be one of the views, if states were exchanged: read all of those first."""
-    own = {view.data_ptr() for view, _ in writes}
-    writes = [(v, x.clone() if isinstance(x, Tensor) and x.data_ptr() in own else x) for v, x in writes]
+def write(optimizer: Any, writes: list[tuple[Tensor, Tensor | float]]) -> None:
+    """Fill views. Where states were exchanged, a value may be one of the views, and a view may still be the state
+    of another parameter: both are copied before anything is overwritten."""
+    views = {view.data_ptr(): view for view, _ in writes if view.numel()}
+    writes = [(v, x.clone() if isinstance(x, Tensor) and x.data_ptr() in views else x) for v, x in writes]
+    for state in optimizer.state.values() if any(isinstance(x, Tensor) for _, x in writes) else ():
+        for key, value in state.items() if isinstance(state, dict) else ():
+            if isinstance(value, Tensor) and value is not views.get(value.data_ptr(), value):
+                state[key] = value.clone()
     for view, value in writes:
         view.copy_(value) if isinstance(value, Tensor) else view.fill_(value)
 
@@ -111,7 +116,9 @@ def owns_memory(p: Tensor) -> bool:
     """Whether ``p`` is a plain dense tensor whose storage holds nothing else and is nobody else's."""
     if type(p) not in (Tensor, torch.nn.Parameter) or hasattr(p, "_fsdp_flattened") or not is_dense(p):
         return False
+    if p.is_cpu and p.is_shared():
+        return False
     storage = p.untyped_storage()
-    # Memory of NumPy, of a file, or shared between processes cannot be resized. Two uses: p and this handle.
+    # Memory of NumPy or of a file cannot be resized. Two uses: p and this handle.
     uses = torch._C._storage_Use_Count(storage._cdata)
     return storage.resizable() and storage.nbytes() == p.numel() * p.itemsize and uses == 2

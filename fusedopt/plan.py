@@ -200,7 +200,7 @@ def _settle(optimizer: Any, key: tuple, entries: list[tuple], places: dict[Tenso
         member = Member(p, position, cohort.number, place)
         cohort.members.append(member)
         members.append(member)
-    write(writes)
+    write(optimizer, writes)
     return Bucket(rule, device, dtype, grad_dtype, choice, flattened, list(cohorts.values()), members)
 
 

@@ -10,7 +10,6 @@ the real ones, and only the launch does nothing.
 """
 
 import collections
-import itertools
 import json
 import re
 import subprocess
@@ -93,11 +92,13 @@ class NoGPU:
         return [kernel for fn in KERNELS for kernel in fn.device_caches[self.device][0].values()]
 
 
-def step_once(case, address, dtype, **settings):
-    """One step of a small model whose states have their own dtype."""
+def step_once(case, address, dtype, scaler=False, **settings):
+    """One step of a small model whose states have their own dtype, with or without what a GradScaler attaches."""
     param, state = DTYPES[dtype]
     params = parameters([5000, 33], "cpu", param)
     made = optimizer(case, params, address, **settings)
+    if scaler:
+        made.grad_scale, made.found_inf = torch.ones(1), torch.zeros(1)
     for p in params:
         p.grad = torch.ones_like(p)
         for key in made.rule(made.param_groups[0]).states:
@@ -109,10 +110,13 @@ def all_facts(target, dtype):
     """Facts about every rule x address with everything around it, and about the norm kernels."""
     gpu = NoGPU(target, dtype)
     driver.set_active(gpu)
-    everything = CHAINS["all"] | {"skip_nonfinite": True}
-    for address, case in itertools.product(ADDRESSES, CASES):
+    clips, norm = CHAINS["all"] | {"max_grad_norm": None}, {"max_grad_norm": 1.0, "skip_nonfinite": True}
+    runs = [(case, address, clips | norm) for address in ADDRESSES for case in CASES]
+    # Unscaling by the norm kernel, and, where no norm is needed, by a kernel of its own.
+    runs += [("adam", "scattered", clips | settings | {"scaler": True}) for settings in (norm, {})]
+    for case, address, settings in runs:
         before = set(gpu.compiled())
-        step_once(case, address, dtype, **everything)
+        step_once(case, address, dtype, **settings)
         for kernel in set(gpu.compiled()) - before:
             yield facts(kernel) | {"address": address, "dtype": dtype}
 

@@ -68,8 +68,8 @@ def steps(report, target):
     return [kernel for kernel in report[target] if kernel["name"].startswith("step_")]
 
 
-def norms(report, target):
-    return [kernel for kernel in report[target] if not kernel["name"].startswith("step_")]
+def named(report, target, name):
+    return [kernel for kernel in report[target] if kernel["name"] == name]
 
 
 def label(kernel):
@@ -147,7 +147,7 @@ def test_arithmetic_is_ieee(target, report):
 @pytest.mark.parametrize("target", NVIDIA)
 def test_min_and_max_propagate_nan(target, report):
     """A GPU's plain min and max drop it. These kernels clip values and factors, so each has some."""
-    for kernel in report[target]:
+    for kernel in steps(report, target) + named(report, target, "sum_of_squares"):
         assert count(kernel, r"(min|max)\.(NaN\.)?f(32|64)"), label(kernel)
         # sm_75 and float64 have no such instruction, and test for NaN beside each.
         plain = count(kernel, r"(min|max)\.f(32|64)")
@@ -159,16 +159,17 @@ def test_min_and_max_propagate_nan(target, report):
 @pytest.mark.parametrize("target", TARGETS)
 def test_norm_kernel(target, report):
     """16-byte loads; and the last program to finish sees what all others have stored."""
-    kernels = norms(report, target)
-    assert {kernel["dtype"] for kernel in kernels} == set(DTYPES[target])
+    assert {kernel["dtype"] for kernel in named(report, target, "judge")} == set(DTYPES[target])
+    kernels = named(report, target, "sum_of_squares")
+    # With and without loss scale; the scattered addresses of more states make longer records.
+    assert len(kernels) > 2 * len(DTYPES[target])
     for kernel in kernels:
-        assert kernel["name"] == "sum_of_squares"
         if target in NVIDIA:
             assert count(kernel, r"ld\.global\.(v4\.b32|v2\.b64)") == 1, label(kernel)
             assert count(kernel, r"atom\.global\.gpu\.acq_rel\.add\.u32") == 1
             # Not from the first-level cache, which may hold older values.
             assert count(kernel, r"ld\.global\.cg\.v2\.b64") >= 1
-            assert count(kernel, r"sqrt\.rn\.f64") == count(kernel, r"div\.rn\.f64") == 1
+            assert count(kernel, r"sqrt\.rn\.f64") == 1
         else:
             assert count(kernel, r"(global|buffer)_load_dwordx4") >= 1, label(kernel)
             # Write back before the ticket is taken, invalidate afterwards.
