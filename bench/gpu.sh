@@ -7,12 +7,14 @@ out=${1:?usage: bash bench/gpu.sh OUT}
 mkdir -p "$out"
 out=$(cd "$out" && pwd)
 
-# A checkout that is not installed: put the package where "import fusedopt" finds it, kernels included.
+# A checkout that is not installed: run in a copy where "import fusedopt" finds the kernels.
+export FUSEDOPT_COMMIT=${FUSEDOPT_COMMIT:-$(git describe --always --dirty 2>/dev/null)}
 if ! python3 -c "import fusedopt.kernels" 2>/dev/null; then
-    site=$(mktemp -d)
-    cp -r fusedopt "$site/fusedopt"
-    cp -r kernels "$site/fusedopt/kernels"
-    export PYTHONPATH="$site${PYTHONPATH:+:$PYTHONPATH}"
+    copy=$(mktemp -d)
+    cp -r fusedopt kernels tests bench pyproject.toml "$copy"
+    cp -r kernels "$copy/fusedopt/kernels"
+    cd "$copy"
+    export PYTHONPATH="$copy"
 fi
 
 python3 -m fusedopt info | tee "$out/info.txt"

@@ -14,6 +14,7 @@ import csv
 import dataclasses
 import datetime
 import gc
+import os
 import pathlib
 import platform
 import statistics
@@ -164,10 +165,10 @@ def surroundings(device: str) -> dict:
         triton_version = triton.__version__
     except ImportError:
         triton_version = "none"
-    here = pathlib.Path(__file__).parent
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=here, capture_output=True, text=True, check=False
-    ).stdout.strip()
+    commit = os.environ.get("FUSEDOPT_COMMIT") or subprocess.run(
+        ["git", "describe", "--always", "--dirty"],
+        cwd=pathlib.Path(__file__).parent, capture_output=True, text=True, check=False,
+    ).stdout.strip()  # fmt: skip
     return {
         "date": datetime.date.today().isoformat(),
         "commit": commit,

@@ -25,8 +25,9 @@ class Engine:
         self.skips = clipping.Skips()
 
     def step(self, optimizer: Any) -> None:
-        grads = [p.grad for group in optimizer.param_groups for p in group["params"]]
-        if self.plan is None or not self.plan.holds(optimizer, grads):
+        params = [p for group in optimizer.param_groups for p in group["params"]]
+        grads = [p.grad for p in params]
+        if self.plan is None or not self.plan.holds(optimizer, params, grads):
             self._build(optimizer)
         if not self.executors:
             self.verdict = clipping.Verdict(norm=0.0) if optimizer._settings.needs_norm else clipping.UNJUDGED

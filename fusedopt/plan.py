@@ -8,7 +8,7 @@ the ones that it was built from.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from itertools import compress
 from operator import attrgetter, is_, itemgetter
 from typing import Any
@@ -26,7 +26,8 @@ SMALL = 16384
 """Elements below which a CPU spends more on calling an operation than on the numbers."""
 
 
-kind = attrgetter("dtype", "is_sparse")
+get_kind = attrgetter("dtype", "is_sparse")
+get_dtype = attrgetter("dtype")
 
 
 @dataclasses.dataclass(slots=True, eq=False)
@@ -74,7 +75,8 @@ class Plan:
         self.group_sizes = [len(group["params"]) for group in groups]
         rules = [optimizer.rule(group) for group in groups]
         self.present = [p.grad is not None for p in self.params]
-        self.settings = (optimizer._settings.flatten, optimizer._settings.backend)
+        self.flatten = optimizer._settings.flatten
+        self.requested_backend = optimizer._settings.backend
 
         newcomers = survey(optimizer, rules)
         for stale in set(places).difference(self.params):
@@ -83,7 +85,7 @@ class Plan:
 
         members = [member for bucket in self.buckets for member in bucket.members]
         self.active = list(compress(self.params, self.present))
-        self.grad_kinds = [kind(p.grad) for p in self.active]
+        self.grad_kinds = [get_kind(p.grad) for p in self.active]
         self.sizes = list(map(Tensor.numel, self.active))
         self.addresses = list(map(Tensor.data_ptr, self.active))
         self.strides = list(map(Tensor.stride, self.active))
@@ -91,7 +93,7 @@ class Plan:
         self.spaces = list({id(m.place.space): m.place.space for m in members}.values())
         self.steps = [space.buffers["step"] for space in self.spaces if "step" in space.buffers]
         self.stepped = [_stepped(space, members) for space in self.spaces if "step" in space.buffers]
-        self.identities = _identities(optimizer, rules)
+        self.identities = _identities(optimizer, self.params)
         self.views = []
         for bucket in self.buckets:
             dicts = [optimizer.state[m.param] for m in bucket.members] if bucket.rule.states else []
@@ -106,21 +108,23 @@ class Plan:
     def note_steps(self) -> None:
         self.step_values = [steps.tolist() for steps in self.steps]
 
-    def holds(self, optimizer: Any, grads: Sequence[Tensor | None]) -> bool:
+    def holds(self, optimizer: Any, params: list[Tensor], grads: list[Tensor | None]) -> bool:
         """Whether the same plan serves this step. Runs at every step: about 0.4 us per parameter."""
-        groups = optimizer.param_groups
+        if [g is not None for g in grads] != self.present:
+            return False
+        active = self.active
+        active_grads = grads if len(active) == len(grads) else list(compress(grads, self.present))
         settings = optimizer._settings
         return (
-            _same(_identities(optimizer, map(optimizer.rule, groups)), self.identities)
-            and [len(group["params"]) for group in groups] == self.group_sizes
-            and [g is not None for g in grads] == self.present
-            and (settings.flatten, settings.backend) == self.settings
-            and list(map(Tensor.data_ptr, self.active)) == self.addresses
-            and list(map(Tensor.stride, self.active)) == self.strides
-            and list(map(attrgetter("dtype"), self.active)) == self.dtypes
-            and list(map(kind, compress(grads, self.present))) == self.grad_kinds
-            and list(map(Tensor.numel, compress(grads, self.present))) == self.sizes
-            and not any([group.get("differentiable") for group in groups])
+            settings.flatten is self.flatten
+            and settings.backend is self.requested_backend
+            and _same(_identities(optimizer, params), self.identities)
+            and [len(group["params"]) for group in optimizer.param_groups] == self.group_sizes
+            and list(map(Tensor.data_ptr, active)) == self.addresses
+            and list(map(Tensor.stride, active)) == self.strides
+            and list(map(get_dtype, active)) == self.dtypes
+            and list(map(get_kind, active_grads)) == self.grad_kinds
+            and list(map(Tensor.numel, active_grads)) == self.sizes
             and self._states_hold()
             and self.step_values == [steps.tolist() for steps in self.steps]
         )
@@ -143,10 +147,11 @@ class Plan:
         self.note_steps()
 
 
-def _identities(optimizer: Any, rules: Iterable[Rule]) -> list[Any]:
-    """Objects that must stay the same ones: groups, parameters, rules and the parameters' states."""
+def _identities(optimizer: Any, params: list[Tensor]) -> list[Any]:
+    """Objects that must stay the same ones: groups and what they ask for, parameters, their states."""
     groups = optimizer.param_groups
-    return [*groups, *(p for group in groups for p in group["params"]), *rules, *optimizer.state.values()]
+    differentiable = [group.get("differentiable") for group in groups]
+    return [*groups, *map(optimizer.rule, groups), *differentiable, *params, *optimizer.state.values()]
 
 
 def _same(a: list[Any], b: list[Any]) -> bool:
