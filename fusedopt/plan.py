@@ -86,7 +86,7 @@ class Plan:
         members = [member for bucket in self.buckets for member in bucket.members]
         self.active = list(compress(self.params, self.present))
         self.grad_kinds = [get_kind(p.grad) for p in self.active]
-        self.sizes = list(map(Tensor.numel, self.active))
+        self.sizes = list(map(Tensor.size, self.active))
         self.addresses = list(map(Tensor.data_ptr, self.active))
         self.strides = list(map(Tensor.stride, self.active))
         self.dtypes = [p.dtype for p in self.active]
@@ -124,7 +124,7 @@ class Plan:
             and list(map(Tensor.stride, active)) == self.strides
             and list(map(get_dtype, active)) == self.dtypes
             and list(map(get_kind, active_grads)) == self.grad_kinds
-            and list(map(Tensor.numel, active_grads)) == self.sizes
+            and list(map(Tensor.size, active_grads)) == self.sizes
             and self._states_hold()
             and self.step_values == [steps.tolist() for steps in self.steps]
         )

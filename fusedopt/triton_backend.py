@@ -65,8 +65,7 @@ class Executor:
             self.address, self.fields = address.scattered, param + 1 + len(keys)
         self.roles = roles
         widest = max(dtype.itemsize for dtype in (bucket.dtype, bucket.grad_dtype, *dtypes))
-        self.vector = 16 // widest
-        self.num_warps, self.norm_warps = _warps(self.vector), _warps(16 // bucket.grad_dtype.itemsize)
+        self.num_warps, self.norm_warps = _warps(16 // widest), _warps(16 // bucket.grad_dtype.itemsize)
 
         self.records = np.zeros((len(members), self.fields), dtype=np.int64)
         self.records[:, address.NUMEL.value] = sizes = [p.numel() for p in self.params]
@@ -155,7 +154,7 @@ class Executor:
                 skips.known if on_device else 0, variants, self.roles, h, on_grad, on_update,
                 RULE=getattr(rules, self.bucket.rule.name), ADDRESS=self.address, ROUND=rounding.nearest,
                 COMPUTE=TYPES[self.compute_dtype], FIELDS=self.fields, WIDTH=rows.shape[1],
-                BLOCK=BLOCK, VECTOR=self.vector, num_warps=self.num_warps, enable_fp_fusion=False,
+                BLOCK=BLOCK, num_warps=self.num_warps, enable_fp_fusion=False,
             )  # fmt: skip
         for member, copy in self.copied:
             member.param.copy_(copy)

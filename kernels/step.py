@@ -36,7 +36,6 @@ def step(
     FIELDS: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
-    VECTOR: tl.constexpr,  # elements per thread
 ):
     program = tl.program_id(0).to(tl.int64)
     record = table + tl.load(tiles + 2 * program).to(tl.int64) * FIELDS
@@ -58,8 +57,7 @@ def step(
     vectors = tl.where(tl.load(record + IS_ALIGNED) != 0, valid // 8 * 8, 0)
     if vectors > 0:
         t = ADDRESS(record, roles, True)
-        # One layout for all dtypes, or mixed ones would be exchanged through shared memory.
-        lanes = tl.max_contiguous(tl.multiple_of(tl.arange(0, BLOCK), VECTOR), VECTOR)
+        lanes = tl.arange(0, BLOCK)
         mask = lanes < tl.multiple_of(vectors, 8)
         update(t, start + lanes, mask, row, factor, h, on_grad, on_update, RULE, ROUND, COMPUTE)
     if vectors < valid:

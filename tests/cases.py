@@ -124,15 +124,27 @@ every_option = pytest.mark.parametrize(
 )
 every_optimizer = pytest.mark.parametrize("name", NAMES)
 
+# In Triton's interpreter, a millisecond per program, these two stand for all where the subject is the plan and not the
+# formula: SGD keeps no step count and begins with a special step, RMSprop has three states.
+KERNEL_NAMES = NAMES if torch.cuda.is_available() else ["RMSprop", "SGD"]
+
+every_optimizer_and_backend = pytest.mark.parametrize(
+    ("name", "backend"),
+    [(name, "torch") for name in NAMES] + [(name, "triton") for name in KERNEL_NAMES],
+    indirect=["backend"],
+)
+
 
 def shapes(kind):
     """(shape, memory layout) of each parameter of a model.
 
-    "tiny": for the interpreter; "small": all layouts and enough small ones to be gathered; "large": also
-    more elements than are gathered, and than make one block; "line": enough for statistics.
+    "tiny": for the interpreter; "small": all layouts and enough small ones to be gathered; "direct": too large
+    to be gathered; "large": all of that, and more than one block; "line": enough for statistics.
     """
     if kind == "line":
         return [((4000,), "")]
+    if kind == "direct":
+        return [((), ""), ((130, 130), ""), ((150, 120), "transposed")]
     tiny = [((), ""), ((7, 5), ""), ((6, 4), "transposed"), ((0, 3), ""), ((5, 4), "gaps")]
     if kind == "tiny":
         return tiny
@@ -148,6 +160,13 @@ def shapes(kind):
         return small
     # A CPU gathers below 16384 elements, and takes 65536 at a time where torch has no fused kernel.
     return [*small, ((130, 130), ""), ((66_000,), ""), ((250, 100), "transposed"), ((16_400, 2), "gaps")]
+
+
+def kinds(backend, device):
+    """The models that differ in how a backend treats them; "tiny" alone for the interpreter."""
+    if backend == "triton":
+        return ("tiny",) if device.type == "cpu" else ("small",)
+    return ("small", "direct")
 
 
 def laid_out(values, layout):

@@ -5,7 +5,16 @@ import math
 
 import pytest
 import torch
-from cases import Pair, assert_same, clip_settings, every_optimizer, give_gradients, model, snapshot
+from cases import (
+    Pair,
+    assert_same,
+    clip_settings,
+    every_optimizer,
+    every_optimizer_and_backend,
+    give_gradients,
+    model,
+    snapshot,
+)
 
 import fusedopt
 
@@ -103,7 +112,7 @@ def test_parameters(name, kind):
     assert (type(error), str(error)) == (type(expected), str(expected))
 
 
-@every_optimizer
+@every_optimizer_and_backend
 def test_refused_groups_change_nothing(name, backend, device):
     pair = Pair(name, None, "tiny", device=device, backend=backend)
     pair.step(2)
@@ -273,7 +282,7 @@ BREAKAGES = [wrong_shape, wrong_numel, no_tensor, wrong_step, nan_step, meta_sta
 
 @pytest.mark.parametrize("breakage", BREAKAGES)
 @pytest.mark.parametrize("settings", ["none", "both"])
-@every_optimizer
+@every_optimizer_and_backend
 def test_a_step_that_fails_changes_nothing(name, breakage, settings, backend, device):
     """Neither parameters, states, counts nor gradients; and mended, training goes on as if nothing had been."""
     if name == "SGD" and breakage in (wrong_step, nan_step):

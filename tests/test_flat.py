@@ -8,7 +8,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from cases import Pair, close, every_optimizer, give_gradients, model, same_bits
+from cases import Pair, close, every_optimizer, every_optimizer_and_backend, give_gradients, kinds, model, same_bits
 
 import fusedopt
 
@@ -148,30 +148,32 @@ MOVES = {
 
 @pytest.mark.parametrize("move", MOVES)
 @pytest.mark.parametrize("keep", [True, False], ids=["flatten", "flatten switched off"])
-@every_optimizer
+@every_optimizer_and_backend
 def test_moved_parameters_are_let_go(name, move, keep, backend, device):
-    pair = Pair(name, None, "small" if backend == "torch" else "tiny", device=device, backend=backend, flatten=True)
-    pair.step(2)
-    pair.opt.flatten = keep
     some = slice(None, None, 2)
-    for params in (pair.ours, pair.theirs):
-        for p in params[some]:
-            p.data = MOVES[move](p.data)
-    addresses = [p.data_ptr() for p in pair.ours[some]]
-    pair.step(3)
-    pair.check()
-    if move == "another's" or (move == "shared" and device.type == "cpu"):
-        # Memory that others see; what owns its memory may be flattened anew.
-        assert [p.data_ptr() for p in pair.ours[some]] == addresses
-
-
-@every_optimizer
-def test_switched_on_and_off_in_mid_training(name, backend, device):
-    pair = Pair(name, None, "small" if backend == "torch" else "tiny", device=device, backend=backend)
-    for flatten in (False, True, False, True):
-        pair.opt.flatten = flatten
+    for kind in kinds(backend, device):
+        pair = Pair(name, None, kind, device=device, backend=backend, flatten=True)
         pair.step(2)
+        pair.opt.flatten = keep
+        for params in (pair.ours, pair.theirs):
+            for p in params[some]:
+                p.data = MOVES[move](p.data)
+        addresses = [p.data_ptr() for p in pair.ours[some]]
+        pair.step(3)
         pair.check()
+        if move == "another's" or (move == "shared" and device.type == "cpu"):
+            # Memory that others see; what owns its memory may be flattened anew.
+            assert [p.data_ptr() for p in pair.ours[some]] == addresses
+
+
+@every_optimizer_and_backend
+def test_switched_on_and_off_in_mid_training(name, backend, device):
+    for kind in kinds(backend, device):
+        pair = Pair(name, None, kind, device=device, backend=backend)
+        for flatten in (False, True, False, True):
+            pair.opt.flatten = flatten
+            pair.step(2)
+            pair.check()
 
 
 def test_switching_on_flattens_what_was_left_in_place(backend, device):

@@ -15,6 +15,7 @@ from cases import (
     Pair,
     clip_settings,
     every_optimizer,
+    every_optimizer_and_backend,
     every_option,
     give_gradients,
     model,
@@ -29,7 +30,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:(overflow|invalid value|divide):
 
 def scale_of(backend, device):
     """The model and the number of steps: Triton's interpreter takes a millisecond per program."""
-    return ("tiny", 5) if backend == "triton" and device.type == "cpu" else ("small", 50)
+    return ("tiny", 4) if backend == "triton" and device.type == "cpu" else ("small", 50)
 
 
 def test_every_optimizer_has_its_options():
@@ -54,7 +55,7 @@ def test_every_option_equals_torch_flat_and_clipped(name, options, backend, devi
     pair.check()
 
 
-@every_optimizer
+@every_optimizer_and_backend
 @pytest.mark.parametrize("flatten", [False, True])
 @pytest.mark.parametrize("clip", CLIPS)
 def test_clipping_equals_torch(name, clip, flatten, backend, device):
@@ -218,6 +219,8 @@ def rms_error(params, exact):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
 def test_16_bit_parameters_are_computed_in_float32_and_rounded_once(name, options, dtype, backend, device):
     """Each step against one step of torch.optim in float64 from the same 16-bit numbers."""
+    if backend == "triton" and device.type == "cpu" and options not in ({}, STATEFUL[name]):
+        return  # a millisecond per program; rounding does not depend on the other options
     kind, steps = scale_of(backend, device)[0], 3
     options = {"lr": LR, **options}
     params = model(kind, dtype, device)

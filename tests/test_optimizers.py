@@ -5,7 +5,7 @@ import warnings
 
 import pytest
 import torch
-from cases import LR, TENSOR_LR, Pair, clip, every_optimizer, give_gradients, model
+from cases import LR, TENSOR_LR, Pair, clip, every_optimizer, every_optimizer_and_backend, give_gradients, model
 from torch.optim import lr_scheduler
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
@@ -67,7 +67,7 @@ def test_groups_with_different_formulas(backend, device):
         pair.check()
 
 
-@every_optimizer
+@every_optimizer_and_backend
 @pytest.mark.parametrize("flatten", [False, True])
 def test_add_param_group_in_mid_training(name, flatten, backend, device):
     pair = Pair(name, None, "tiny", device=device, backend=backend, flatten=flatten)
@@ -106,7 +106,7 @@ def test_groups_removed_reordered_emptied_and_replaced(name, device):
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
 
 
-@every_optimizer
+@every_optimizer_and_backend
 def test_empty_groups(name, backend, device):
     params = [model("tiny", device=device) for _ in range(2)]
     for cls, its, extra in ((fusedopt.registry[name], params[0], {"backend": backend}), (None, params[1], {})):
@@ -183,7 +183,7 @@ def test_pre_hook_may_change_gradients_and_state(backend, device):
     assert all(map(torch.equal, params, before))
 
 
-@every_optimizer
+@every_optimizer_and_backend
 def test_closure(name, backend, device):
     pair = Pair(name, None, "tiny", device=device, groups=False, backend=backend)
 
@@ -242,7 +242,7 @@ def cycles(optimizer):
     return not isinstance(optimizer, torch.optim.Adagrad)  # which has no momentum to cycle
 
 
-@every_optimizer
+@every_optimizer_and_backend
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
 @pytest.mark.parametrize("tensor", [False, True], ids=["float lr", "tensor lr"])
 def test_schedulers(name, scheduler, tensor, backend, device):
@@ -262,7 +262,7 @@ def test_schedulers(name, scheduler, tensor, backend, device):
     pair.check()
 
 
-@every_optimizer
+@every_optimizer_and_backend
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("settings", [{}, {"max_grad_norm": 3.0, "max_grad_value": 0.4}], ids=["plain", "clip"])
 def test_grad_scaler(name, fused, settings, backend, device):

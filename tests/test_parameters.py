@@ -2,10 +2,23 @@
 
 import math
 import weakref
+from itertools import product
 
 import pytest
 import torch
-from cases import LR, STATEFUL, Pair, close, every_optimizer, every_option, give_gradients, model, same_bits
+from cases import (
+    LR,
+    STATEFUL,
+    Pair,
+    close,
+    every_optimizer,
+    every_optimizer_and_backend,
+    every_option,
+    give_gradients,
+    kinds,
+    model,
+    same_bits,
+)
 
 import fusedopt
 
@@ -88,28 +101,28 @@ def test_differentiable(name):
     assert results[0][2].any()
 
 
-@every_optimizer
+@every_optimizer_and_backend
 @flat_or_not
 def test_data_replaced_between_steps(name, flatten, backend, device):
-    pair = Pair(name, None, "small", device=device, backend=backend, flatten=flatten)
     changes = [
         lambda p: p.clone(),
         lambda p: p.t() if p.dim() == 2 and p.shape[0] == p.shape[1] else p,  # the same address
         lambda p: p.contiguous(),
         lambda p: p.t().contiguous().t() if p.dim() == 2 else p * 2,
     ]
-    for optimizer, params in ((pair.opt, pair.ours), (pair.oracle, pair.theirs)):
-        square = torch.nn.Parameter(torch.ones(4, 4, dtype=torch.float64, device=device))
-        optimizer.add_param_group({"params": [square]})
-        params.append(square)
-    pair.step()
-    for change in changes:
-        for params in (pair.ours, pair.theirs):
-            for p in params:
-                p.data = change(p.data)
+    for kind in kinds(backend, device):
+        pair = Pair(name, None, kind, device=device, backend=backend, flatten=flatten)
+        for optimizer, params in ((pair.opt, pair.ours), (pair.oracle, pair.theirs)):
+            square = torch.nn.Parameter(torch.ones(4, 4, dtype=torch.float64, device=device))
+            optimizer.add_param_group({"params": [square]})
+            params.append(square)
         pair.step()
-        pair.check()
-    assert not any(p.grad is not None and p.grad.shape != p.shape for p in pair.ours)
+        for change in changes:
+            for params in (pair.ours, pair.theirs):
+                for p in params:
+                    p.data = change(p.data)
+            pair.step()
+            pair.check()
 
 
 @pytest.mark.parametrize("count", [1, 12])
@@ -207,7 +220,7 @@ def test_parameter_listed_twice(name):
     close(*pair, 1e-12)
 
 
-@every_optimizer
+@every_optimizer_and_backend
 @flat_or_not
 def test_frozen_then_unfrozen(name, flatten, backend, device):
     pair = Pair(name, None, "tiny", device=device, backend=backend, flatten=flatten)
@@ -227,7 +240,7 @@ def test_frozen_then_unfrozen(name, flatten, backend, device):
     pair.check()
 
 
-@every_optimizer
+@every_optimizer_and_backend
 def test_two_optimizers_over_the_same_parameters(name, backend, device):
     pair = Pair(name, None, "tiny", device=device, groups=False, backend=backend)
     others = fusedopt.SGD(pair.ours, lr=0.1, backend=backend), torch.optim.SGD(pair.theirs, lr=0.1, foreach=False)
@@ -242,8 +255,7 @@ def test_two_optimizers_over_the_same_parameters(name, backend, device):
 def test_gradients_are_left_alone_without_clipping(name, options, backend, device):
     if backend == "triton" and device.type == "cpu" and options != {}:
         return  # the interpreter is slow, and the kernels have no way to write to gradients
-    kinds = ["tiny"] if backend == "triton" else ["tiny", "small"]
-    for kind in kinds:
+    for kind in kinds(backend, device):
         params = model(kind, torch.float32, device)
         optimizer = fusedopt.registry[name](params, backend=backend, **options)
         for number, bad in enumerate([0.0, -0.0, 1e-42, math.inf, math.nan]):
@@ -259,43 +271,45 @@ def test_gradients_are_left_alone_without_clipping(name, options, backend, devic
                 assert g is None or (same_bits(g, copy[0]) and g._version == copy[1])
 
 
-@every_optimizer
+@every_optimizer_and_backend
 @flat_or_not
 def test_autograd_sees_that_parameters_changed(name, flatten, backend, device):
-    params = model("small" if backend == "torch" else "tiny", device=device)
-    optimizer = fusedopt.registry[name](params, backend=backend, flatten=flatten)
-    for number in range(5, 8):
-        give_gradients(params, number)
-        versions = [p._version for p in params]
+    for kind in kinds(backend, device):
+        params = model(kind, device=device)
+        optimizer = fusedopt.registry[name](params, backend=backend, flatten=flatten)
+        for number in range(5, 8):
+            give_gradients(params, number)
+            versions = [p._version for p in params]
+            optimizer.step()
+            stepped = [p.grad is not None for p in params]
+            assert all(p._version > v for p, v, s in zip(params, versions, stepped) if s)
+        p = params[1]
+        loss = (p * p).sum()
+        give_gradients(params, 9)
         optimizer.step()
-        stepped = [p.grad is not None for p in params]
-        assert all(p._version > v for p, v, s in zip(params, versions, stepped) if s)
-    p = params[1]
-    loss = (p * p).sum()
-    give_gradients(params, 9)
-    optimizer.step()
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        loss.backward()
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
 
 
-@every_optimizer
+@every_optimizer_and_backend
 @pytest.mark.parametrize("settings", [{}, {"max_grad_norm": 1.0, "max_grad_value": 0.1}], ids=["plain", "clip"])
 def test_no_gradient_is_kept(name, settings, backend, device):
-    params = model("small" if backend == "torch" else "tiny", device=device)
-    optimizer = fusedopt.registry[name](params, backend=backend, **settings)
-    for number in range(5, 7):
-        give_gradients(params, number)
-        optimizer.step()
-        grads = [weakref.ref(p.grad) for p in params if p.grad is not None]
-        for p in params:
-            p.grad = None
-        assert not any(g() is not None for g in grads)
+    for kind in kinds(backend, device):
+        params = model(kind, device=device)
+        optimizer = fusedopt.registry[name](params, backend=backend, **settings)
+        for number in range(5, 7):
+            give_gradients(params, number)
+            optimizer.step()
+            grads = [weakref.ref(p.grad) for p in params if p.grad is not None]
+            for p in params:
+                p.grad = None
+            assert not any(g() is not None for g in grads)
 
 
-def test_adagrad_shares_its_memory(backend):
+def test_adagrad_shares_its_memory(backend, device):
     """``share_memory()``, for training in several processes, stays in force, before the first step and after."""
-    for steps in (0, 2):
-        pair = Pair("Adagrad", backend=backend, kind="small" if backend == "torch" else "tiny")
+    for steps, kind in product((0, 2), kinds(backend, device)):
+        pair = Pair("Adagrad", None, kind, backend=backend)
         pair.step(steps)
         pair.opt.share_memory()
         shared = [pair.opt.state[p]["sum"] for p in pair.ours if p.numel() and p.is_contiguous()]

@@ -14,7 +14,9 @@ from cases import (
     clip_settings,
     close,
     every_optimizer,
+    every_optimizer_and_backend,
     give_gradients,
+    kinds,
     model,
     snapshot,
 )
@@ -87,36 +89,36 @@ def test_norm_of_extreme_float64_gradients(device):
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf], ids=str)
 @pytest.mark.parametrize("flatten", [False, True], ids=["in place", "flatten"])
-@every_optimizer
+@every_optimizer_and_backend
 def test_nonfinite_steps_are_skipped(name, bad, flatten, backend, device):
     """All bits stay, states and counts included; the next step is that of an optimizer that never saw the bad one."""
     settings = {"backend": backend, "flatten": flatten, "skip_nonfinite": True, "max_grad_norm": 4.0}
-    kind = "small" if backend == "torch" else "tiny"
-    pair = Pair(name, None, kind, device=device, **settings)
-    undisturbed = Pair(name, None, kind, device=device, **settings)
-    skipped = 0
-    for number in range(6):
-        if number in (0, 3, 4):
-            before = snapshot(pair.opt)
-            give_gradients(pair.ours, number, plain=True)
-            pair.ours[1 if number else -1].grad.view(-1)[-1] = bad
-            pair.opt.step()
-            skipped += 1
-            after = snapshot(pair.opt)
-            # The bad gradient may be a parameter's first: its state may be there then, at its beginning.
-            newcomers = [after["states"].pop(k) for k in after["states"].keys() - before["states"].keys()]
-            assert all(state.get("step", 0) == 0 for state in newcomers)
-            assert name != "SGD" or not any(newcomers)
-            assert_same(before, after)
-            assert not math.isfinite(pair.opt.grad_norm)
+    for kind in kinds(backend, device):
+        pair = Pair(name, None, kind, device=device, **settings)
+        undisturbed = Pair(name, None, kind, device=device, **settings)
+        skipped = 0
+        for number in range(6):
+            if number in (0, 3, 4):
+                before = snapshot(pair.opt)
+                give_gradients(pair.ours, number, plain=True)
+                pair.ours[1 if number else -1].grad.view(-1)[-1] = bad
+                pair.opt.step()
+                skipped += 1
+                after = snapshot(pair.opt)
+                # The bad gradient may be a parameter's first: its state may be there then, at its beginning.
+                newcomers = [after["states"].pop(k) for k in after["states"].keys() - before["states"].keys()]
+                assert all(state.get("step", 0) == 0 for state in newcomers)
+                assert name != "SGD" or not any(newcomers)
+                assert_same(before, after)
+                assert not math.isfinite(pair.opt.grad_norm)
+            assert pair.opt.skipped_steps == skipped
+            pair.step()
+            undisturbed.step()
+            assert_same(snapshot(undisturbed.opt), snapshot(pair.opt))
+        pair.check()
+        count = pair.opt.skipped_steps
+        count.zero_()
         assert pair.opt.skipped_steps == skipped
-        pair.step()
-        undisturbed.step()
-        assert_same(snapshot(undisturbed.opt), snapshot(pair.opt))
-    pair.check()
-    count = pair.opt.skipped_steps
-    count.zero_()
-    assert pair.opt.skipped_steps == skipped
 
 
 def test_without_the_setting_nothing_is_skipped(backend, device):
@@ -130,7 +132,7 @@ def test_without_the_setting_nothing_is_skipped(backend, device):
 
 
 @pytest.mark.parametrize("after", ["load", "load other", "deepcopy", "edit", "switch backend"])
-@every_optimizer
+@every_optimizer_and_backend
 def test_skipped_step_and_then(name, after, backend, device):
     """What was skipped on the device is known before anything else touches the counts."""
     pair = Pair(name, None, "tiny", device=device, groups=False, backend=backend, skip_nonfinite=True)
@@ -155,7 +157,7 @@ def test_skipped_step_and_then(name, after, backend, device):
     pair.check()
 
 
-@every_optimizer
+@every_optimizer_and_backend
 def test_settings_change_between_steps(name, backend, device):
     pair = Pair(name, None, "tiny", device=device, backend=backend)
     for changes in (

@@ -6,7 +6,19 @@ import pickle
 
 import pytest
 import torch
-from cases import LR, STATEFUL, Pair, assert_same, close, every_optimizer, give_gradients, model, snapshot
+from cases import (
+    LR,
+    STATEFUL,
+    Pair,
+    assert_same,
+    close,
+    every_optimizer,
+    every_optimizer_and_backend,
+    give_gradients,
+    kinds,
+    model,
+    snapshot,
+)
 
 import fusedopt
 
@@ -36,7 +48,7 @@ def continuation(cls, source, params, options, **settings):
     return params, optimizer
 
 
-@every_optimizer
+@every_optimizer_and_backend
 @pytest.mark.parametrize("carrier", CARRIERS)
 @flat_or_not
 def test_checkpoints_go_both_ways_in_mid_training(name, carrier, flatten, backend, device):
@@ -62,7 +74,7 @@ def test_checkpoints_go_both_ways_in_mid_training(name, carrier, flatten, backen
             assert group["lr"] == group_expected["lr"]
 
 
-@every_optimizer
+@every_optimizer_and_backend
 @flat_or_not
 def test_loading_into_the_same_optimizer_goes_back(name, flatten, backend, device):
     pair = Pair(name, None, "tiny", device=device, groups=False, backend=backend, flatten=flatten)
@@ -82,7 +94,7 @@ def test_loading_into_the_same_optimizer_goes_back(name, flatten, backend, devic
     assert_same(first, snapshot(pair.opt))
 
 
-@every_optimizer
+@every_optimizer_and_backend
 @pytest.mark.parametrize("carry", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["deepcopy", "pickle"])
 @flat_or_not
 def test_copies_of_an_optimizer_go_on_by_themselves(name, carry, flatten, backend, device):
@@ -170,18 +182,18 @@ def edits(name):
 EDITS = ["zero", "fill one", "replace", "other strides", "replace .data", "swap", "share", "step", "step anew"]
 
 
-@every_optimizer
+@every_optimizer_and_backend
 @pytest.mark.parametrize("edit", EDITS)
 @flat_or_not
 def test_state_edited_from_outside(name, edit, flatten, backend, device):
     change = edits(name).get(edit)
     if change is None:
         return  # SGD counts no steps
-    for kind in ("tiny", "small") if backend == "torch" else ("tiny",):
+    for kind in kinds(backend, device):
         pair = Pair(name, None, kind, device=device, backend=backend, flatten=flatten)
         for optimizer, params in ((pair.opt, pair.ours), (pair.oracle, pair.theirs)):
             # A twin of the same shape, to swap with.
-            params.append(torch.nn.Parameter(torch.ones(7, 5, dtype=torch.float64, device=device)))
+            params.append(torch.nn.Parameter(torch.ones_like(params[1])))
             optimizer.add_param_group({"params": [params[-1]]})
         for _ in range(2):
             pair.step(2)
@@ -227,7 +239,7 @@ def test_old_checkpoints_with_a_number_for_a_step(name, device):
     pair.check()
 
 
-@every_optimizer
+@every_optimizer_and_backend
 def test_foreign_entries_in_state(name, backend, device):
     pair = Pair(name, None, "tiny", device=device, groups=False, backend=backend)
     pair.step(5)
@@ -240,7 +252,7 @@ def test_foreign_entries_in_state(name, backend, device):
     close(pair.ours, pair.theirs, 1e-12)
 
 
-@every_optimizer
+@every_optimizer_and_backend
 def test_failed_loading_changes_nothing(name, backend, device):
     pair = Pair(name, None, "tiny", device=device, backend=backend, max_grad_norm=3.0)
     pair.step(3)
