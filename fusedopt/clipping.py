@@ -63,7 +63,7 @@ def judge(
     skip = found_inf is not None and found_inf.item() != 0
     norm, factor = None, 1 / scale
     if settings.needs_norm:
-        norm = math.hypot(*(executor.norm() for executor in executors)) / scale
+        norm = hypot([executor.norm() for executor in executors]) / scale
         skip = skip or (settings.skip_nonfinite and not math.isfinite(norm))
     if settings.max_grad_norm is not None:
         coefficient = settings.max_grad_norm / (norm + CLIP_EPSILON)
@@ -71,6 +71,11 @@ def judge(
         factor *= 1.0 if coefficient > 1 else coefficient
     skips.count += skip
     return Verdict(norm, factor, skip)
+
+
+def hypot(norms: Sequence[float]) -> float:
+    """The norm of norms. NaN wins over inf, unlike in math.hypot: clipped by NaN, nothing looks healthy."""
+    return math.nan if any(map(math.isnan, norms)) else math.hypot(*norms)
 
 
 class Skips:

@@ -55,6 +55,7 @@ class Space:
                 self.packed_size = end
         self.size = -(-end // ALIGNMENT) * ALIGNMENT
         self.buffers: dict[str, Tensor] = {}
+        self.copies: dict[tuple[str, torch.dtype], Tensor] = {}
 
     def allocate(self, role: str, dtype: torch.dtype) -> None:
         """Step counts are one number per tensor, on the host as in torch; all else has the full layout."""
@@ -68,6 +69,12 @@ class Space:
         if role == "step":
             return self.buffers[role][index]
         return self.part_like(self.buffers[role], index)
+
+    def packed_copies(self, role: str, dtype: torch.dtype) -> Tensor:
+        """A buffer for copies of the packed tensors that one step works on."""
+        if (role, dtype) not in self.copies:
+            self.copies[role, dtype] = torch.zeros(self.packed_size, dtype=dtype, device=self.device)
+        return self.copies[role, dtype]
 
     def part_like(self, buffer: Tensor, index: int) -> Tensor:
         return buffer[self.offsets[index] :].as_strided(self.sizes[index], self.strides[index])

@@ -26,6 +26,10 @@ class Place:
     dtypes: dict[str, torch.dtype]
     packed: bool
     views: dict[str, Tensor] = dataclasses.field(default_factory=dict)
+    addresses: dict[str, int] = dataclasses.field(default_factory=dict)
+    """Where the views lay when they were made."""
+    parts: dict[tuple[str, torch.dtype], Tensor] = dataclasses.field(default_factory=dict)
+    """Views of the space's packed copies."""
     flattened: int | None = None
     """The address to which ``flatten`` moved the parameter, until somebody else moves it."""
     owned: bool = False
@@ -37,11 +41,23 @@ class Place:
         if key not in space.buffers:
             space.allocate(key, dtype)
         self.dtypes.setdefault(key, dtype)
-        self.views[key] = alias(space.view(key, self.index))
-        return self.views[key]
+        return self.keep(key, alias(space.view(key, self.index)))
 
-    def address(self, key: str) -> int | None:
-        return self.space.view(key, self.index).data_ptr() if key in self.space.buffers else None
+    def keep(self, key: str, view: Tensor) -> Tensor:
+        self.views[key] = view
+        self.addresses[key] = view.data_ptr()
+        return view
+
+    def holds(self, key: str, value: Any) -> bool:
+        """Whether ``value`` is this place's view, still where it was made."""
+        return value is not None and value is self.views.get(key) and value.data_ptr() == self.addresses[key]
+
+    def packed_copy(self, role: str, dtype: torch.dtype) -> Tensor:
+        part = self.parts.get((role, dtype))
+        if part is None:
+            part = self.space.part_like(self.space.packed_copies(role, dtype), self.index)
+            self.parts[role, dtype] = part
+        return part
 
     def fits(self, p: Tensor, dtypes: dict[str, torch.dtype], packed: bool) -> bool:
         space, i = self.space, self.index
@@ -55,9 +71,13 @@ class Place:
         return all(self.dtypes.get(key, dtype) == dtype for key, dtype in dtypes.items())
 
 
-def has_shared_state(optimizer: Any, p: Tensor) -> bool:
+def has_shared_state(optimizer: Any, p: Tensor, place: Place | None) -> bool:
     """Whether a state lies in memory shared between processes, as Adagrad.share_memory() puts it."""
-    return any(isinstance(x, Tensor) and x.is_cpu and x.is_shared() for x in optimizer.state.get(p, {}).values())
+    return any(
+        isinstance(value, Tensor) and value.is_cpu and value.is_shared()
+        for key, value in optimizer.state.get(p, {}).items()
+        if place is None or not place.holds(key, value) or not place.packed
+    )
 
 
 def adopt_states(
@@ -71,11 +91,10 @@ def adopt_states(
     keys = ("step", *rule.states) if optimizer.counts_steps else rule.states
     for key in keys:
         value = state.get(key)
-        view = place.views.get(key)
-        if view is not None and value is view and place.address(key) in (None, view.data_ptr()):
+        if place.holds(key, value):
             continue
         if isinstance(value, Tensor) and key != "step" and value.is_cpu and value.is_shared() and not place.packed:
-            place.views[key] = value
+            place.keep(key, value)
             continue
         view = state[key] = place.open(key, _get_scalar_dtype() if key == "step" else dtypes[key])
         if key == "step":

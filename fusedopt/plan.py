@@ -175,11 +175,12 @@ def _settle(optimizer: Any, key: tuple, entries: list[tuple], places: dict[Tenso
     irregular = [choice.name == "torch" and not is_dense(p) for p in params]
     gathers = choice.name == "torch" and device.type == "cpu"
     small = [
-        gathers and p.numel() < SMALL and id(p) not in overlapping and not has_shared_state(optimizer, p)
+        gathers and p.numel() < SMALL and id(p) not in overlapping and not has_shared_state(optimizer, p, places.get(p))
         for p in params
     ]
     enough = sum(small) >= rule.few
-    packed = [a or (b and enough) for a, b in zip(irregular, small)]
+    # What was gathered once stays so, or parameters that have no gradient at some steps would wander.
+    packed = [a or (b and (enough or (p in places and places[p].packed))) for a, b, p in zip(irregular, small, params)]
 
     homeless = [
         (entry, pack)
@@ -224,4 +225,6 @@ def _overlapping(params: Sequence[Tensor]) -> set[int]:
 
 def _extent(p: Tensor) -> int:
     """Bytes from its first element to the end of its last."""
+    if p.is_contiguous():
+        return p.nbytes
     return (sum((size - 1) * stride for size, stride in zip(p.size(), p.stride())) + 1) * p.element_size()

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .backends import backend
+from .backends import Backend, backend
 from .rule import Rule
 
 
@@ -26,6 +26,7 @@ def is_differentiable(group: dict[str, Any]) -> bool:
 def survey(optimizer: Any, rules: list[Rule]) -> dict[tuple, list[tuple]]:
     """Every parameter with a gradient, by bucket. Changes nothing, so an error leaves all as it was."""
     buckets: dict[tuple, list[tuple]] = {}
+    choices: dict[torch.device, Backend] = {}
     active = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     if len(set(active)) != len(active):
         raise NotFusable("a parameter that is listed twice")
@@ -52,7 +53,9 @@ def survey(optimizer: Any, rules: list[Rule]) -> dict[tuple, list[tuple]]:
             state = optimizer.state.get(p, {})
             dtypes = {key: _state_dtype(p, state.get(key), key, where) for key in rule.states}
             taken = _steps_taken(optimizer, rule, state, where)
-            choice = backend(p.device, optimizer.backend)
+            if p.device not in choices:
+                choices[p.device] = backend(p.device, optimizer.backend)
+            choice = choices[p.device]
             key = (p.device, p.dtype, g.dtype, rule, choice, tuple(dtypes.values()))
             buckets.setdefault(key, []).append((p, position - 1, number, group, taken, dtypes))
     return buckets

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from .clipping import Skips, Verdict
+from .clipping import Skips, Verdict, hypot
 from .flat import memory_order
 from .plan import Bucket, Cohort, Member
 from .rule import Stage, Update
@@ -78,20 +78,16 @@ class Executor:
         self.block = BLOCK if bucket.device.type == "cpu" else max(m.param.numel() for m in bucket.members) or 1
         gathered = [m for m in bucket.members if m.place.packed]
         self.positions = [m.position for m in gathered]
-        self.scratch = self._parallel_buffers(gathered, bucket.grad_dtype)
-        self.staging = self._parallel_buffers([m for m in gathered if m.place.flattened is None], bucket.dtype)
-        self.scratch_views = [m.place.space.part_like(self.scratch[id(m.place.space)], m.place.index) for m in gathered]
+        self.scratch_views = [m.place.packed_copy("grad", bucket.grad_dtype) for m in gathered]
         staged = [m for m in gathered if m.place.flattened is None]
         self.staged = [m.param for m in staged]
-        self.staging_views = [m.place.space.part_like(self.staging[id(m.place.space)], m.place.index) for m in staged]
+        self.staging_views = [m.place.packed_copy("param", bucket.dtype) for m in staged]
+        spaces = {id(m.place.space): m.place.space for m in gathered}.values()
+        self.scratch = [space.packed_copies("grad", bucket.grad_dtype) for space in spaces]
+        for buffer in self.scratch:
+            buffer.zero_()  # gradients of parameters that have none at this step
         self.in_place = [m.param for m in bucket.members if not (m.place.packed and m.place.flattened is None)]
         self.runs = [self._run(cohort) for cohort in bucket.cohorts]
-
-    @staticmethod
-    def _parallel_buffers(members: list[Member], dtype: torch.dtype) -> dict[int, Tensor]:
-        """For each space, a buffer with the layout of its packed part."""
-        spaces = {id(m.place.space): m.place.space for m in members}
-        return {key: torch.zeros(s.packed_size, dtype=dtype, device=s.device) for key, s in spaces.items()}
 
     def _run(self, cohort: Cohort) -> Run:
         keys = self.bucket.rule.states
@@ -102,8 +98,9 @@ class Executor:
             space = first.place.space
             part = slice(space.offsets[first.place.index], space.end(last.place.index))
             in_place = first.place.flattened is not None
-            run.params.append((space.buffers["param"] if in_place else self.staging[id(space)])[part])
-            run.gathered.append(self.scratch[id(space)][part])
+            params = space.buffers["param"] if in_place else space.packed_copies("param", self.bucket.dtype)
+            run.params.append(params[part])
+            run.gathered.append(space.packed_copies("grad", self.bucket.grad_dtype)[part])
             for tensors, key in zip(run.states, keys):
                 tensors.append(space.buffers[key][part])
         for m in run.direct:
@@ -132,7 +129,7 @@ class Executor:
 
     def norm(self) -> float:
         """The norm of the gradients; not finite if and only if one of them is not."""
-        tensors = [*self.scratch.values(), *(g for run in self.runs for g in run.grads[len(run.gathered) :])]
+        tensors = [*self.scratch, *(g for run in self.runs for g in run.grads[len(run.gathered) :])]
         # 16-bit elements are added one by one, so that the error is larger sooner.
         longest = NORM_ROW if self.bucket.grad_dtype.itemsize < 4 else 16 * NORM_ROW
         large = [g for g in tensors if g.numel() >= longest]
@@ -144,7 +141,7 @@ class Executor:
         norm = torch.linalg.vector_norm(torch.stack(norms), dtype=torch.float64).item()
         if not 1e-16 < norm < 1e150:
             # Squares that the dtype may not hold: once more in float64, relative to the largest element.
-            norm = math.hypot(*map(_norm_of_any, tensors))
+            norm = hypot(list(map(_norm_of_any, tensors)))
         return norm
 
     def step(self, update: Callable[[Cohort], Update], verdict: Verdict, skips: Skips) -> None:

@@ -52,10 +52,12 @@ OPTIONS = {
         {"eps": 1e-3},
         {"centered": True},
         {"momentum": 0.9},
+        {"momentum": 0.8, "alpha": 0.9, "eps": 1e-3, "weight_decay": 0.05, "maximize": True},
+        {"centered": True, "alpha": 0.9, "eps": 1e-3, "weight_decay": 0.05, "maximize": True},
         {"weight_decay": 0.05},
         {"maximize": True},
         {"weight_decay": 0.05, "maximize": True},
-        {"momentum": 0.9, "centered": True, "alpha": 0.9, "eps": 1e-3, "weight_decay": 0.05, "maximize": True},
+        {"momentum": 0.8, "centered": True, "alpha": 0.9, "eps": 1e-3, "weight_decay": 0.05, "maximize": True},
     ],
     "Adam": [
         {},

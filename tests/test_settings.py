@@ -131,6 +131,22 @@ def test_without_the_setting_nothing_is_skipped(backend, device):
     assert optimizer.skipped_steps == 0
 
 
+@pytest.mark.parametrize("dtypes", [(torch.float64, torch.float32), (torch.float32, torch.float32)], ids=str)
+def test_nan_and_inf_together_are_nan(dtypes, backend, device):
+    """As in torch: a NaN norm clips every gradient to NaN, which shows; an infinite norm to 0, which hides."""
+    norms = []
+    for bad in ([math.nan, 1.0], [math.inf, math.nan], [math.nan, math.inf], [math.inf, 1.0]):
+        params = [torch.nn.Parameter(torch.ones(20_000, dtype=dtype, device=device)) for dtype in dtypes]
+        optimizer = fusedopt.SGD(params, lr=1.0, max_grad_norm=1.0, backend=backend)
+        for p, value in zip(params, bad):
+            p.grad = torch.ones_like(p)
+            p.grad[7] = value
+        optimizer.step()
+        norms.append(float(optimizer.grad_norm))
+        assert all(p[0].isnan() if math.nan in bad else p[0] == 1 for p in params)
+    assert [math.isnan(norm) for norm in norms] == [True, True, True, False]
+
+
 @pytest.mark.parametrize("after", ["load", "load other", "deepcopy", "edit", "switch backend"])
 @every_optimizer_and_backend
 def test_skipped_step_and_then(name, after, backend, device):

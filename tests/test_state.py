@@ -167,7 +167,7 @@ def edits(name):
     found = {
         "zero": lambda state, other: [state[key].zero_() for key in keys],
         "fill one": lambda state, other: state[keys[0]].fill_(0.25),
-        "replace": lambda state, other: state.update({key: torch.ones_like(state[key]) for key in keys}),
+        "replace": lambda state, other: state.update({key: torch.full_like(state[key], 0.1) for key in keys}),
         "other strides": lambda state, other: state.update({key: state[key].t().contiguous().t() for key in keys}),
         "replace .data": lambda state, other: [setattr(v, "data", v.data.clone()) for v in state.values()],
         "swap": swap,
@@ -195,14 +195,14 @@ def test_state_edited_from_outside(name, edit, flatten, backend, device):
             # A twin of the same shape, to swap with.
             params.append(torch.nn.Parameter(torch.ones_like(params[1])))
             optimizer.add_param_group({"params": [params[-1]]})
+        pair.step(5)  # by then every parameter has had a gradient
         for _ in range(2):
-            pair.step(2)
             for optimizer, params in ((pair.opt, pair.ours), (pair.oracle, pair.theirs)):
                 change(optimizer.state[params[1]], optimizer.state[params[-1]])
             # What was put there is there, before the next step too.
             pair.check()
-        pair.step(2)
-        pair.check()
+            pair.step(2)
+            pair.check()
 
 
 @every_optimizer
