@@ -4,7 +4,7 @@
 
 ``weight_decay * p`` is added to g before the rule; G starts at ``initial_accumulator_value``.
 
-Sources: Duchi, Hazan and Singer, JMLR 12 (2011); defaults and state of torch.optim 2.10 to 2.13.
+Sources: Duchi, Hazan and Singer, JMLR 12 (2011); defaults and state of torch.optim 2.13.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ Adam adds ``weight_decay * p`` to g before the rule, AdamW adds it to u after th
 ``amsgrad`` the largest v so far takes the place of v in v_hat.
 
 Sources: Kingma and Ba, arXiv 1412.6980; Loshchilov and Hutter, arXiv 1711.05101; Reddi et al.,
-arXiv 1904.09237; defaults and state of torch.optim 2.10 to 2.13.
+arXiv 1904.09237; defaults and state of torch.optim 2.13.
 """
 
 from __future__ import annotations

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import inspect
 import math
+import sys
+import textwrap
 from typing import Any
 
 import torch
@@ -33,6 +35,11 @@ SETTINGS_DOC = """
         has an inf or NaN; ``skipped_steps`` counts them.
     flatten (bool): move plain dense parameters that alone own their memory into one flat buffer.
     backend ("torch" | "triton" | None): None takes Triton kernels on GPUs and torch elsewhere.
+
+    Parameters may be float64, float32, bfloat16 or float16, of any shape and strides, on any number of
+    devices. States have the parameter's dtype, as in torch; 16-bit ones are computed in float32 and
+    rounded once. Errors are torch's own where torch raises, else ValueError, TypeError or RuntimeError,
+    raised before anything is changed.
 """
 
 
@@ -52,7 +59,9 @@ class FusedOptimizer(torch.optim.Optimizer):
             cls.__signature__ = _merged_signature(cls)
         if cls.__module__.startswith("fusedopt."):
             registry[cls.__name__] = cls
-            cls.__doc__ = (cls.__doc__ or "") + SETTINGS_DOC
+            # The formulas and sources stand in the module's docstring; help() on the class should show them.
+            formulas = textwrap.indent(sys.modules[cls.__module__].__doc__ or "", "    ")
+            cls.__doc__ = f"{cls.__doc__}\n\n{formulas}{SETTINGS_DOC}"
 
     def __init__(
         self,

@@ -9,7 +9,7 @@
 always zero divides 0 by 0, as in torch.
 
 Sources: Tieleman and Hinton, Coursera lecture 6.5 (2012); centered: Graves, arXiv 1308.0850; defaults
-and state of torch.optim 2.10 to 2.13.
+and state of torch.optim 2.13.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@
 ``weight_decay * p`` is added to g before the rule.
 
 Sources: Sutskever et al., "On the importance of initialization and momentum in deep learning" (2013),
-in torch's form, where the learning rate stands outside b; defaults and state of torch.optim 2.10 to 2.13.
+in torch's form, where the learning rate stands outside b; defaults and state of torch.optim 2.13.
 """
 
 from __future__ import annotations
