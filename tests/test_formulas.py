@@ -18,14 +18,14 @@ from cases import (
     every_optimizer_and_backend,
     every_option,
     give_gradients,
+    interpreter_noise,
     model,
     options_of,
 )
 
 import fusedopt
 
-# numpy's, in the interpreter, where alpha=1 divides by small numbers.
-pytestmark = pytest.mark.filterwarnings("ignore:(overflow|invalid value|divide):RuntimeWarning:triton")
+pytestmark = interpreter_noise
 
 
 def scale_of(backend, device):
@@ -42,7 +42,7 @@ def test_every_optimizer_has_its_options():
 @every_option
 def test_every_option_equals_torch(name, options, backend, device):
     kind, steps = scale_of(backend, device)
-    pair = Pair(name, options, kind, device=device, backend=backend)
+    pair = Pair(name, options, kind, device=device, backend=backend, start=0)
     pair.step(steps)
     pair.check()
 
@@ -50,7 +50,9 @@ def test_every_option_equals_torch(name, options, backend, device):
 @every_option
 def test_every_option_equals_torch_flat_and_clipped(name, options, backend, device):
     kind, steps = scale_of(backend, device)
-    pair = Pair(name, options, kind, device=device, backend=backend, flatten=True, **clip_settings("both", kind))
+    pair = Pair(
+        name, options, kind, device=device, backend=backend, start=0, flatten=True, **clip_settings("both", kind)
+    )
     pair.step(steps)
     pair.check()
 
@@ -60,7 +62,7 @@ def test_every_option_equals_torch_flat_and_clipped(name, options, backend, devi
 @pytest.mark.parametrize("clip", CLIPS)
 def test_clipping_equals_torch(name, clip, flatten, backend, device):
     kind, steps = scale_of(backend, device)
-    pair = Pair(name, None, kind, device=device, backend=backend, flatten=flatten, **clip_settings(clip, kind))
+    pair = Pair(name, None, kind, device=device, backend=backend, start=0, flatten=flatten, **clip_settings(clip, kind))
     pair.step(steps)
     pair.check()
     # A limit that never binds would test nothing.
@@ -76,7 +78,7 @@ def test_large_parameters_equal_torch(name, options, threads, clip, device):
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        pair = Pair(name, options, "large", device=device, **clip_settings(clip, "large"))
+        pair = Pair(name, options, "large", device=device, start=0, **clip_settings(clip, "large"))
         pair.step(4)
         pair.check()
     finally:
