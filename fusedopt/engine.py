@@ -33,8 +33,13 @@ class Engine:
             self.verdict = clipping.Verdict(norm=0.0) if optimizer._settings.needs_norm else clipping.UNJUDGED
             return
         try:
-            for executor in self.executors:
-                executor.take(grads)
+            try:
+                for executor in self.executors:
+                    executor.take(grads)
+            except RuntimeError:
+                # Nothing was changed yet. A new plan looks at everything, and says what does not fit.
+                self._build(optimizer)
+                raise
             self._run(optimizer)
         finally:
             for executor in self.executors:

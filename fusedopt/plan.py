@@ -86,7 +86,7 @@ class Plan:
         members = [member for bucket in self.buckets for member in bucket.members]
         self.active = list(compress(self.params, self.present))
         self.grad_kinds = [get_kind(p.grad) for p in self.active]
-        self.sizes = list(map(Tensor.size, self.active))
+        self.sizes = list(map(Tensor.numel, self.active))
         self.addresses = list(map(Tensor.data_ptr, self.active))
         self.strides = list(map(Tensor.stride, self.active))
         self.dtypes = [p.dtype for p in self.active]
@@ -124,7 +124,7 @@ class Plan:
             and list(map(Tensor.stride, active)) == self.strides
             and list(map(get_dtype, active)) == self.dtypes
             and list(map(get_kind, active_grads)) == self.grad_kinds
-            and list(map(Tensor.size, active_grads)) == self.sizes
+            and list(map(Tensor.numel, active_grads)) == self.sizes
             and self._states_hold()
             and self.step_values == [steps.tolist() for steps in self.steps]
         )
@@ -178,7 +178,8 @@ def _settle(optimizer: Any, key: tuple, entries: list[tuple], places: dict[Tenso
         gathers and p.numel() < SMALL and id(p) not in overlapping and not has_shared_state(optimizer, p, places.get(p))
         for p in params
     ]
-    enough = sum(small) >= rule.few
+    settings = optimizer._settings
+    enough = sum(small) >= rule.few and (not rule.single_pass or settings.flatten or settings.needs_norm)
     # What was gathered once stays so, or parameters that have no gradient at some steps would wander.
     packed = [a or (b and (enough or (p in places and places[p].packed))) for a, b, p in zip(irregular, small, params)]
 
@@ -196,7 +197,7 @@ def _settle(optimizer: Any, key: tuple, entries: list[tuple], places: dict[Tenso
             owned = earlier is not None and earlier.flattened == p.data_ptr()
             places[p] = Place(space, index, dict(dtypes), pack, owned=owned)
 
-    flattened = flatten([places[p] for p in params], params, optimizer._settings.flatten)
+    flattened = flatten([places[p] for p in params], params, settings.flatten)
     cohorts: dict[tuple[int, int], Cohort] = {}
     members, writes = [], []
     for p, position, number, group, taken, dtypes in entries:

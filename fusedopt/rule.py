@@ -28,6 +28,9 @@ class Rule(NamedTuple):
     few: int = 2
     """Fewer small tensors than this are not worth gathering on a CPU. Where one call of a fused kernel serves
     a whole list, gathering pays later than where each tensor takes several calls."""
+    single_pass: bool = False
+    """Whether one plain operation is all there is: then copying parameters together and back costs more than it
+    saves, and they are gathered only where they are flattened or the norm needs their gradients together."""
 
 
 def step_tensors(t: int, params: Sequence[Tensor]) -> list[Tensor]:

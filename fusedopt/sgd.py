@@ -49,7 +49,7 @@ def fused(params, grads, states, t, group, scale):
 
 # torch's kernel leaves whole SIMD blocks of 16-bit parameters unchanged (torch issue 191763).
 DTYPES = frozenset((torch.float32, torch.float64))
-PLAIN = Rule("sgd", (), sgd, fused, DTYPES, few=8)
+PLAIN = Rule("sgd", (), sgd, fused, DTYPES, few=8, single_pass=True)
 MOMENTUM = Rule("momentum", ("momentum_buffer",), momentum, fused, DTYPES, few=8)
 
 

@@ -119,7 +119,7 @@ class Executor:
         for run in self.runs:
             direct = [grads[m.position] for m in run.direct]
             if list(map(Tensor.stride, direct)) != run.strides:
-                direct = list(map(_with_strides, direct, run.strides))
+                direct = [_in_layout_of(m, g) for m, g in zip(run.direct, direct)]
             run.grads = run.gathered + direct
 
     def release(self) -> None:
@@ -203,12 +203,13 @@ def _adjoin(a: Member, b: Member) -> bool:
     )
 
 
-def _with_strides(g: Tensor, strides: tuple[int, ...]) -> Tensor:
+def _in_layout_of(member: Member, g: Tensor) -> Tensor:
     """The gradient in its parameter's layout: torch's fused kernels pair elements by memory, and are
     silently wrong where the two differ."""
-    if g.stride() == strides:
+    space, index = member.place.space, member.place.index
+    if g.stride() == space.strides[index]:
         return g
-    return torch.empty_strided(g.shape, strides, dtype=g.dtype, device=g.device).copy_(g)
+    return torch.empty_strided(space.sizes[index], space.strides[index], dtype=g.dtype, device=g.device).copy_(g)
 
 
 def _norms_of_rows(x: Tensor, dtype: torch.dtype) -> list[Tensor]:
