@@ -26,7 +26,6 @@ SMALL = 16384
 """Elements below which a CPU spends more on calling an operation than on the numbers."""
 
 
-get_kind = attrgetter("dtype", "is_sparse")
 get_dtype = attrgetter("dtype")
 
 
@@ -85,7 +84,7 @@ class Plan:
 
         members = [member for bucket in self.buckets for member in bucket.members]
         self.active = list(compress(self.params, self.present))
-        self.grad_kinds = [get_kind(p.grad) for p in self.active]
+        self.grad_dtypes = [p.grad.dtype for p in self.active]
         self.sizes = list(map(Tensor.numel, self.active))
         self.addresses = list(map(Tensor.data_ptr, self.active))
         self.strides = list(map(Tensor.stride, self.active))
@@ -109,7 +108,8 @@ class Plan:
         self.step_values = [steps.tolist() for steps in self.steps]
 
     def holds(self, optimizer: Any, params: list[Tensor], grads: list[Tensor | None]) -> bool:
-        """Whether the same plan serves this step. Runs at every step: about 0.4 us per parameter."""
+        """Whether the same plan serves this step. Runs at every step: about 0.5 us per parameter. What it leaves
+        out, shapes of equal size and sparse gradients, is noticed where gradients are taken."""
         if [g is not None for g in grads] != self.present:
             return False
         active = self.active
@@ -123,7 +123,7 @@ class Plan:
             and list(map(Tensor.data_ptr, active)) == self.addresses
             and list(map(Tensor.stride, active)) == self.strides
             and list(map(get_dtype, active)) == self.dtypes
-            and list(map(get_kind, active_grads)) == self.grad_kinds
+            and list(map(get_dtype, active_grads)) == self.grad_dtypes
             and list(map(Tensor.numel, active_grads)) == self.sizes
             and self._states_hold()
             and self.step_values == [steps.tolist() for steps in self.steps]
