@@ -5,7 +5,18 @@ import warnings
 
 import pytest
 import torch
-from cases import LR, TENSOR_LR, Pair, clip, every_optimizer, every_optimizer_and_backend, give_gradients, model
+from cases import (
+    LR,
+    OPTIONS,
+    TENSOR_LR,
+    Pair,
+    clip,
+    every_optimizer,
+    every_optimizer_and_backend,
+    give_gradients,
+    kinds,
+    model,
+)
 from torch.optim import lr_scheduler
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
@@ -65,6 +76,20 @@ def test_groups_with_different_formulas(backend, device):
                 optimizer.add_param_group({"params": params[k::4], **group})
         pair.step(4)
         pair.check()
+
+
+@every_optimizer_and_backend
+def test_options_changed_in_mid_training(name, backend, device):
+    """Every option set after the other, on one optimizer that has all states from the beginning."""
+    for kind in kinds(backend, device):
+        pair = Pair(name, None, kind, device=device, groups=False, backend=backend)
+        pair.step()
+        defaults = {**pair.oracle.defaults, "lr": LR}
+        for options in OPTIONS[name]:
+            for optimizer in (pair.opt, pair.oracle):
+                optimizer.param_groups[0].update({**defaults, **options, "foreach": False})
+            pair.step()
+            pair.check()
 
 
 @every_optimizer_and_backend
@@ -197,9 +222,10 @@ def test_closure(name, backend, device):
 
         return closure
 
-    for _ in range(3):
-        loss = pair.opt.step(closure_of(pair.opt, pair.ours))
-        expected = pair.oracle.step(closure=closure_of(pair.oracle, pair.theirs))
+    for enabled in (True, False, True):
+        with torch.set_grad_enabled(enabled):
+            loss = pair.opt.step(closure_of(pair.opt, pair.ours))
+            expected = pair.oracle.step(closure=closure_of(pair.oracle, pair.theirs))
         # Sums of a hundred squares in float64.
         torch.testing.assert_close(loss, expected, rtol=1e-13, atol=0)
     pair.check()

@@ -193,6 +193,7 @@ def test_settings_change_between_steps(name, backend, device):
             assert getattr(pair.opt, key) in (value, tuple(value) if isinstance(value, list) else value)
         pair.step(2)
         pair.check()
+        assert f"backend {pair.opt.backend}" in pair.opt.layout()
     # Clipping is no hyperparameter of a group: checkpoints stay torch's.
     assert "max_grad_norm" not in pair.opt.param_groups[0]
 
