@@ -8,7 +8,8 @@ from itertools import pairwise
 
 import pytest
 import torch
-from cases import Pair, close, every_optimizer, every_optimizer_and_backend, give_gradients, kinds, model, same_bits
+from cases import every_optimizer, every_optimizer_and_backend, give_gradients, kinds, model
+from pairs import Pair, close, same_bits
 
 import fusedopt
 

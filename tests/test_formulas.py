@@ -12,7 +12,6 @@ from cases import (
     NAMES,
     OPTIONS,
     STATEFUL,
-    Pair,
     clip_settings,
     every_optimizer,
     every_optimizer_and_backend,
@@ -22,6 +21,7 @@ from cases import (
     model,
     options_of,
 )
+from pairs import Pair
 
 import fusedopt
 

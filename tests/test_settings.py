@@ -9,18 +9,15 @@ import torch
 from cases import (
     LR,
     STATEFUL,
-    Pair,
-    assert_same,
     clip_settings,
-    close,
     every_optimizer,
     every_optimizer_and_backend,
     give_gradients,
     interpreter_noise,
     kinds,
     model,
-    snapshot,
 )
+from pairs import Pair, assert_same, close, snapshot
 
 import fusedopt
 

@@ -6,19 +6,8 @@ import pickle
 
 import pytest
 import torch
-from cases import (
-    LR,
-    STATEFUL,
-    Pair,
-    assert_same,
-    close,
-    every_optimizer,
-    every_optimizer_and_backend,
-    give_gradients,
-    kinds,
-    model,
-    snapshot,
-)
+from cases import LR, STATEFUL, every_optimizer, every_optimizer_and_backend, give_gradients, kinds, model
+from pairs import Pair, assert_same, close, snapshot
 
 import fusedopt
 

@@ -1,0 +1,160 @@
+"""Steps that cannot be taken: the error says what and how, and nothing has changed."""
+
+import math
+
+import pytest
+import torch
+from cases import clip_settings, every_optimizer_and_backend, give_gradients, model
+from pairs import Pair, assert_same, raised, snapshot
+
+import fusedopt
+
+ACTIVE = [
+    {"max_grad_norm": 1.0},
+    {"max_grad_value": 1.0},
+    {"skip_nonfinite": True},
+    {"flatten": True},
+]
+
+
+def make_sparse(params):
+    params[1].grad = params[1].grad.to_sparse()
+
+
+def make_complex(params):
+    params[1].data = params[1].data + 1j
+    params[1].grad = torch.ones_like(params[1])
+
+
+@pytest.mark.parametrize("settings", ACTIVE, ids=lambda settings: next(iter(settings)))
+@pytest.mark.parametrize("change", [make_sparse, make_complex, "differentiable"])
+@pytest.mark.parametrize("name", ["SGD", "Adagrad"])
+def test_settings_that_torchs_step_cannot_honour(name, change, settings):
+    params = model("tiny")
+    optimizer = fusedopt.registry[name](params, differentiable=change == "differentiable", **settings)
+    give_gradients(params, 5, plain=True)
+    if callable(change):
+        change(params)
+    before = snapshot(optimizer)
+    grads = [p.grad.clone() for p in params]
+    with pytest.raises(RuntimeError) as error:
+        optimizer.step()
+    message = str(error.value)
+    assert next(iter(settings)) in message
+    assert "parameter 1" in message or "parameter 0" in message
+    assert {"make_sparse": "sparse", "make_complex": "complex"}.get(
+        getattr(change, "__name__", ""), "differentiable"
+    ) in message
+    assert_same(before, snapshot(optimizer))
+    assert all(torch.equal(p.grad.to_dense(), g.to_dense()) for p, g in zip(params, grads))
+
+
+@pytest.mark.parametrize("name", ["Adam", "AdamW", "RMSprop"])
+def test_capturable_is_refused_on_a_cpu_as_by_torch(name):
+    errors = []
+    for cls in (fusedopt.registry[name], getattr(torch.optim, name)):
+        params = model("tiny")
+        optimizer = cls(params, capturable=True)
+        give_gradients(params, 5)
+        errors.append(raised(optimizer.step))
+    assert isinstance(errors[1], AssertionError)
+    assert (type(errors[0]), str(errors[0])) == (type(errors[1]), str(errors[1]))
+
+
+def wrong_shape(optimizer, params, key):
+    optimizer.state[params[1]][key] = torch.zeros(3, dtype=torch.float64)
+    return r"parameter 1 .*shape \(3,\)"
+
+
+def wrong_numel(optimizer, params, key):
+    optimizer.state[params[4]][key] = torch.zeros(5, 4, 1, dtype=torch.float64)
+    return r"parameter 4 .*shape \(5, 4, 1\)"
+
+
+def no_tensor(optimizer, params, key):
+    optimizer.state[params[1]][key] = "x"
+    return "parameter 1 .*str"
+
+
+def wrong_step(optimizer, params, key):
+    optimizer.state[params[1]]["step"] = "soon"
+    return "'step' of parameter 1 .*'soon'"
+
+
+def nan_step(optimizer, params, key):
+    optimizer.state[params[1]]["step"].fill_(math.nan)
+    return "'step' of parameter 1 .*nan"
+
+
+def meta_state(optimizer, params, key):
+    optimizer.state[params[1]][key] = torch.zeros(7, 5, device="meta")
+    return "parameter 1 .*meta"
+
+
+def wrong_gradient(optimizer, params, key):
+    params[1].grad.data = torch.ones(5, 7, dtype=torch.float64, device=params[1].device)
+    return r"gradient of parameter 1 .*\(5, 7\)"
+
+
+def short_gradient(optimizer, params, key):
+    params[1].grad.data = torch.ones(5, dtype=torch.float64, device=params[1].device)
+    return r"gradient of parameter 1 .*\(5,\)"
+
+
+BREAKAGES = [wrong_shape, wrong_numel, no_tensor, wrong_step, nan_step, meta_state, wrong_gradient, short_gradient]
+
+
+@pytest.mark.parametrize("breakage", BREAKAGES)
+@pytest.mark.parametrize("settings", ["none", "both"])
+@every_optimizer_and_backend
+def test_a_step_that_fails_changes_nothing(name, breakage, settings, backend, device):
+    """Neither parameters, states, counts nor gradients; and mended, training goes on as if nothing had been."""
+    if name == "SGD" and breakage in (wrong_step, nan_step):
+        return  # SGD counts no steps
+    kinds = ("tiny", "small") if backend == "torch" else ("tiny",)
+    for kind in kinds:
+        pair = Pair(name, None, kind, device=device, groups=False, backend=backend, **clip_settings(settings, kind))
+        pair.step(5)
+        give_gradients(pair.ours, 5, plain=True)
+        key = [key for key in pair.opt.state[pair.ours[1]] if key != "step"][-1]
+        entries = [dict(pair.opt.state[p]) for p in pair.ours]
+        message = breakage(pair.opt, pair.ours, key)
+        before, grads = snapshot(pair.opt), [p.grad.clone() for p in pair.ours]
+        with pytest.raises(RuntimeError, match=message):
+            pair.opt.step()
+        assert_same(before, snapshot(pair.opt))
+        assert all(torch.equal(p.grad, g) for p, g in zip(pair.ours, grads))
+        for p, entry in zip(pair.ours, entries):
+            pair.opt.state[p].update(entry)
+        if breakage is nan_step:
+            pair.opt.state[pair.ours[1]]["step"].copy_(pair.oracle.state[pair.theirs[1]]["step"])
+        pair.step(2)
+        pair.check()
+
+
+def test_triton_without_a_gpu_or_the_interpreter(monkeypatch, device):
+    if device.type != "cpu":
+        pytest.skip("there is a GPU")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    params = model("tiny")
+    optimizer = fusedopt.SGD(params, backend="triton")
+    give_gradients(params, 5)
+    before = snapshot(optimizer)
+    with pytest.raises(RuntimeError, match=r"backend='triton' cannot run on cpu: .*TRITON_INTERPRET=1.*'torch'"):
+        optimizer.step()
+    assert_same(before, snapshot(optimizer))
+    optimizer.backend = None
+    optimizer.step()
+
+
+def test_expanded_parameters_are_refused_as_by_torch():
+    """Elements that share memory cannot be written in place."""
+    errors = []
+    for cls in (fusedopt.Adam, torch.optim.Adam):
+        p = torch.nn.Parameter(torch.zeros(1).expand(5))
+        optimizer = cls([p])
+        p.grad = torch.ones(5)
+        errors.append(raised(optimizer.step))
+        assert not p.any()
+    assert all(isinstance(error, RuntimeError) for error in errors)
+    assert "single memory location" in str(errors[0])

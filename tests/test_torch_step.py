@@ -1,0 +1,90 @@
+"""What no fused step can do: sparse, complex, differentiable and repeated parameters go to torch's own step."""
+
+import pytest
+import torch
+from cases import LR, STATEFUL, every_optimizer, give_gradients, model
+from pairs import both, close
+
+import fusedopt
+
+
+@pytest.mark.parametrize("name", ["SGD", "Adagrad"])  # torch's other optimizers refuse sparse gradients
+def test_sparse_gradients(name):
+    def build():
+        torch.manual_seed(0)
+        return torch.nn.Sequential(torch.nn.Embedding(9, 4, sparse=True), torch.nn.Linear(4, 3)).double()
+
+    pairs = both(name, build)
+    for number in range(6):
+        for module, optimizer in pairs:
+            optimizer.zero_grad()
+            module(torch.tensor([number, 2, 5])).square().sum().backward()
+            if number in (2, 3):  # dense for once, then sparse again
+                module[0].weight.grad = module[0].weight.grad.to_dense()
+            optimizer.step()
+    # float64, and torch's own code where it is sparse.
+    close(pairs[0][0].parameters(), pairs[1][0].parameters(), 1e-12)
+
+
+@every_optimizer
+def test_refused_gradients_are_refused_as_by_torch(name):
+    if name in ("SGD", "Adagrad"):
+        return
+    pairs = both(name, lambda: torch.nn.Embedding(9, 4, sparse=True))
+    messages = []
+    for module, optimizer in pairs:
+        before = module.weight.detach().clone()
+        module(torch.tensor([1])).sum().backward()
+        with pytest.raises(RuntimeError) as error:
+            optimizer.step()
+        messages.append(str(error.value))
+        assert torch.equal(module.weight, before)
+    assert messages[0] == messages[1]
+
+
+@every_optimizer
+def test_complex_parameters(name, device):
+    params = [
+        [torch.nn.Parameter(p.detach() + 0.5j) for p in model("tiny", device=device)] + model("tiny", device=device)
+        for _ in range(2)
+    ]
+    options = {"lr": LR, **STATEFUL[name]}
+    ours = fusedopt.registry[name](params[0], **options)
+    theirs = getattr(torch.optim, name)(params[1], **options, foreach=False)
+    for number in range(4):
+        for its, optimizer in zip(params, (ours, theirs)):
+            give_gradients(its, number, plain=True)
+            optimizer.step()
+    close(*params, 1e-12)
+
+
+@every_optimizer
+def test_differentiable(name):
+    """The step as a function of the gradient: its derivative is torch's."""
+    results = []
+    for cls in (fusedopt.registry[name], getattr(torch.optim, name)):
+        start = torch.linspace(1, 2, 4, dtype=torch.float64, requires_grad=True)
+        gradient = torch.linspace(-1, 1, 4, dtype=torch.float64, requires_grad=True)
+        p = start.clone()
+        p.grad = gradient
+        optimizer = cls([p], lr=0.1, differentiable=True)
+        optimizer.step()
+        p.square().sum().backward()
+        results.append((p, start.grad, gradient.grad))
+    assert all(map(torch.equal, *results))
+    assert results[0][2].any()
+
+
+@every_optimizer
+def test_parameter_listed_twice(name):
+    """torch warns, and steps it twice."""
+    pair = []
+    for cls in (fusedopt.registry[name], getattr(torch.optim, name)):
+        params = model()
+        with pytest.warns(UserWarning, match="duplicate parameters"):
+            optimizer = cls([*params, params[1]], lr=LR)
+        for number in range(3):
+            give_gradients(params, number, plain=True)
+            optimizer.step()
+        pair.append(params)
+    close(*pair, 1e-12)
