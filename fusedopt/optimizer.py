@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import settings
 from .engine import Engine
 from .rule import Numbers, Rule, Stage, Update
 from .settings import Settings
@@ -23,18 +24,11 @@ from .survey import NotFusable
 registry: dict[str, type[FusedOptimizer]] = {}
 """Every optimizer by name. Tests and benchmarks take their cases from here."""
 
-SETTINGS_DOC = """
+SETTINGS_DOC = f"""
 
     Besides torch's arguments (keyword-only; also attributes that may be changed between steps):
 
-    max_grad_norm (float, optional): clip the norm over the gradients of all groups to this before the
-        rule, g <- g min(1, max_grad_norm / (norm + 1e-6)), as torch.nn.utils.clip_grad_norm_ does.
-    max_grad_value (float or pair, optional): clip every component after that, to [-L, L], or to
-        [low, high] if given as a pair, in which None means no limit.
-    skip_nonfinite (bool): leave parameters, states and step counts untouched at a step where a gradient
-        has an inf or NaN; ``skipped_steps`` counts them.
-    flatten (bool): move plain dense parameters that alone own their memory into one flat buffer.
-    backend ("torch" | "triton" | None): None takes Triton kernels on GPUs and torch elsewhere.
+{settings.documentation()}
 
     Parameters may be float64, float32, bfloat16 or float16, of any shape and strides, on any number of
     devices. States have the parameter's dtype, as in torch; 16-bit ones are computed in float32 and
@@ -63,18 +57,8 @@ class FusedOptimizer(torch.optim.Optimizer):
             formulas = textwrap.indent(sys.modules[cls.__module__].__doc__ or "", "    ")
             cls.__doc__ = f"{cls.__doc__}\n\n{formulas}{SETTINGS_DOC}"
 
-    def __init__(
-        self,
-        params: Any,
-        *args: Any,
-        max_grad_norm: float | None = None,
-        max_grad_value: float | tuple[float | None, float | None] | None = None,
-        skip_nonfinite: bool = False,
-        flatten: bool = False,
-        backend: str | None = None,
-        **kwargs: Any,
-    ) -> None:
-        self._settings = Settings(max_grad_norm, max_grad_value, skip_nonfinite, flatten, backend)
+    def __init__(self, params: Any, *args: Any, **kwargs: Any) -> None:
+        self._settings = Settings(**{name: kwargs.pop(name) for name in settings.FIELDS if name in kwargs})
         self._engine = Engine()
         super().__init__(params, *args, **kwargs)
 
@@ -213,7 +197,7 @@ def _setting(name: str) -> property:
     return property(get, set, doc=f"The setting ``{name}``: see the class.")
 
 
-for _name in inspect.signature(Settings).parameters:
+for _name in settings.FIELDS:
     setattr(FusedOptimizer, _name, _setting(_name))
 
 
@@ -222,7 +206,7 @@ def _merged_signature(cls: type[FusedOptimizer]) -> inspect.Signature:
     base = next(c for c in cls.__mro__[1:] if "__init__" in vars(c) and c is not FusedOptimizer)
     if issubclass(base, FusedOptimizer):
         return inspect.signature(base)
-    ours = [p for p in _without_self(FusedOptimizer.__init__).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    ours = inspect.signature(Settings).parameters.values()
     return inspect.Signature([*inspect.signature(base).parameters.values(), *ours])
 
 

@@ -2,7 +2,8 @@
 
 A key more in a group than torch has would make checkpoints of the two incompatible, so the settings
 live in one object of their own. Wrappers that copy an optimizer's ``__dict__`` share that object, and
-so see every change.
+so see every change. A new setting is one field here: constructors, signatures, attributes and the documentation
+of every class are made from it.
 """
 
 from __future__ import annotations
@@ -10,38 +11,12 @@ from __future__ import annotations
 import dataclasses
 import math
 import numbers
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 BACKENDS = ("torch", "triton")
-
-
-@dataclasses.dataclass
-class Settings:
-    max_grad_norm: float | None = None
-    max_grad_value: float | tuple[float | None, float | None] | None = None
-    skip_nonfinite: bool = False
-    flatten: bool = False
-    backend: str | None = None
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        super().__setattr__(name, CHECKS[name](name, value))
-
-    @property
-    def value_limits(self) -> tuple[float, float]:
-        """The lower and the upper limit of each gradient component."""
-        limit = self.max_grad_value
-        low, high = limit if isinstance(limit, tuple) else (None if limit is None else -limit, limit)
-        return -math.inf if low is None else low, math.inf if high is None else high
-
-    @property
-    def needs_norm(self) -> bool:
-        return self.max_grad_norm is not None or self.skip_nonfinite
-
-    def active(self) -> list[str]:
-        """The names of the settings that ask for more than torch.optim does."""
-        return [name for name, value in vars(self).items() if value not in (None, False, "torch")]
 
 
 def _number(name: str, value: Any) -> float:
@@ -88,10 +63,64 @@ def _backend(name: str, value: Any) -> str | None:
     return value
 
 
-CHECKS = {
-    "max_grad_norm": _norm,
-    "max_grad_value": _limits,
-    "skip_nonfinite": _flag,
-    "flatten": _flag,
-    "backend": _backend,
-}
+def setting(default: Any, check: Callable[[str, Any], Any], doc: str) -> Any:
+    """A field of Settings: ``check(name, value)`` returns the value to keep, or raises."""
+    return dataclasses.field(default=default, metadata={"check": check, "doc": doc})
+
+
+@dataclasses.dataclass(kw_only=True)
+class Settings:
+    max_grad_norm: float | None = setting(
+        None,
+        _norm,
+        """(float, optional): clip the norm over the gradients of all groups to this before the rule,
+        g <- g min(1, max_grad_norm / (norm + 1e-6)), as torch.nn.utils.clip_grad_norm_ does.""",
+    )
+    max_grad_value: float | tuple[float | None, float | None] | None = setting(
+        None,
+        _limits,
+        """(float or pair, optional): clip every component after that, to [-L, L], or to [low, high] if
+        given as a pair, in which None means no limit.""",
+    )
+    skip_nonfinite: bool = setting(
+        False,
+        _flag,
+        """(bool): leave parameters, states and step counts untouched at a step where a gradient has an inf
+        or NaN; ``skipped_steps`` counts them.""",
+    )
+    flatten: bool = setting(
+        False,
+        _flag,
+        """(bool): move plain dense parameters that alone own their memory into one flat buffer.""",
+    )
+    backend: str | None = setting(
+        None,
+        _backend,
+        """("torch" | "triton" | None): None takes Triton kernels on GPUs and torch elsewhere.""",
+    )
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, FIELDS[name].metadata["check"](name, value))
+
+    @property
+    def value_limits(self) -> tuple[float, float]:
+        """The lower and the upper limit of each gradient component."""
+        limit = self.max_grad_value
+        low, high = limit if isinstance(limit, tuple) else (None if limit is None else -limit, limit)
+        return -math.inf if low is None else low, math.inf if high is None else high
+
+    @property
+    def needs_norm(self) -> bool:
+        return self.max_grad_norm is not None or self.skip_nonfinite
+
+    def active(self) -> list[str]:
+        """The names of the settings that ask for more than torch.optim does."""
+        return [name for name, value in vars(self).items() if value not in (None, False, "torch")]
+
+
+FIELDS = {field.name: field for field in dataclasses.fields(Settings)}
+
+
+def documentation() -> str:
+    """What the classes' docstrings say of the settings."""
+    return "\n".join(f"    {name} {field.metadata['doc']}" for name, field in FIELDS.items())
