@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import settings
 from .engine import Engine
 from .rule import Numbers, Rule, Stage, Update
 from .settings import Settings
@@ -24,11 +23,11 @@ from .survey import NotFusable
 registry: dict[str, type[FusedOptimizer]] = {}
 """Every optimizer by name. Tests and benchmarks take their cases from here."""
 
-SETTINGS_DOC = f"""
+SETTINGS_DOC = """
 
     Besides torch's arguments (keyword-only; also attributes that may be changed between steps):
 
-{settings.documentation()}
+{settings}
 
     Parameters may be float64, float32, bfloat16 or float16, of any shape and strides, on any number of
     devices. States have the parameter's dtype, as in torch; 16-bit ones are computed in float32 and
@@ -45,8 +44,12 @@ class FusedOptimizer(torch.optim.Optimizer):
     counts_steps = True
     """Whether torch keeps ``state[p]["step"]``."""
 
+    settings_class = Settings
+    """What the class takes besides torch's arguments."""
+
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
+        _add_attributes(cls)
         if "__init__" in vars(cls):
             cls.__signature__ = _without_self(cls.__init__)
         else:
@@ -55,17 +58,19 @@ class FusedOptimizer(torch.optim.Optimizer):
             registry[cls.__name__] = cls
             # The formulas and sources stand in the module's docstring; help() on the class should show them.
             formulas = textwrap.indent(sys.modules[cls.__module__].__doc__ or "", "    ")
-            cls.__doc__ = f"{cls.__doc__}\n\n{formulas}{SETTINGS_DOC}"
+            ours = SETTINGS_DOC.format(settings=cls.settings_class.documentation())
+            cls.__doc__ = f"{cls.__doc__}\n\n{formulas}{ours}"
 
     def __init__(self, params: Any, *args: Any, **kwargs: Any) -> None:
-        self._settings = Settings(**{name: kwargs.pop(name) for name in settings.FIELDS if name in kwargs})
+        names = self.settings_class.fields()
+        self._settings = self.settings_class(**{name: kwargs.pop(name) for name in names if name in kwargs})
         self._engine = Engine()
         super().__init__(params, *args, **kwargs)
 
     # What a rule's numbers are made of
 
     def rule(self, group: dict[str, Any]) -> Rule:
-        """The formula that this group's options select."""
+        """The formula that this group's options select. ValueError if they contradict the settings."""
         raise NotImplementedError
 
     def hyper(self, group: dict[str, Any], t: int) -> Numbers:
@@ -151,6 +156,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             for key, value in {**self.defaults, **param_group}.items():
                 if isinstance(value, float) and math.isnan(value):
                     raise ValueError(f"Invalid {key}: {value}; hyperparameters must be numbers")
+            self.rule({**self.defaults, **param_group})  # raises where the options contradict the settings
         super().add_param_group(param_group)
 
     def state_dict(self) -> dict[str, Any]:
@@ -163,7 +169,7 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # A pickle of torch's class, or of an older version, has no settings.
-        self.__dict__.setdefault("_settings", Settings())
+        self.__dict__.setdefault("_settings", self.settings_class())
         self.__dict__.setdefault("_engine", Engine())
         self._engine.settle(self)
         self._engine.forget()
@@ -192,13 +198,25 @@ def _setting(name: str) -> property:
         return getattr(self._settings, name)
 
     def set(self: FusedOptimizer, value: Any) -> None:
+        before = getattr(self._settings, name)
         setattr(self._settings, name, value)
+        try:
+            for group in self.param_groups:
+                self.rule(group)
+        except ValueError:  # a group's options contradict it
+            setattr(self._settings, name, before)
+            raise
 
     return property(get, set, doc=f"The setting ``{name}``: see the class.")
 
 
-for _name in settings.FIELDS:
-    setattr(FusedOptimizer, _name, _setting(_name))
+def _add_attributes(cls: type[FusedOptimizer]) -> None:
+    for name in cls.settings_class.fields():
+        if not hasattr(cls, name):
+            setattr(cls, name, _setting(name))
+
+
+_add_attributes(FusedOptimizer)
 
 
 def _merged_signature(cls: type[FusedOptimizer]) -> inspect.Signature:
@@ -206,7 +224,7 @@ def _merged_signature(cls: type[FusedOptimizer]) -> inspect.Signature:
     base = next(c for c in cls.__mro__[1:] if "__init__" in vars(c) and c is not FusedOptimizer)
     if issubclass(base, FusedOptimizer):
         return inspect.signature(base)
-    ours = inspect.signature(Settings).parameters.values()
+    ours = inspect.signature(cls.settings_class).parameters.values()
     return inspect.Signature([*inspect.signature(base).parameters.values(), *ours])
 
 

@@ -3,7 +3,8 @@
 A key more in a group than torch has would make checkpoints of the two incompatible, so the settings
 live in one object of their own. Wrappers that copy an optimizer's ``__dict__`` share that object, and
 so see every change. A new setting is one field here: constructors, signatures, attributes and the documentation
-of every class are made from it.
+of every class are made from it. A setting of some classes only is a field of a subclass of ``Settings``, which these
+name as their ``settings_class``.
 """
 
 from __future__ import annotations
@@ -51,16 +52,28 @@ def _limits(name: str, value: Any) -> Any:
     return None if low is None and high is None else (low, high)
 
 
-def _flag(name: str, value: Any) -> bool:
+def _backend(name: str, value: Any) -> str | None:
+    if value is not None and value not in BACKENDS:
+        raise ValueError(f"Invalid {name}: {value!r}; choose one of {', '.join(map(repr, BACKENDS))} or None")
+    return value
+
+
+def flag(name: str, value: Any) -> bool:
+    """The check of a setting that is True or False."""
     if not isinstance(value, bool):
         raise TypeError(f"{name} must be True or False, got {value!r}")
     return value
 
 
-def _backend(name: str, value: Any) -> str | None:
-    if value is not None and value not in BACKENDS:
-        raise ValueError(f"Invalid {name}: {value!r}; choose one of {', '.join(map(repr, BACKENDS))} or None")
-    return value
+def one_of(*choices: str) -> Callable[[str, Any], str]:
+    """The check of a setting that is one of these words."""
+
+    def check(name: str, value: Any) -> str:
+        if value not in choices:
+            raise ValueError(f"Invalid {name}: {value!r}; choose one of {', '.join(map(repr, choices))}")
+        return value
+
+    return check
 
 
 def setting(default: Any, check: Callable[[str, Any], Any], doc: str) -> Any:
@@ -84,13 +97,13 @@ class Settings:
     )
     skip_nonfinite: bool = setting(
         False,
-        _flag,
+        flag,
         """(bool): leave parameters, states and step counts untouched at a step where a gradient has an inf
         or NaN; ``skipped_steps`` counts them.""",
     )
     flatten: bool = setting(
         False,
-        _flag,
+        flag,
         """(bool): move plain dense parameters that alone own their memory into one flat buffer.""",
     )
     backend: str | None = setting(
@@ -100,7 +113,12 @@ class Settings:
     )
 
     def __setattr__(self, name: str, value: Any) -> None:
-        super().__setattr__(name, FIELDS[name].metadata["check"](name, value))
+        super().__setattr__(name, self.fields()[name].metadata["check"](name, value))
+
+    @classmethod
+    def fields(cls) -> dict[str, dataclasses.Field]:
+        """The settings by name, in the order of the signature."""
+        return cls.__dataclass_fields__
 
     @property
     def value_limits(self) -> tuple[float, float]:
@@ -115,12 +133,10 @@ class Settings:
 
     def active(self) -> list[str]:
         """The names of the settings that ask for more than torch.optim does."""
-        return [name for name, value in vars(self).items() if value not in (None, False, "torch")]
+        plain = {name: field.default for name, field in self.fields().items()} | {"backend": "torch"}
+        return [name for name, value in vars(self).items() if value is not None and value != plain[name]]
 
-
-FIELDS = {field.name: field for field in dataclasses.fields(Settings)}
-
-
-def documentation() -> str:
-    """What the classes' docstrings say of the settings."""
-    return "\n".join(f"    {name} {field.metadata['doc']}" for name, field in FIELDS.items())
+    @classmethod
+    def documentation(cls) -> str:
+        """What the classes' docstrings say of the settings."""
+        return "\n".join(f"    {name} {field.metadata['doc']}" for name, field in cls.fields().items())
