@@ -89,7 +89,7 @@ class Engine:
         for bucket in self.plan.buckets:
             for member in bucket.members:
                 if bucket.cohorts[member.cohort].t == 0:
-                    for key in bucket.rule.states:
+                    for key in bucket.rule.keys:
                         optimizer.state[member.param].pop(key, None)
         self.plan = None
 

@@ -84,11 +84,11 @@ def adopt_states(
     optimizer: Any, p: Tensor, group: dict, place: Place, rule: Rule, dtypes: dict[str, torch.dtype], taken: int
 ) -> list[tuple[Tensor, Tensor | float]]:
     """Make ``optimizer.state[p]`` hold views of the place. Returns what has to be written into them."""
-    if not rule.states:
+    if not rule.keys:
         return []
     state = optimizer.state[p]
     writes = []
-    keys = ("step", *rule.states) if optimizer.counts_steps else rule.states
+    keys = ("step", *rule.keys) if optimizer.counts_steps else rule.keys
     for key in keys:
         value = state.get(key)
         if place.holds(key, value):

@@ -61,6 +61,8 @@ class Bucket:
     grad_dtype: torch.dtype
     backend: Backend
     flat: bool
+    averages: tuple[str, ...]
+    """Roles in the members' places that follow the new parameter, in the order of ``Update.averages``."""
     cohorts: list[Cohort]
     members: list[Member]
 
@@ -95,8 +97,8 @@ class Plan:
         self.identities = _identities(optimizer, self.params)
         self.views = []
         for bucket in self.buckets:
-            dicts = [optimizer.state[m.param] for m in bucket.members] if bucket.rule.states else []
-            keys = (*bucket.rule.states, "step") if optimizer.counts_steps else bucket.rule.states
+            dicts = [optimizer.state[m.param] for m in bucket.members] if bucket.rule.keys else []
+            keys = (*bucket.rule.keys, "step") if optimizer.counts_steps else bucket.rule.keys
             self.views += [
                 (itemgetter(key), dicts, [m.place.views[key].data_ptr() for m in bucket.members])
                 for key in keys
@@ -208,7 +210,7 @@ def _settle(optimizer: Any, key: tuple, entries: list[tuple], places: dict[Tenso
         cohort.members.append(member)
         members.append(member)
     write(optimizer, writes)
-    return Bucket(rule, device, dtype, grad_dtype, choice, flattened, list(cohorts.values()), members)
+    return Bucket(rule, device, dtype, grad_dtype, choice, flattened, rule.averages, list(cohorts.values()), members)
 
 
 def _overlapping(params: Sequence[Tensor]) -> set[int]:

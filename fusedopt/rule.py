@@ -31,6 +31,14 @@ class Rule(NamedTuple):
     single_pass: bool = False
     """Whether one plain operation is all there is: then copying parameters together and back costs more than it
     saves, and they are gathered only where they are flattened or the norm needs their gradients together."""
+    averages: tuple[str, ...] = ()
+    """Keys of states that follow the new parameter: a <- a + weight (p - a), after the update and outside the formula.
+    The weights are ``Update.averages``."""
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """Everything of a parameter's shape in ``optimizer.state[p]``."""
+        return self.states + self.averages
 
 
 def step_tensors(t: int, params: Sequence[Tensor]) -> list[Tensor]:
@@ -54,3 +62,5 @@ class Update(NamedTuple):
     h: Numbers
     on_grad: tuple[Stage, ...]
     on_update: tuple[Stage, ...]
+    averages: Numbers = ()
+    """One weight for each of the bucket's averages."""

@@ -51,7 +51,7 @@ def survey(optimizer: Any, rules: list[Rule]) -> dict[tuple, list[tuple]]:
                     "FullyShardedDataParallel; leave it away and call model.clip_grad_norm_() before step()"
                 )
             state = optimizer.state.get(p, {})
-            dtypes = {key: _state_dtype(p, state.get(key), key, where) for key in rule.states}
+            dtypes = {key: _state_dtype(p, state.get(key), key, where) for key in rule.keys}
             taken = _steps_taken(optimizer, rule, state, where)
             if p.device not in choices:
                 choices[p.device] = backend(p.device, optimizer.backend)
@@ -97,7 +97,7 @@ def _state_dtype(p: Tensor, value: Any, key: str, where: str) -> torch.dtype:
 def _steps_taken(optimizer: Any, rule: Rule, state: dict[str, Any], where: str) -> int:
     if not optimizer.counts_steps:
         # Only whether the buffers were ever written matters.
-        return int(all(state.get(key) is not None for key in rule.states)) if rule.states else 0
+        return int(all(state.get(key) is not None for key in rule.keys)) if rule.keys else 0
     step = state.get("step", 0)
     try:
         return int(step)

@@ -40,6 +40,14 @@ def through(chain: Sequence[Stage], x: Tensor, p: Tensor) -> Tensor:
     return x
 
 
+def follow(averages: list[Tensor], params: list[Tensor], weight: float) -> None:
+    """a <- a + weight (p - a); a copy where the weight is 1."""
+    if weight == 1:
+        torch._foreach_copy_(averages, params)
+    else:
+        torch._foreach_lerp_(averages, params, weight)
+
+
 @dataclasses.dataclass(slots=True)
 class Run:
     """One cohort's tensors: pieces of gathered buffers first, then tensors used where they are."""
@@ -47,6 +55,7 @@ class Run:
     cohort: Cohort
     params: list[Tensor]
     states: list[list[Tensor]]
+    averages: list[list[Tensor]]
     gathered: list[Tensor]
     """The gathered gradients that go with the first parameters."""
     direct: list[Member]
@@ -54,7 +63,7 @@ class Run:
     strides: list[tuple[int, ...]]
     """Those parameters' strides."""
     blocks: list[list[tuple[Tensor, ...]]] = dataclasses.field(default_factory=list)
-    """For each parameter, its blocks and its states' in the order of memory; empty with a fused kernel."""
+    """For each parameter, its blocks, its states' and its averages', by memory; none with a fused kernel."""
     grads: list[Tensor] = dataclasses.field(default_factory=list)
 
 
@@ -65,16 +74,17 @@ class Executor:
         self.bucket = bucket
         self.settings = settings
         rule = bucket.rule
+        self.keys = (*rule.states, *bucket.averages)
+        dtypes = {m.place.dtypes[key] for m in bucket.members for key in self.keys}
         self.fused = (
             bucket.device.type == "cpu"
             and rule.fused is not None
             and bucket.dtype in rule.fused_dtypes
             and bucket.dtype == bucket.grad_dtype
-            and all(m.place.dtypes[key] == bucket.dtype for m in bucket.members for key in rule.states)
+            and dtypes <= {bucket.dtype}
         )
         self.compute_dtype = torch.promote_types(bucket.dtype, torch.float32)
-        stored = {bucket.dtype} | {m.place.dtypes[key] for m in bucket.members for key in rule.states}
-        self.computes_in_place = stored == {self.compute_dtype}
+        self.computes_in_place = dtypes | {bucket.dtype} == {self.compute_dtype}
         self.block = BLOCK if bucket.device.type == "cpu" else max(m.param.numel() for m in bucket.members) or 1
         gathered = [m for m in bucket.members if m.place.packed]
         self.positions = [m.position for m in gathered]
@@ -90,10 +100,11 @@ class Executor:
         self.runs = [self._run(cohort) for cohort in bucket.cohorts]
 
     def _run(self, cohort: Cohort) -> Run:
-        keys = self.bucket.rule.states
         direct = [m for m in cohort.members if not m.place.packed]
         strides = [m.place.space.strides[m.place.index] for m in direct]
-        run = Run(cohort, [], [[] for _ in keys], [], direct, strides)
+        lists = [[] for _ in self.keys]
+        count = len(self.bucket.rule.states)
+        run = Run(cohort, [], lists[:count], lists[count:], [], direct, strides)
         for first, last in _neighbours([m for m in cohort.members if m.place.packed]):
             space = first.place.space
             part = slice(space.offsets[first.place.index], space.end(last.place.index))
@@ -101,14 +112,14 @@ class Executor:
             params = space.buffers["param"] if in_place else space.packed_copies("param", self.bucket.dtype)
             run.params.append(params[part])
             run.gathered.append(space.packed_copies("grad", self.bucket.grad_dtype)[part])
-            for tensors, key in zip(run.states, keys):
+            for tensors, key in zip(lists, self.keys):
                 tensors.append(space.buffers[key][part])
         for m in run.direct:
             run.params.append(m.param)
-            for tensors, key in zip(run.states, keys):
+            for tensors, key in zip(lists, self.keys):
                 tensors.append(m.place.views[key])
         if not self.fused:
-            for tensors in zip(run.params, *run.states):
+            for tensors in zip(run.params, *lists):
                 run.blocks.append(list(zip(*(memory_order(x).split(self.block) for x in tensors))))
         return run
 
@@ -151,6 +162,9 @@ class Executor:
         for run in self.runs:
             if self.fused:
                 self._step_fused(run, verdict.factor)
+                if run.averages:
+                    for averages, weight in zip(run.averages, update(run.cohort).averages):
+                        follow(averages, run.params, weight)
             else:
                 self._step_in_blocks(run, update(run.cohort), verdict.factor)
         if self.staged:
@@ -173,15 +187,18 @@ class Executor:
     def _step_in_blocks(self, run: Run, update: Update, factor: float) -> None:
         for blocks, g in zip(run.blocks, run.grads):
             for tensors, g_block in zip(blocks, memory_order(g).split(self.block)):
-                p, *state = tensors if self.computes_in_place else (t.to(self.compute_dtype) for t in tensors)
-                self._update(p, g_block.to(self.compute_dtype), state, update, factor)
+                p, *kept = tensors if self.computes_in_place else (t.to(self.compute_dtype) for t in tensors)
+                self._update(p, g_block.to(self.compute_dtype), kept, update, factor)
                 if not self.computes_in_place:
-                    torch._foreach_copy_(tensors, [p, *state])
+                    torch._foreach_copy_(tensors, [p, *kept])
 
-    def _update(self, p: Tensor, g: Tensor, state: list[Tensor], update: Update, factor: float) -> None:
+    def _update(self, p: Tensor, g: Tensor, kept: list[Tensor], update: Update, factor: float) -> None:
+        count = len(self.bucket.rule.states)
         g = through(update.on_grad, g if factor == 1 else g * factor, p)
-        u = through(update.on_update, self.bucket.rule.twin(g, state, update.h), p)
+        u = through(update.on_update, self.bucket.rule.twin(g, kept[:count], update.h), p)
         p.sub_(u, alpha=update.lr)
+        for average, weight in zip(kept[count:], update.averages):
+            follow([average], [p], weight)
 
 
 def _neighbours(members: list[Member]) -> list[tuple[Member, Member]]:

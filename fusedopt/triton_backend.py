@@ -44,7 +44,8 @@ class Executor:
     def __init__(self, bucket: Bucket, settings: Settings):
         self.bucket = bucket
         self.compute_dtype = torch.promote_types(bucket.dtype, torch.float32)
-        keys = bucket.rule.states
+        keys = (*bucket.rule.states, *bucket.averages)
+        count = len(bucket.rule.states)
         members = bucket.members
         # A parameter with gaps in memory is updated in a dense copy.
         self.copied = [(m, _dense_like(m)) for m in members if not is_dense(m.param)]
@@ -57,11 +58,13 @@ class Executor:
         param, grad = address.PARAM.value, address.GRAD.value
         if bucket.flat:
             buffers = members[0].place.space.buffers
-            roles = address.Tensors(buffers["param"], _role(grad, bucket.grad_dtype), tuple(buffers[k] for k in keys))
+            kept = tuple(buffers[key] for key in keys)
+            roles = address.Tensors(buffers["param"], _role(grad, bucket.grad_dtype), kept[:count], kept[count:])
             self.address, self.fields = address.flat, param + 1
         else:
-            states = tuple(_role(param + 1 + i, dtype) for i, dtype in enumerate(dtypes))
-            roles = address.Tensors(_role(param, bucket.dtype), _role(grad, bucket.grad_dtype), states)
+            kept = tuple(_role(param + 1 + i, dtype) for i, dtype in enumerate(dtypes))
+            pair = _role(param, bucket.dtype), _role(grad, bucket.grad_dtype)
+            roles = address.Tensors(*pair, kept[:count], kept[count:])
             self.address, self.fields = address.scattered, param + 1 + len(keys)
         self.roles = roles
         widest = max(dtype.itemsize for dtype in (bucket.dtype, bucket.grad_dtype, *dtypes))
@@ -143,7 +146,7 @@ class Executor:
         on_device = verdict.device is not None
         variants = skips.variants if on_device else 1
         updates = [update(cohort, skipped) for cohort in self.bucket.cohorts for skipped in range(variants)]
-        h, on_grad, on_update, columns = self._chains(updates)
+        *chains, columns = self._chains(updates)
         rows = np.array([columns(u) for u in updates], dtype=np.float64)
         self.rows.send(rows.astype(np.float64 if self.compute_dtype == torch.float64 else np.float32))
         for member, copy in self.copied:
@@ -151,7 +154,7 @@ class Executor:
         with on(self.bucket.device):
             step_kernel.step[(self.tile_count,)](
                 self.table.device_copy, self.tiles, self.rows.device_copy, verdict.on(self.bucket.device),
-                skips.known if on_device else 0, variants, self.roles, h, on_grad, on_update,
+                skips.known if on_device else 0, variants, self.roles, *chains,
                 RULE=getattr(rules, self.bucket.rule.name), ADDRESS=self.address, ROUND=rounding.nearest,
                 COMPUTE=TYPES[self.compute_dtype], FIELDS=self.fields, WIDTH=rows.shape[1],
                 BLOCK=BLOCK, num_warps=self.num_warps, enable_fp_fusion=False,
@@ -162,29 +165,35 @@ class Executor:
         torch.autograd.graph.increment_version(self.in_place)
 
     def _chains(self, updates: Sequence[Update]) -> tuple:
-        """The kernel's view of the rows: which columns are ``h``, which stages run on which columns."""
+        """The kernel's view of the rows: which columns are ``h``, which stages run on which columns, which columns are
+        the averages' weights; and what fills them."""
         used = tuple(
             tuple(any(u[chain][i].args != u[chain][i].neutral for u in updates) for i in range(len(updates[0][chain])))
             for chain in (2, 3)
         )
         if used not in self.chains:
             first = updates[0]
-            end = 1 + len(first.h)
-            h = tuple(tl.constexpr(c) for c in range(1, end))
+            h, end = _columns(1, len(first.h))
+            averages, end = _columns(end, len(first.averages))
             built = []
             for chain, keep in zip((first.on_grad, first.on_update), used):
                 picked = []
                 for stage in (s for s, k in zip(chain, keep) if k):
-                    places = tuple(tl.constexpr(c) for c in range(end, end + len(stage.args)))
-                    end += len(stage.args)
+                    places, end = _columns(end, len(stage.args))
                     picked.append(stages.Stage(getattr(stages, stage.name), places))
                 built.append(tuple(picked))
 
             def columns(u: Update) -> list[float]:
-                args = (x for chain, keep in zip(u[2:], used) for s, k in zip(chain, keep) if k for x in s.args)
-                return [u.lr, *u.h, *args]
+                args = (
+                    x
+                    for chain, keep in zip((u.on_grad, u.on_update), used)
+                    for s, k in zip(chain, keep)
+                    if k
+                    for x in s.args
+                )
+                return [u.lr, *u.h, *u.averages, *args]
 
-            self.chains[used] = (h, *built, columns)
+            self.chains[used] = (h, *built, averages, columns)
         return self.chains[used]
 
 
@@ -256,6 +265,11 @@ def _warps(vector: int) -> int:
     """How many warps share a tile, if each thread takes that many elements. AMD's have up to 64 threads."""
     threads = 32 if interpreting() else driver.active.get_current_target().warp_size
     return BLOCK // (threads * vector)
+
+
+def _columns(start: int, count: int) -> tuple[tuple, int]:
+    """The next columns of a row, and where they end."""
+    return tuple(tl.constexpr(c) for c in range(start, start + count)), start + count
 
 
 def _role(field: int, dtype: torch.dtype) -> address.Role:

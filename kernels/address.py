@@ -2,7 +2,7 @@
 
 The table has one record of int64 fields per tensor::
 
-    numel, row of hyperparameters, aligned or not, gradient, parameter, state 0, state 1, ...
+    numel, row of hyperparameters, aligned or not, gradient, parameter, states ..., averages ...
 
 Gradients always are addresses, since autograd owns them. With ``scattered`` every other role is an
 address too; with ``flat`` the parameter's field holds the position in flat buffers, one per role.
@@ -24,6 +24,7 @@ class Tensors(NamedTuple):
     param: object
     grad: object
     states: tuple
+    averages: tuple
 
 
 class Role(NamedTuple):
@@ -39,6 +40,7 @@ def scattered(record, roles, ALIGNED: tl.constexpr):
         at(record, roles.param, ALIGNED),
         at(record, roles.grad, ALIGNED),
         tl.tuple([at(record, role, ALIGNED) for role in roles.states]),
+        tl.tuple([at(record, role, ALIGNED) for role in roles.averages]),
     )
 
 
@@ -50,6 +52,7 @@ def flat(record, roles, ALIGNED: tl.constexpr):
         roles.param + position,
         at(record, roles.grad, ALIGNED),
         tl.tuple([base + position for base in roles.states]),
+        tl.tuple([base + position for base in roles.averages]),
     )
 
 

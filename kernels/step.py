@@ -1,8 +1,8 @@
-"""The one optimizer kernel: load -> gradient chain -> rule -> update chain -> round and store.
+"""The one optimizer kernel: load -> gradient chain -> rule -> update chain -> averages -> round and store.
 
 A tile is at most BLOCK elements of one tensor; one program updates one tile. ``rows`` holds one row
 of numbers per (parameter group, step count): the learning rate, the rule's ``h``, the stages'
-arguments. Nothing that changes during training is a compile-time constant.
+arguments, the averages' weights. Nothing that changes during training is a compile-time constant.
 """
 
 import triton
@@ -29,6 +29,7 @@ def step(
     h,
     on_grad,
     on_update,
+    averages,  # the columns of the averages' weights
     RULE: tl.constexpr,
     ADDRESS: tl.constexpr,
     ROUND: tl.constexpr,
@@ -59,18 +60,19 @@ def step(
         t = ADDRESS(record, roles, True)
         lanes = tl.arange(0, BLOCK)
         mask = lanes < tl.multiple_of(vectors, 8)
-        update(t, start + lanes, mask, row, factor, h, on_grad, on_update, RULE, ROUND, COMPUTE)
+        update(t, start + lanes, mask, row, factor, h, on_grad, on_update, averages, RULE, ROUND, COMPUTE)
     if vectors < valid:
         t = ADDRESS(record, roles, False)
         SMALL: tl.constexpr = BLOCK // 8
         for at in tl.range(vectors, valid, SMALL):
             lanes = at + tl.arange(0, SMALL)
-            update(t, start + lanes, lanes < valid, row, factor, h, on_grad, on_update, RULE, ROUND, COMPUTE)
+            places = start + lanes
+            update(t, places, lanes < valid, row, factor, h, on_grad, on_update, averages, RULE, ROUND, COMPUTE)
 
 
 @triton.jit
 def update(
-    t, places, mask, row, factor, h, on_grad, on_update,
+    t, places, mask, row, factor, h, on_grad, on_update, averages,
     RULE: tl.constexpr, ROUND: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
     g = load(t.grad, places, mask, COMPUTE)
@@ -88,6 +90,15 @@ def update(
     for k in tl.static_range(len(t.states)):
         store(t.states[k], places, state[k], mask, ROUND)
     store(t.param, places, p, mask, ROUND)
+    for k in tl.static_range(len(t.averages)):
+        average = load(t.averages[k], places, mask, COMPUTE)
+        store(t.averages[k], places, follow(average, p, tl.load(row + averages[k])), mask, ROUND)
+
+
+@triton.jit
+def follow(average, p, weight):
+    """a <- a + weight (p - a), with the new p as it was before rounding; a copy where the weight is 1"""
+    return tl.where(weight == 1, p, average + weight * (p - average))
 
 
 @triton.jit
