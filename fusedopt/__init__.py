@@ -3,8 +3,10 @@
 from .adagrad import Adagrad
 from .adam import Adam, AdamW
 from .backends import Backend, backend
+from .check import check_rule
 from .optimizer import FusedOptimizer, registry
 from .rmsprop import RMSprop
+from .rule import Rule
 from .sgd import SGD
 
 __version__ = "0.1.0"
@@ -16,6 +18,8 @@ __all__ = [
     "Backend",
     "FusedOptimizer",
     "RMSprop",
+    "Rule",
     "backend",
+    "check_rule",
     "registry",
 ]

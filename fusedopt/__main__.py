@@ -1,6 +1,8 @@
-"""``python -m fusedopt`` trains two lessons with torch.optim and with fusedopt; ``info`` says what would run where.
+"""``python -m fusedopt`` trains two lessons with torch.optim and with fusedopt; ``info`` says what would run where;
+``check FILE`` compares the Triton function and the torch twin of every optimizer that a file defines.
 
-Exit codes: 0 done; 2 wrong arguments, unusable data, or a package of the extra ``demo`` is missing.
+Exit codes: 0 done; 1 ``check`` found a difference; 2 wrong arguments, unusable data, or a package of the extra
+``demo`` is missing.
 """
 
 import argparse
@@ -29,6 +31,8 @@ def main(argv: list[str] | None = None) -> int:
     if options.command == "info":
         print(info())
         return 0
+    if options.command == "check":
+        return check(options.file)
     try:
         from fusedopt import demo, lessons
     except ModuleNotFoundError as missing:
@@ -71,8 +75,10 @@ def arguments() -> argparse.ArgumentParser:
         description="Train a classifier and a regression twice, with torch.optim and with fusedopt, from the same seed "
         "on the same batches, and compare scores, parameters and step times.",
     )
-    commands = parser.add_subparsers(dest="command", title="instead of training", metavar="[info]")
+    commands = parser.add_subparsers(dest="command", title="instead of training", metavar="[info | check FILE]")
     commands.add_parser("info", help="versions, devices, the backend of each device, registered optimizers")
+    checker = commands.add_parser("check", help="compare the Triton functions and torch twins of a file's optimizers")
+    checker.add_argument("file", type=Path, help="a Python file that defines subclasses of fusedopt.FusedOptimizer")
     comparable = sorted(name for name in fusedopt.registry if hasattr(torch.optim, name))
     present = devices()
     add = parser.add_argument
@@ -87,6 +93,18 @@ def arguments() -> argparse.ArgumentParser:
     add("--seed", type=int, default=0, help="of the split, the initial parameters and the batches (default: 0)")
     add("--out", type=Path, default=Path("demo/fusedopt.png"), help="the plot, a PNG (default: %(default)s)")
     return parser
+
+
+def check(file: Path) -> int:
+    """Print what ``fusedopt.check_rule`` says of every optimizer that the file defines; 1 if anything is wrong."""
+    from fusedopt.check import check_file
+
+    report = check_file(file)
+    for name, difference in report.items():
+        print(f"{name}: {difference or 'the Triton function and the torch twin agree'}")
+    if not report:
+        print(f"{file} defines no subclass of fusedopt.FusedOptimizer")
+    return int(not report or any(report.values()))
 
 
 def positive(number: type) -> Callable[[str], float]:

@@ -47,15 +47,18 @@ class FusedOptimizer(torch.optim.Optimizer):
     settings_class = Settings
     """What the class takes besides torch's arguments."""
 
-    def __init_subclass__(cls, **kwargs: Any) -> None:
+    def __init_subclass__(cls, register: bool | None = None, **kwargs: Any) -> None:
+        """``register``: whether the class is entered in ``fusedopt.registry``; by default the package's own are."""
         super().__init_subclass__(**kwargs)
         _add_attributes(cls)
         if "__init__" in vars(cls):
-            cls.__signature__ = _without_self(cls.__init__)
+            cls.__signature__ = _own_signature(cls)
         else:
             cls.__signature__ = _merged_signature(cls)
-        if cls.__module__.startswith("fusedopt."):
+        ours = cls.__module__.startswith("fusedopt.")
+        if register or (ours and register is None):
             registry[cls.__name__] = cls
+        if ours:
             # The formulas and sources stand in the module's docstring; help() on the class should show them.
             formulas = textwrap.indent(sys.modules[cls.__module__].__doc__ or "", "    ")
             ours = SETTINGS_DOC.format(settings=cls.settings_class.documentation())
@@ -90,10 +93,10 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def update(self, group: dict[str, Any], t: int) -> Update:
         """All numbers of one step of one group. Order as in torch: clip, negate, decay."""
-        weight_decay, decoupled = float(group["weight_decay"]), self.decoupled(group)
+        weight_decay, decoupled = float(group.get("weight_decay", 0.0)), self.decoupled(group)
         on_grad = (
             Stage("clip_value", self._settings.value_limits, (-math.inf, math.inf)),
-            Stage("maximize", (-1.0 if group["maximize"] else 1.0,), (1.0,)),
+            Stage("maximize", (-1.0 if group.get("maximize") else 1.0,), (1.0,)),
             Stage("decay", (0.0 if decoupled else weight_decay,), (0.0,)),
         )
         on_update = (Stage("decay", (weight_decay if decoupled else 0.0,), (0.0,)),)
@@ -147,6 +150,11 @@ class FusedOptimizer(torch.optim.Optimizer):
                 "or make the parameters and gradients plain dense real tensors"
             ) from None
         step = super().step
+        if step.__func__ is torch.optim.Optimizer.step:
+            raise RuntimeError(
+                f"{type(self).__name__} cannot be combined with {reason}: torch.optim has no step to leave it to; "
+                "make the parameters and gradients plain dense real tensors"
+            ) from None
         # Not the hooked one, or every hook would run twice.
         step = step.__wrapped__ if getattr(step, "hooked", False) else step.__func__
         step(self)
@@ -228,6 +236,11 @@ def _merged_signature(cls: type[FusedOptimizer]) -> inspect.Signature:
     return inspect.Signature([*inspect.signature(base).parameters.values(), *ours])
 
 
-def _without_self(function: Any) -> inspect.Signature:
-    signature = inspect.signature(function)
-    return signature.replace(parameters=list(signature.parameters.values())[1:])
+def _own_signature(cls: type[FusedOptimizer]) -> inspect.Signature:
+    """That of the class's own ``__init__``, with our settings for the ``**settings`` that it hands on."""
+    signature = inspect.signature(cls.__init__)
+    _, *parameters = signature.parameters.values()
+    hands_on = next(c for c in cls.__mro__[1:] if "__init__" in vars(c)) is FusedOptimizer
+    if hands_on and parameters and parameters[-1].kind is inspect.Parameter.VAR_KEYWORD:
+        parameters[-1:] = inspect.signature(cls.settings_class).parameters.values()
+    return signature.replace(parameters=parameters)

@@ -12,7 +12,7 @@ Numbers = tuple[float, ...]
 
 
 class Rule(NamedTuple):
-    """One update formula, under the name that it has in ``kernels/rules.py``."""
+    """One update formula. The package's own have in ``kernels/rules.py`` the same name."""
 
     name: str
     states: tuple[str, ...]
@@ -34,6 +34,9 @@ class Rule(NamedTuple):
     averages: tuple[str, ...] = ()
     """Keys of states that follow the new parameter: a <- a + weight (p - a), after the update and outside the formula.
     The weights are ``Update.averages``."""
+    kernel: Callable | None = None
+    """``kernel(g, state, h) -> (u, new_state)``, the same formula as a Triton function (``fusedopt.custom.jit``): for
+    rules outside the package. None: the function of that name in ``kernels/rules.py``."""
 
     @property
     def keys(self) -> tuple[str, ...]:

@@ -13,6 +13,8 @@ import torch
 import triton.language as tl
 from torch import Tensor
 from triton.runtime import driver
+from triton.runtime.interpreter import InterpretedFunction
+from triton.runtime.jit import JITFunction
 
 from .backends import interpreting
 from .clipping import Skips, Verdict
@@ -20,7 +22,7 @@ from .flat import is_dense
 from .kernels import address, norm, rounding, rules, stages
 from .kernels import step as step_kernel
 from .plan import Bucket, Member
-from .rule import Update
+from .rule import Rule, Update
 from .settings import Settings
 from .upload import Upload, on
 
@@ -43,6 +45,7 @@ class Executor:
 
     def __init__(self, bucket: Bucket, settings: Settings):
         self.bucket = bucket
+        self.kernel = rule_kernel(bucket.rule)
         self.compute_dtype = torch.promote_types(bucket.dtype, torch.float32)
         keys = (*bucket.rule.states, *bucket.averages)
         count = len(bucket.rule.states)
@@ -155,7 +158,7 @@ class Executor:
             step_kernel.step[(self.tile_count,)](
                 self.table.device_copy, self.tiles, self.rows.device_copy, verdict.on(self.bucket.device),
                 skips.known if on_device else 0, variants, self.roles, *chains,
-                RULE=getattr(rules, self.bucket.rule.name), ADDRESS=self.address, ROUND=rounding.nearest,
+                RULE=self.kernel, ADDRESS=self.address, ROUND=rounding.nearest,
                 COMPUTE=TYPES[self.compute_dtype], FIELDS=self.fields, WIDTH=rows.shape[1],
                 BLOCK=BLOCK, num_warps=self.num_warps, enable_fp_fusion=False,
             )  # fmt: skip
@@ -224,6 +227,26 @@ def judge(
 def _terms(settings: Settings, loss_scale: Tensor | None, found_inf: Tensor | None) -> tuple:
     clips = settings.max_grad_norm is not None
     return settings.max_grad_norm or math.inf, loss_scale, found_inf, clips, settings.skip_nonfinite
+
+
+def rule_kernel(rule: Rule) -> JITFunction | InterpretedFunction:
+    """The rule as a Triton function.
+
+    Raises:
+        RuntimeError: if it has none, or one that cannot run in this process.
+    """
+    kernel = rule.kernel or getattr(rules, rule.name, None)
+    if not isinstance(kernel, (JITFunction, InterpretedFunction)):
+        raise RuntimeError(
+            f"the rule {rule.name!r} has no Triton function: give Rule(kernel=...) one that is decorated with "
+            "fusedopt.custom.jit, or use backend='torch'"
+        )
+    if isinstance(kernel, InterpretedFunction) != isinstance(step_kernel.step, InterpretedFunction):
+        raise RuntimeError(
+            f"TRITON_INTERPRET changed between the definition of the rule {rule.name!r} and of fusedopt's kernels; "
+            "set it before the program starts"
+        )
+    return kernel
 
 
 def _warps(vector: int) -> int:
