@@ -2,6 +2,7 @@
 
 from .adagrad import Adagrad
 from .adam import Adam, AdamW
+from .amp import GradScaler
 from .backends import Backend, backend
 from .check import check_rule
 from .optimizer import FusedOptimizer, registry
@@ -17,6 +18,7 @@ __all__ = [
     "AdamW",
     "Backend",
     "FusedOptimizer",
+    "GradScaler",
     "RMSprop",
     "Rule",
     "backend",

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-
-from .settings import Settings
 
 CLIP_EPSILON = 1e-6
 """torch.nn.utils.clip_grad_norm_ adds it to the norm, so that zero gradients stay zero."""
@@ -26,6 +25,12 @@ class Verdict(NamedTuple):
     skip: bool = False
     device: Tensor | None = None
 
+    def found_inf(self, device: torch.device) -> Tensor:
+        """Whether the step is skipped, as GradScaler.update() takes it: a new float32 scalar."""
+        if self.device is not None:
+            return self.device[2].to(device, torch.float32, copy=True)
+        return torch.full((), float(self.skip), device=device)
+
     def on(self, device: torch.device) -> Tensor | None:
         """The verdict for kernels on ``device``; None if there is nothing to multiply or skip."""
         if self.device is not None or self.factor == 1:
@@ -36,37 +41,71 @@ class Verdict(NamedTuple):
 UNJUDGED = Verdict()
 
 
-def judge(
-    executors: Sequence[Any],
-    settings: Settings,
-    loss_scale: Tensor | None,
-    found_inf: Tensor | None,
-    skips: Skips,
-) -> Verdict:
-    """Judge this step's gradients: norm (if a setting needs it), unscaling, clip factor, skipping.
+@dataclasses.dataclass
+class Scaling:
+    """What a ``fusedopt.GradScaler`` asks of the next step."""
+
+    loss_scale: Tensor | None
+    """What the gradients are still multiplied by; None if they were unscaled already."""
+    found_inf: Tensor | None
+    """Whether one of them is not finite; None if nobody has looked yet, and the step shall."""
+    unscale: Callable[[], Tensor]
+    """Unscales them in a pass of its own, for steps that are not ours; returns ``found_inf``."""
+
+
+class Terms(NamedTuple):
+    """What the gradients of one step are judged by."""
+
+    max_norm: float | None = None
+    skip_nonfinite: bool = False
+    loss_scale: Tensor | None = None
+    found_inf: Tensor | None = None
+    """Skip this step if it is not 0."""
+
+    @property
+    def needs_norm(self) -> bool:
+        return self.max_norm is not None or self.skip_nonfinite
+
+    @property
+    def any(self) -> bool:
+        return self.needs_norm or self.loss_scale is not None or self.found_inf is not None
+
+
+def terms(optimizer: Any, scaling: Scaling | None) -> Terms:
+    """The settings of an optimizer, and what a scaler asks of it: ours through ``scaling``, torch's through
+    attributes, as it does where an optimizer was made with ``fused=True``."""
+    settings = optimizer._settings
+    if scaling is not None:
+        looks = settings.skip_nonfinite or scaling.found_inf is None
+        return Terms(settings.max_grad_norm, looks, scaling.loss_scale, scaling.found_inf)
+    loss_scale, found_inf = getattr(optimizer, "grad_scale", None), getattr(optimizer, "found_inf", None)
+    return Terms(settings.max_grad_norm, settings.skip_nonfinite, loss_scale, found_inf)
+
+
+def judge(executors: Sequence[Any], terms: Terms, skips: Skips) -> Verdict:
+    """Judge this step's gradients: norm (if a term needs it), unscaling, clip factor, skipping.
 
     Args:
         executors: one per bucket, each holding its gradients.
-        settings: ``max_grad_norm`` and ``skip_nonfinite``.
-        loss_scale, found_inf: what a GradScaler attached to the optimizer, 1-element tensors or None.
+        terms: what to judge them by.
         skips: where a skipped step is counted.
     """
-    if not settings.needs_norm and loss_scale is None and found_inf is None:
+    if not terms.any:
         return UNJUDGED
     backends = {(executor.bucket.backend.name, executor.bucket.device) for executor in executors}
     if len(backends) == 1 and executors[0].bucket.backend.name == "triton":
         from . import triton_backend
 
-        return triton_backend.judge(executors, settings, loss_scale, found_inf, skips)
+        return triton_backend.judge(executors, terms, skips)
 
-    scale = 1.0 if loss_scale is None else loss_scale.item()
-    skip = found_inf is not None and found_inf.item() != 0
+    scale = 1.0 if terms.loss_scale is None else terms.loss_scale.item()
+    skip = terms.found_inf is not None and terms.found_inf.item() != 0
     norm, factor = None, 1 / scale
-    if settings.needs_norm:
+    if terms.needs_norm:
         norm = hypot([executor.norm() for executor in executors]) / scale
-        skip = skip or (settings.skip_nonfinite and not math.isfinite(norm))
-    if settings.max_grad_norm is not None:
-        coefficient = settings.max_grad_norm / (norm + CLIP_EPSILON)
+        skip = skip or (terms.skip_nonfinite and not math.isfinite(norm))
+    if terms.max_norm is not None:
+        coefficient = terms.max_norm / (norm + CLIP_EPSILON)
         # Written so that a NaN norm gives a NaN factor, as in torch.
         factor *= 1.0 if coefficient > 1 else coefficient
     skips.count += skip

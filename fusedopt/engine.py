@@ -23,6 +23,8 @@ class Engine:
         self.executors: list[Any] = []
         self.verdict = clipping.UNJUDGED
         self.skips = clipping.Skips()
+        self.scaling: clipping.Scaling | None = None
+        """What a GradScaler of ours asks of the step that it calls."""
 
     def step(self, optimizer: Any) -> None:
         params = [p for group in optimizer.param_groups for p in group["params"]]
@@ -53,8 +55,9 @@ class Engine:
         self.plan = plan
 
     def _run(self, optimizer: Any) -> None:
-        loss_scale, found_inf = getattr(optimizer, "grad_scale", None), getattr(optimizer, "found_inf", None)
-        self.verdict = clipping.judge(self.executors, optimizer._settings, loss_scale, found_inf, self.skips)
+        self.verdict = clipping.judge(self.executors, clipping.terms(optimizer, self.scaling), self.skips)
+        if self.scaling is not None:
+            self.scaling.found_inf = self.verdict.found_inf(self.executors[0].bucket.device)
         if self.verdict.skip:
             self._drop_unwritten(optimizer)
             return

@@ -149,6 +149,12 @@ class FusedOptimizer(torch.optim.Optimizer):
                 f"{', '.join(active)} cannot be combined with {reason}; leave the setting away, "
                 "or make the parameters and gradients plain dense real tensors"
             ) from None
+        scaling = self._engine.scaling
+        if scaling is not None:
+            if scaling.found_inf is None:
+                scaling.found_inf = scaling.unscale()
+            if scaling.found_inf.item():
+                return
         step = super().step
         if step.__func__ is torch.optim.Optimizer.step:
             raise RuntimeError(

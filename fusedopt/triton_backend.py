@@ -17,7 +17,7 @@ from triton.runtime.interpreter import InterpretedFunction
 from triton.runtime.jit import JITFunction
 
 from .backends import interpreting
-from .clipping import Skips, Verdict
+from .clipping import Skips, Terms, Verdict
 from .flat import is_dense
 from .kernels import address, norm, rounding, rules, stages
 from .kernels import step as step_kernel
@@ -119,7 +119,7 @@ class Executor:
     def norm(self) -> float:
         """The norm of the gradients, waited for: only for buckets on several devices or backends."""
         slots, verdict = (torch.zeros(n, dtype=torch.float64, device=self.bucket.device) for n in (SLOTS, 4))
-        self.add_squares(slots, 0, None, verdict, Settings(), None, None)
+        self.add_squares(slots, 0, None, verdict, Terms())
         return math.sqrt(slots.sum().item())
 
     def add_squares(
@@ -128,15 +128,13 @@ class Executor:
         first_slot: int,
         ticket: Tensor | None,
         verdict: Tensor,
-        settings: Settings,
-        loss_scale: Tensor | None,
-        found_inf: Tensor | None,
+        terms: Terms,
     ) -> None:
         """Launch the norm kernel over this bucket; with a ticket its last program passes the verdict."""
         with on(self.bucket.device):
             norm.sum_of_squares[(min(self.tile_count, SLOTS),)](
                 self.table.device_copy, self.tiles, self.tile_count, self.roles.grad, slots, first_slot, slots.numel(),
-                ticket, verdict, *_terms(settings, loss_scale, found_inf),
+                ticket, verdict, *_on(self.bucket.device, terms),
                 FIELDS=self.fields, BLOCK=BLOCK, SLOTS=SLOTS, num_warps=self.norm_warps, enable_fp_fusion=False,
             )  # fmt: skip
 
@@ -200,33 +198,31 @@ class Executor:
         return self.chains[used]
 
 
-def judge(
-    executors: Sequence[Executor],
-    settings: Settings,
-    loss_scale: Tensor | None,
-    found_inf: Tensor | None,
-    skips: Skips,
-) -> Verdict:
+def judge(executors: Sequence[Executor], terms: Terms, skips: Skips) -> Verdict:
     """Pass the verdict on the device: one launch per bucket, and nobody waits."""
     device = executors[0].bucket.device
     verdict = skips.verdict(device)
-    filled = [executor for executor in executors if executor.tile_count] if settings.needs_norm else []
+    filled = [executor for executor in executors if executor.tile_count] if terms.needs_norm else []
     slots, ticket = executors[-1].workspace(max(len(filled), 1))
     for i, executor in enumerate(filled):
         last = executor is filled[-1]
-        executor.add_squares(slots, i * SLOTS, ticket if last else None, verdict, settings, loss_scale, found_inf)
+        executor.add_squares(slots, i * SLOTS, ticket if last else None, verdict, terms)
     if not filled:
         with on(device):
             norm.judge[(1,)](
-                slots, slots.numel(), verdict, *_terms(settings, loss_scale, found_inf),
+                slots, slots.numel(), verdict, *_on(device, terms),
                 SLOTS=SLOTS, enable_fp_fusion=False,
             )  # fmt: skip
-    return Verdict(norm=math.nan if settings.needs_norm else None, device=verdict)
+    return Verdict(norm=math.nan if terms.needs_norm else None, device=verdict)
 
 
-def _terms(settings: Settings, loss_scale: Tensor | None, found_inf: Tensor | None) -> tuple:
-    clips = settings.max_grad_norm is not None
-    return settings.max_grad_norm or math.inf, loss_scale, found_inf, clips, settings.skip_nonfinite
+def _on(device: torch.device, terms: Terms) -> tuple:
+    """The kernels' arguments. A scaler keeps its scale where the loss is, which may be another GPU."""
+    scale, found_inf = (
+        x if x is None else x.to(device, non_blocking=True) for x in (terms.loss_scale, terms.found_inf)
+    )
+    clips = terms.max_norm is not None
+    return terms.max_norm if clips else math.inf, scale, found_inf, clips, terms.skip_nonfinite
 
 
 def rule_kernel(rule: Rule) -> JITFunction | InterpretedFunction:
