@@ -30,7 +30,7 @@ def fused(params, grads, states, t, group, scale):
     )  # fmt: skip
 
 
-ADAGRAD = Rule("adagrad", ("sum",), adagrad, fused, frozenset((torch.float32, torch.float64)), few=8)
+ADAGRAD = Rule("adagrad", ("sum",), adagrad, fused, frozenset((torch.float32, torch.float64)), list_threads=1)
 
 
 class Adagrad(FusedOptimizer, torch.optim.Adagrad):

@@ -50,8 +50,8 @@ def fused(params, grads, states, t, group, scale):
 
 
 DTYPES = frozenset((torch.float32, torch.float64))
-ADAM = Rule("adam", ("exp_avg", "exp_avg_sq"), adam, fused, DTYPES, few=8)
-AMSGRAD = Rule("amsgrad", ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"), amsgrad, fused, DTYPES, few=8)
+ADAM = Rule("adam", ("exp_avg", "exp_avg_sq"), adam, fused, DTYPES, list_threads=1)
+AMSGRAD = Rule("amsgrad", ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"), amsgrad, fused, DTYPES, list_threads=1)
 
 
 class Adam(FusedOptimizer, torch.optim.Adam):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import chain
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -11,6 +13,8 @@ from . import clipping, torch_backend
 from .plan import Bucket, Cohort, Place, Plan
 from .rule import Update
 from .settings import Settings
+
+get_params = itemgetter("params")
 
 
 class Engine:
@@ -27,7 +31,7 @@ class Engine:
         """What a GradScaler of ours asks of the step that it calls."""
 
     def step(self, optimizer: Any) -> None:
-        params = [p for group in optimizer.param_groups for p in group["params"]]
+        params = list(chain.from_iterable(map(get_params, optimizer.param_groups)))
         grads = [p.grad for p in params]
         if self.plan is None or not self.plan.holds(optimizer, params, grads):
             self._build(optimizer)
@@ -52,6 +56,7 @@ class Engine:
         self.plan, self.verdict = None, clipping.UNJUDGED
         plan = Plan(optimizer, self.places)
         self.executors = [_executor(bucket, optimizer._settings) for bucket in plan.buckets]
+        plan.note_uses()
         self.plan = plan
 
     def _run(self, optimizer: Any) -> None:

@@ -79,5 +79,10 @@ class Space:
     def part_like(self, buffer: Tensor, index: int) -> Tensor:
         return buffer[self.offsets[index] :].as_strided(self.sizes[index], self.strides[index])
 
+    def uses(self) -> list[int]:
+        """How many tensors hold on to each buffer. Every view given out is one of them, until it is freed or somebody
+        gives it other memory (``view.data = ...``): one number tells of all, without asking each for its address."""
+        return [torch._C._storage_Use_Count(b.untyped_storage()._cdata) for b in self.buffers.values()]
+
     def end(self, index: int) -> int:
         return self.offsets[index] + self.sizes[index].numel()

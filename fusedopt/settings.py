@@ -131,6 +131,11 @@ class Settings:
     def needs_norm(self) -> bool:
         return self.max_grad_norm is not None or self.skip_nonfinite
 
+    @property
+    def layout(self) -> tuple:
+        """What decides where tensors are put: a plan holds as long as it stays the same."""
+        return self.flatten, self.backend, self.needs_norm
+
     def active(self) -> list[str]:
         """The names of the settings that ask for more than torch.optim does."""
         plain = {name: field.default for name, field in self.fields().items()} | {"backend": "torch"}

@@ -13,6 +13,8 @@ in torch's form, where the learning rate stands outside b; defaults and state of
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from .optimizer import FusedOptimizer
@@ -34,23 +36,33 @@ def momentum(g, state, h):
 
 
 def fused(params, grads, states, t, group, scale):
+    lr = float(group["lr"])
     if not states and group["weight_decay"] == 0:
-        # One addition: torch's plain call is faster than its fused kernel, and leaves the gradients alone.
-        lr = float(group["lr"]) / (1 if scale is None else scale.item())
-        torch._foreach_add_(params, grads, alpha=lr if group["maximize"] else -lr)
-        return
+        # The gradient occurs once: scaled through lr, it need not be written.
+        lr, scale = lr / (1 if scale is None else scale.item()), None
+        if not _all_small(params):
+            # One addition: torch's plain call is the faster one.
+            torch._foreach_add_(params, grads, alpha=lr if group["maximize"] else -lr)
+            return
     torch._fused_sgd_(
         params, grads, states[0] if states else [],
-        lr=float(group["lr"]), momentum=float(group["momentum"]), dampening=float(group["dampening"]),
+        lr=lr, momentum=float(group["momentum"]), dampening=float(group["dampening"]),
         weight_decay=float(group["weight_decay"]), nesterov=group["nesterov"], maximize=group["maximize"],
         is_first_step=bool(states) and t == 1, grad_scale=scale,
     )  # fmt: skip
 
 
+def _all_small(params):
+    return torch.get_num_threads() == 1 and sum(map(torch.Tensor.numel, params)) < SMALL * len(params)
+
+
+SMALL = 32768
+"""Elements per tensor below which the fused kernel is faster, on one thread."""
+
 # torch's kernel leaves whole SIMD blocks of 16-bit parameters unchanged (torch issue 191763).
 DTYPES = frozenset((torch.float32, torch.float64))
-PLAIN = Rule("sgd", (), sgd, fused, DTYPES, few=8, single_pass=True)
-MOMENTUM = Rule("momentum", ("momentum_buffer",), momentum, fused, DTYPES, few=8)
+PLAIN = Rule("sgd", (), sgd, fused, DTYPES, list_threads=math.inf)
+MOMENTUM = Rule("momentum", ("momentum_buffer",), momentum, fused, DTYPES, list_threads=1)
 
 
 class SGD(FusedOptimizer, torch.optim.SGD):

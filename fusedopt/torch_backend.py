@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .clipping import Skips, Verdict, hypot
 from .flat import memory_order
+from .gather import Gather
 from .plan import Bucket, Cohort, Member
 from .rule import Stage, Update
 from .settings import Settings
@@ -57,7 +58,7 @@ class Run:
     states: list[list[Tensor]]
     averages: list[list[Tensor]]
     gathered: list[Tensor]
-    """The gathered gradients that go with the first parameters."""
+    """The gradients in the scratch buffer that go with the first parameters."""
     direct: list[Member]
     """The members whose own gradients go with the other parameters."""
     strides: list[tuple[int, ...]]
@@ -76,36 +77,40 @@ class Executor:
         rule = bucket.rule
         self.keys = (*rule.states, *bucket.averages)
         dtypes = {m.place.dtypes[key] for m in bucket.members for key in self.keys}
-        self.fused = (
-            bucket.device.type == "cpu"
-            and rule.fused is not None
-            and bucket.dtype in rule.fused_dtypes
-            and bucket.dtype == bucket.grad_dtype
-            and dtypes <= {bucket.dtype}
-        )
         self.compute_dtype = torch.promote_types(bucket.dtype, torch.float32)
         self.computes_in_place = dtypes | {bucket.dtype} == {self.compute_dtype}
         self.block = BLOCK if bucket.device.type == "cpu" else max(m.param.numel() for m in bucket.members) or 1
-        gathered = [m for m in bucket.members if m.place.packed]
-        self.positions = [m.position for m in gathered]
-        self.scratch_views = [m.place.packed_copy("grad", bucket.grad_dtype) for m in gathered]
-        staged = [m for m in gathered if m.place.flattened is None]
+        gathered = [m for m in bucket.members if self._gathers(m)]
+        self.gather = Gather(gathered, bucket.grad_dtype)
+        staged = [m for m in gathered if self._stages(m)]
         self.staged = [m.param for m in staged]
         self.staging_views = [m.place.packed_copy("param", bucket.dtype) for m in staged]
         spaces = {id(m.place.space): m.place.space for m in gathered}.values()
         self.scratch = [space.packed_copies("grad", bucket.grad_dtype) for space in spaces]
         for buffer in self.scratch:
             buffer.zero_()  # gradients of parameters that have none at this step
-        self.in_place = [m.param for m in bucket.members if not (m.place.packed and m.place.flattened is None)]
+        self.in_place = [m.param for m in bucket.members if not self._stages(m)]
         self.runs = [self._run(cohort) for cohort in bucket.cohorts]
 
+    def _gathers(self, m: Member) -> bool:
+        """Whether its gradient is copied into the scratch buffer."""
+        joined = m.place.flattened is not None or not self.bucket.listed
+        return m.place.packed and (joined or self.settings.needs_norm)
+
+    def _stages(self, m: Member) -> bool:
+        """Whether the parameter is updated in a copy, side by side with others."""
+        return m.place.packed and m.place.flattened is None and not self.bucket.listed
+
     def _run(self, cohort: Cohort) -> Run:
-        direct = [m for m in cohort.members if not m.place.packed]
+        gathered = [m for m in cohort.members if self._gathers(m)]
+        joined = [m for m in gathered if m.place.flattened is not None or self._stages(m)]
+        listed = [m for m in gathered if m.place.flattened is None and not self._stages(m)]
+        direct = [m for m in cohort.members if not self._gathers(m)]
         strides = [m.place.space.strides[m.place.index] for m in direct]
         lists = [[] for _ in self.keys]
         count = len(self.bucket.rule.states)
         run = Run(cohort, [], lists[:count], lists[count:], [], direct, strides)
-        for first, last in _neighbours([m for m in cohort.members if m.place.packed]):
+        for first, last in _neighbours(joined):
             space = first.place.space
             part = slice(space.offsets[first.place.index], space.end(last.place.index))
             in_place = first.place.flattened is not None
@@ -114,19 +119,19 @@ class Executor:
             run.gathered.append(space.packed_copies("grad", self.bucket.grad_dtype)[part])
             for tensors, key in zip(lists, self.keys):
                 tensors.append(space.buffers[key][part])
-        for m in run.direct:
+        run.gathered += [m.place.packed_copy("grad", self.bucket.grad_dtype) for m in listed]
+        for m in listed + direct:
             run.params.append(m.param)
             for tensors, key in zip(lists, self.keys):
                 tensors.append(m.place.views[key])
-        if not self.fused:
+        if not self.bucket.fused:
             for tensors in zip(run.params, *lists):
                 run.blocks.append(list(zip(*(memory_order(x).split(self.block) for x in tensors))))
         return run
 
     def take(self, grads: Sequence[Tensor | None]) -> None:
         """Take this step's gradients, the direct ones in their parameters' layout."""
-        if self.positions:
-            torch._foreach_copy_(self.scratch_views, [grads[i] for i in self.positions])
+        self.gather(grads)
         for run in self.runs:
             direct = [grads[m.position] for m in run.direct]
             if list(map(Tensor.stride, direct)) != run.strides:
@@ -160,7 +165,7 @@ class Executor:
         if self.staged:
             torch._foreach_copy_(self.staging_views, self.staged)
         for run in self.runs:
-            if self.fused:
+            if self.bucket.fused:
                 self._step_fused(run, verdict.factor)
                 if run.averages:
                     for averages, weight in zip(run.averages, update(run.cohort).averages):
