@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .clipping import Skips, Verdict, hypot
-from .flat import memory_order
+from .flat import is_dense, memory_order
 from .gather import Gather
 from .plan import Bucket, Cohort, Member
 from .rule import Stage, Update
@@ -92,14 +92,14 @@ class Executor:
         self.in_place = [m.param for m in bucket.members if not self._stages(m)]
         self.runs = [self._run(cohort) for cohort in bucket.cohorts]
 
+    def _stages(self, m: Member) -> bool:
+        """Whether the parameter is updated in a copy: side by side with others, or because it has gaps in memory."""
+        return m.place.packed and m.place.flattened is None and not (self.bucket.listed and is_dense(m.param))
+
     def _gathers(self, m: Member) -> bool:
         """Whether its gradient is copied into the scratch buffer."""
-        joined = m.place.flattened is not None or not self.bucket.listed
+        joined = m.place.flattened is not None or self._stages(m)
         return m.place.packed and (joined or self.settings.needs_norm)
-
-    def _stages(self, m: Member) -> bool:
-        """Whether the parameter is updated in a copy, side by side with others."""
-        return m.place.packed and m.place.flattened is None and not self.bucket.listed
 
     def _run(self, cohort: Cohort) -> Run:
         gathered = [m for m in cohort.members if self._gathers(m)]

@@ -48,6 +48,15 @@ def test_every_option_equals_torch(name, options, backend, device):
 
 
 @every_option
+def test_every_option_equals_torch_on_several_threads(name, options, monkeypatch):
+    """Where small parameters are gathered for every rule: on one thread some are updated as a list."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    pair = Pair(name, options, "small", start=0)
+    pair.step(10)
+    pair.check()
+
+
+@every_option
 def test_every_option_equals_torch_flat_and_clipped(name, options, backend, device):
     kind, steps = scale_of(backend, device)
     pair = Pair(
