@@ -35,7 +35,7 @@ class Verdict(NamedTuple):
         """The verdict for kernels on ``device``; None if there is nothing to multiply or skip."""
         if self.device is not None or self.factor == 1:
             return self.device
-        return torch.tensor([self.norm or 0.0, self.factor, 0.0, 0.0], dtype=torch.float64).to(device)
+        return torch.tensor([self.norm or 0.0, self.factor, 0.0, 0.0], dtype=torch.float64, device="cpu").to(device)
 
 
 UNJUDGED = Verdict()
@@ -144,7 +144,7 @@ class Skips:
         """Ask for the count as it is after the step just launched."""
         if self.device is None or not self.device.is_cuda:
             return
-        copy = torch.empty(1, dtype=torch.float64, pin_memory=True)
+        copy = torch.empty(1, dtype=torch.float64, device="cpu", pin_memory=True)
         with torch.cuda.device(self.device.device):
             copy.copy_(self.device[3:], non_blocking=True)
             event = torch.cuda.Event()
@@ -172,5 +172,5 @@ class Skips:
 
     def total(self) -> Tensor:
         if self.device is None:
-            return torch.tensor(self.count)
+            return torch.tensor(self.count, device="cpu")
         return self.device[3].to(torch.int64) + self.count

@@ -110,7 +110,7 @@ class Engine:
             return None
         if self.verdict.device is not None:
             return self.verdict.device[0].to(self._norm_dtype(), copy=True)
-        return torch.tensor(self.verdict.norm, dtype=self._norm_dtype())
+        return torch.tensor(self.verdict.norm, dtype=self._norm_dtype(), device="cpu")
 
     def _norm_dtype(self) -> torch.dtype:
         wide = any(executor.bucket.grad_dtype == torch.float64 for executor in self.executors)

@@ -60,7 +60,7 @@ class Space:
     def allocate(self, role: str, dtype: torch.dtype) -> None:
         """Step counts are one number per tensor, on the host as in torch; all else has the full layout."""
         if role == "step":
-            self.buffers[role] = torch.zeros(len(self.sizes), dtype=dtype)
+            self.buffers[role] = torch.zeros(len(self.sizes), dtype=dtype, device="cpu")
         else:
             self.buffers[role] = torch.zeros(self.size, dtype=dtype, device=self.device)
 

@@ -61,7 +61,7 @@ def _variance(g, v, a, weight):
 BLOCK = 1 << 18
 """Elements whose parameter, gradient, states and copies fit the last cache; smaller blocks cost more calls."""
 
-FOREVER = torch.tensor(2.0**100)
+FOREVER = torch.tensor(2.0**100, device="cpu")
 """A step count at which Adam's bias corrections are 1 for every beta below 1."""
 
 KEEP = 1 - 2.0**-53
@@ -85,14 +85,14 @@ def fused_momentum(params, grads, states, t, group, scale):
 
 
 def fused_centered(params, grads, states, t, group, scale):
-    zeros = torch.zeros(_longest(params), dtype=params[0].dtype)
+    zeros = torch.zeros(_longest(params), dtype=params[0].dtype, device="cpu")
     for p, g, v, a in _blocks(group, scale, params, grads, *states):
         variance = _variance(g, v, a, 1 - float(group["alpha"]))
         _adam([p], [zeros[: len(p)]], [g], [variance], beta1=KEEP, beta2=KEEP, group=group)
 
 
 def fused_centered_momentum(params, grads, states, t, group, scale):
-    zeros = torch.zeros(_longest(params), dtype=params[0].dtype)
+    zeros = torch.zeros(_longest(params), dtype=params[0].dtype, device="cpu")
     for p, g, v, b, a in _blocks(group, scale, params, grads, *states):
         variance = _variance(g, v, a, 1 - float(group["alpha"]))
         _adamw_on_buffer([b], [zeros[: len(p)]], [g], [variance], beta1=KEEP, beta2=KEEP, group=group)
@@ -109,7 +109,7 @@ def _blocks(group, scale, params, grads, *states):
     states. The engine hands over tensors of equal, dense strides."""
     plain, weight_decay = _is_plain(group, scale), float(group["weight_decay"])
     factor = (-1 if group["maximize"] else 1) / (1 if scale is None else scale.item())
-    copy = torch.empty(0 if plain else _longest(params), dtype=params[0].dtype)
+    copy = torch.empty(0 if plain else _longest(params), dtype=params[0].dtype, device="cpu")
     for tensors in zip(params, grads, *states):
         flat = (x.detach().as_strided((x.numel(),), (1,)) for x in tensors)
         for p, g, *state in zip(*(x.split(BLOCK) for x in flat)):

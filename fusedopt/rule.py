@@ -48,7 +48,7 @@ class Rule(NamedTuple):
 
 def step_tensors(t: int, params: Sequence[Tensor]) -> list[Tensor]:
     """The step count as torch's fused kernels take it: one per parameter, here the same for all."""
-    return [torch.tensor(float(t))] * len(params)
+    return [torch.tensor(float(t), device="cpu")] * len(params)
 
 
 class Stage(NamedTuple):

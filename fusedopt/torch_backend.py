@@ -186,7 +186,7 @@ class Executor:
         if clips:
             for g in run.grads:
                 g.clamp_(*self.settings.value_limits)
-        scale = None if factor == 1 else torch.tensor(1 / factor if factor else math.inf)
+        scale = None if factor == 1 else torch.tensor(1 / factor if factor else math.inf, device="cpu")
         self.bucket.rule.fused(run.params, run.grads, run.states, run.cohort.t + 1, run.cohort.group, scale)
 
     def _step_in_blocks(self, run: Run, update: Update, factor: float) -> None:
