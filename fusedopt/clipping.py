@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -30,6 +31,14 @@ class Verdict(NamedTuple):
         if self.device is not None:
             return self.device[2].to(device, torch.float32, copy=True)
         return torch.full((), float(self.skip), device=device)
+
+    def or_skip(self, found_inf: Tensor) -> Verdict:
+        """The same, but skipping the step also if ``found_inf`` is not 0."""
+        if self.device is None:
+            return self._replace(skip=self.skip or found_inf.item() != 0)
+        skip = self.device[2]
+        skip.copy_(skip.logical_or(found_inf.to(skip.device)))
+        return self
 
     def on(self, device: torch.device) -> Tensor | None:
         """The verdict for kernels on ``device``; None if there is nothing to multiply or skip."""
@@ -80,6 +89,36 @@ def terms(optimizer: Any, scaling: Scaling | None) -> Terms:
         return Terms(settings.max_grad_norm, looks, scaling.loss_scale, scaling.found_inf)
     loss_scale, found_inf = getattr(optimizer, "grad_scale", None), getattr(optimizer, "found_inf", None)
     return Terms(settings.max_grad_norm, settings.skip_nonfinite, loss_scale, found_inf)
+
+
+class Deferred:
+    """A verdict on gradients that wait, unclipped, for the step that will apply it."""
+
+    def __init__(self, verdict: Verdict, grads: Sequence[Tensor | None], scaling: Scaling | None):
+        self.verdict = verdict
+        self.scaled = scaling is not None
+        """Whether the verdict includes the division by a loss scale."""
+        # No strong references: gradients that are dropped before the step must not live on.
+        self.grads = [None if g is None else weakref.ref(g) for g in grads]
+        self.versions = [None if g is None else g._version for g in grads]
+
+    def is_of(self, grads: Sequence[Tensor | None]) -> bool:
+        """Whether these are the gradients that were judged; False if none of them is.
+
+        Raises:
+            RuntimeError: if some of them are, or if they were written to since.
+        """
+        same = [g is not None and ref is not None and ref() is g for g, ref in zip(grads, self.grads)]
+        if not any(same):
+            return False
+        present = [g is not None for g in grads]
+        versions = [None if g is None else g._version for g in grads]
+        if same != present or len(grads) != len(self.grads) or versions != self.versions:
+            raise RuntimeError(
+                "gradients were changed between clip_grad_norm_() and step(), which was to clip them: call "
+                "clip_grad_norm_() last, or zero_grad() to drop both"
+            )
+        return True
 
 
 def judge(executors: Sequence[Any], terms: Terms, skips: Skips) -> Verdict:
@@ -164,6 +203,13 @@ class Skips:
             heard = int(copy)
         new, self.known = heard - self.known, heard
         return new
+
+    def count_in(self, verdict: Verdict, sign: int = 1) -> None:
+        """Count the step that a verdict skips, or with -1 take it back."""
+        if verdict.device is None:
+            self.count += sign * verdict.skip
+        else:
+            verdict.device[3].add_(verdict.device[2], alpha=sign)
 
     @property
     def variants(self) -> int:

@@ -189,7 +189,47 @@ class FusedOptimizer(torch.optim.Optimizer):
         self._engine.forget()
         super().__setstate__(state)
 
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        self._engine.deferred = None
+        super().zero_grad(set_to_none)
+
     # What fusedopt adds
+
+    def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0, error_if_nonfinite: bool = False) -> Tensor:
+        """Clip the norm over the gradients of all groups, as torch.nn.utils.clip_grad_norm_ does, but without writing
+        to them: the next ``step`` multiplies them on its way. Nobody may change them in between.
+
+        Args:
+            max_norm: the largest norm, g <- g min(1, max_norm / (norm + 1e-6)).
+            norm_type: other norms than 2 are left to torch, which clips at once.
+            error_if_nonfinite: raise RuntimeError for a norm that is inf or NaN. On a GPU this waits for it.
+
+        Returns:
+            The norm before clipping, a 0-dim tensor.
+
+        Raises:
+            RuntimeError: if ``max_grad_norm`` is set as well, or for a second call before ``step``.
+        """
+        max_norm, norm_type = float(max_norm), float(norm_type)
+        if not max_norm >= 0:
+            raise ValueError(f"Invalid max_norm: {max_norm}; give a number that is not negative")
+        try:
+            if norm_type != 2:
+                raise NotFusable(f"norm_type={norm_type}")
+            with torch.no_grad():
+                norm = self._engine.clip(self, max_norm)
+        except NotFusable:
+            if self._engine.scaling is not None:
+                self._engine.scaling.unscale()
+            params = [p for group in self.param_groups for p in group["params"]]
+            return torch.nn.utils.clip_grad_norm_(params, max_norm, norm_type, error_if_nonfinite)
+        if error_if_nonfinite and not torch.isfinite(norm):
+            self._engine.deferred = None
+            raise RuntimeError(
+                f"The total norm of order {norm_type} for gradients from the optimizer's parameters is non-finite "
+                f"({float(norm)}), so it cannot be clipped; leave error_if_nonfinite away to scale by it anyway"
+            )
+        return norm
 
     @property
     def grad_norm(self) -> Tensor | None:
