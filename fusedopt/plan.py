@@ -30,6 +30,7 @@ FEW, FEW_LISTED = 2, 8
 
 
 get_dtype = attrgetter("dtype")
+get_params = itemgetter("params")
 
 
 @dataclasses.dataclass(slots=True, eq=False)
@@ -121,7 +122,7 @@ class Plan:
         return (
             optimizer._settings.layout == self.settings
             and _same(_identities(optimizer, params), self.identities)
-            and [len(group["params"]) for group in optimizer.param_groups] == self.group_sizes
+            and list(map(len, map(get_params, optimizer.param_groups))) == self.group_sizes
             and list(map(Tensor.data_ptr, active)) == self.addresses
             and list(map(Tensor.stride, active)) == self.strides
             and list(map(get_dtype, active_grads)) == self.grad_dtypes

@@ -70,9 +70,9 @@ KEEP = 1 - 2.0**-53
 
 def fused(params, grads, states, t, group, scale):
     """Adam with beta1 = 0: its first moment is the gradient itself, and may share its memory, since the kernel
-    writes back what it read (but for the sign of a zero, and NaN for inf)."""
-    if _is_plain(group, scale):
-        return _adam(params, grads, grads, states[0], beta2=float(group["alpha"]), group=group)
+    writes back what it read (but for the sign of a zero, and NaN for inf), or what clipping made of it."""
+    if _is_plain(group, None):
+        return _adam(params, grads, grads, states[0], beta2=float(group["alpha"]), group=group, scale=scale)
     for p, g, v in _blocks(group, scale, params, grads, *states):
         _adam([p], [g], [g], [v], beta2=float(group["alpha"]), group=group)
 
@@ -124,10 +124,10 @@ def _longest(params):
     return min(BLOCK, max(p.numel() for p in params))
 
 
-def _adam(params, grads, m, v, *, beta1=0.0, beta2, group):
+def _adam(params, grads, m, v, *, beta1=0.0, beta2, group, scale=None):
     torch._fused_adam_(
         params, grads, m, v, [], [FOREVER] * len(params), lr=float(group["lr"]), beta1=beta1, beta2=beta2,
-        weight_decay=0.0, eps=float(group["eps"]), amsgrad=False, maximize=False,
+        weight_decay=0.0, eps=float(group["eps"]), amsgrad=False, maximize=False, grad_scale=scale,
     )  # fmt: skip
 
 

@@ -40,7 +40,7 @@ def fused(params, grads, states, t, group, scale):
     if not states and group["weight_decay"] == 0:
         # The gradient occurs once: scaled through lr, it need not be written.
         lr, scale = lr / (1 if scale is None else scale.item()), None
-        if not _all_small(params):
+        if len(params) < MANY or torch.get_num_threads() > 1 or not _small(params):
             # One addition: torch's plain call is the faster one.
             torch._foreach_add_(params, grads, alpha=lr if group["maximize"] else -lr)
             return
@@ -52,12 +52,12 @@ def fused(params, grads, states, t, group, scale):
     )  # fmt: skip
 
 
-def _all_small(params):
-    return torch.get_num_threads() == 1 and sum(map(torch.Tensor.numel, params)) < SMALL * len(params)
+def _small(params):
+    return sum(map(torch.Tensor.numel, params)) < SMALL * len(params)
 
 
-SMALL = 32768
-"""Elements per tensor below which the fused kernel is faster, on one thread."""
+MANY, SMALL = 8, 32768
+"""From this number of tensors, and below this average of elements, the fused kernel is faster on one thread."""
 
 # torch's kernel leaves whole SIMD blocks of 16-bit parameters unchanged (torch issue 191763).
 DTYPES = frozenset((torch.float32, torch.float64))

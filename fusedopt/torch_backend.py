@@ -61,8 +61,6 @@ class Run:
     """The gradients in the scratch buffer that go with the first parameters."""
     direct: list[Member]
     """The members whose own gradients go with the other parameters."""
-    strides: list[tuple[int, ...]]
-    """Those parameters' strides."""
     blocks: list[list[tuple[Tensor, ...]]] = dataclasses.field(default_factory=list)
     """For each parameter, its blocks, its states' and its averages', by memory; none with a fused kernel."""
     grads: list[Tensor] = dataclasses.field(default_factory=list)
@@ -91,6 +89,9 @@ class Executor:
             buffer.zero_()  # gradients of parameters that have none at this step
         self.in_place = [m.param for m in bucket.members if not self._stages(m)]
         self.runs = [self._run(cohort) for cohort in bucket.cohorts]
+        self.direct = [m for run in self.runs for m in run.direct]
+        self.positions = [m.position for m in self.direct]
+        self.strides = [m.place.space.strides[m.place.index] for m in self.direct]
 
     def _stages(self, m: Member) -> bool:
         """Whether the parameter is updated in a copy: side by side with others, or because it has gaps in memory."""
@@ -106,10 +107,9 @@ class Executor:
         joined = [m for m in gathered if m.place.flattened is not None or self._stages(m)]
         listed = [m for m in gathered if m.place.flattened is None and not self._stages(m)]
         direct = [m for m in cohort.members if not self._gathers(m)]
-        strides = [m.place.space.strides[m.place.index] for m in direct]
         lists = [[] for _ in self.keys]
         count = len(self.bucket.rule.states)
-        run = Run(cohort, [], lists[:count], lists[count:], [], direct, strides)
+        run = Run(cohort, [], lists[:count], lists[count:], [], direct)
         for first, last in _neighbours(joined):
             space = first.place.space
             part = slice(space.offsets[first.place.index], space.end(last.place.index))
@@ -132,11 +132,14 @@ class Executor:
     def take(self, grads: Sequence[Tensor | None]) -> None:
         """Take this step's gradients, the direct ones in their parameters' layout."""
         self.gather(grads)
+        direct = list(map(grads.__getitem__, self.positions))
+        if list(map(Tensor.stride, direct)) != self.strides:
+            direct = [_in_layout_of(m, g) for m, g in zip(self.direct, direct)]
+        start = 0
         for run in self.runs:
-            direct = [grads[m.position] for m in run.direct]
-            if list(map(Tensor.stride, direct)) != run.strides:
-                direct = [_in_layout_of(m, g) for m, g in zip(run.direct, direct)]
-            run.grads = run.gathered + direct
+            end = start + len(run.direct)
+            run.grads = run.gathered + direct[start:end]
+            start = end
 
     def release(self) -> None:
         """Forget the gradients: the next backward pass must not hold two sets of them."""
@@ -164,30 +167,33 @@ class Executor:
         """Update parameters and states."""
         if self.staged:
             torch._foreach_copy_(self.staging_views, self.staged)
-        for run in self.runs:
-            if self.bucket.fused:
-                self._step_fused(run, verdict.factor)
-                if run.averages:
-                    for averages, weight in zip(run.averages, update(run.cohort).averages):
-                        follow(averages, run.params, weight)
-            else:
+        if self.bucket.fused:
+            self._step_fused(update, verdict.factor)
+        else:
+            for run in self.runs:
                 self._step_in_blocks(run, update(run.cohort), verdict.factor)
         if self.staged:
             torch._foreach_copy_(self.staged, self.staging_views)
         # In-place writes that autograd does not see by itself.
         torch.autograd.graph.increment_version(self.in_place)
 
-    def _step_fused(self, run: Run, factor: float) -> None:
+    def _step_fused(self, update: Callable[[Cohort], Update], factor: float) -> None:
         clips = self.settings.max_grad_value is not None
         # The kernels take the factor in float32 only.
         if factor != 1 and (clips or self.bucket.dtype == torch.float64):
-            torch._foreach_mul_(run.grads, factor)
+            torch._foreach_mul_([g for run in self.runs for g in run.grads], factor)
             factor = 1.0
         if clips:
-            for g in run.grads:
+            for g in (g for run in self.runs for g in run.grads):
                 g.clamp_(*self.settings.value_limits)
         scale = None if factor == 1 else torch.tensor(1 / factor if factor else math.inf, device="cpu")
-        self.bucket.rule.fused(run.params, run.grads, run.states, run.cohort.t + 1, run.cohort.group, scale)
+        fused = self.bucket.rule.fused
+        for run in self.runs:
+            fused(run.params, run.grads, run.states, run.cohort.t + 1, run.cohort.group, scale)
+        if self.bucket.averages:
+            for run in self.runs:
+                for averages, weight in zip(run.averages, update(run.cohort).averages):
+                    follow(averages, run.params, weight)
 
     def _step_in_blocks(self, run: Run, update: Update, factor: float) -> None:
         for blocks, g in zip(run.blocks, run.grads):
