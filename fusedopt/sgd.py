@@ -41,8 +41,12 @@ def fused(params, grads, states, t, group, scale):
         # The gradient occurs once: scaled through lr, it need not be written.
         lr, scale = lr / (1 if scale is None else scale.item()), None
         if len(params) < MANY or torch.get_num_threads() > 1 or not _small(params):
-            # One addition: torch's plain call is the faster one.
-            torch._foreach_add_(params, grads, alpha=lr if group["maximize"] else -lr)
+            # One addition: torch's plain call is the faster one, and for one tensor the plainest.
+            alpha = lr if group["maximize"] else -lr
+            if len(params) == 1:
+                params[0].add_(grads[0], alpha=alpha)
+            else:
+                torch._foreach_add_(params, grads, alpha=alpha)
             return
     torch._fused_sgd_(
         params, grads, states[0] if states else [],
