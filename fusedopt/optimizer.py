@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import checkpoints
 from .engine import Engine
 from .rule import Numbers, Rule, Stage, Update
 from .settings import Settings
@@ -172,6 +173,15 @@ class FusedOptimizer(torch.optim.Optimizer):
                     raise ValueError(f"Invalid {key}: {value}; hyperparameters must be numbers")
             self.rule({**self.defaults, **param_group})  # raises where the options contradict the settings
         super().add_param_group(param_group)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state_dict of this class or of torch's.
+
+        Raises:
+            KeyError, TypeError, ValueError: for what does not fit, before anything is changed; the message names
+                the entry.
+        """
+        checkpoints.load(self, state_dict, super().load_state_dict)
 
     def state_dict(self) -> dict[str, Any]:
         self._engine.settle(self)
