@@ -12,9 +12,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-CLIP_EPSILON = 1e-6
-"""torch.nn.utils.clip_grad_norm_ adds it to the norm, so that zero gradients stay zero."""
-
 
 class Verdict(NamedTuple):
     """What one step does with its gradients. Either the host knows it, or ``device`` holds it as
@@ -65,7 +62,8 @@ class Scaling:
 class Terms(NamedTuple):
     """What the gradients of one step are judged by."""
 
-    max_norm: float | None = None
+    clip: tuple[float, float, float] | None = None
+    """S, epsilon and the largest factor of g <- g min(largest, S / (norm + epsilon))."""
     skip_nonfinite: bool = False
     loss_scale: Tensor | None = None
     found_inf: Tensor | None = None
@@ -73,7 +71,7 @@ class Terms(NamedTuple):
 
     @property
     def needs_norm(self) -> bool:
-        return self.max_norm is not None or self.skip_nonfinite
+        return self.clip is not None or self.skip_nonfinite
 
     @property
     def any(self) -> bool:
@@ -86,9 +84,9 @@ def terms(optimizer: Any, scaling: Scaling | None) -> Terms:
     settings = optimizer._settings
     if scaling is not None:
         looks = settings.skip_nonfinite or scaling.found_inf is None
-        return Terms(settings.max_grad_norm, looks, scaling.loss_scale, scaling.found_inf)
+        return Terms(settings.clip, looks, scaling.loss_scale, scaling.found_inf)
     loss_scale, found_inf = getattr(optimizer, "grad_scale", None), getattr(optimizer, "found_inf", None)
-    return Terms(settings.max_grad_norm, settings.skip_nonfinite, loss_scale, found_inf)
+    return Terms(settings.clip, settings.skip_nonfinite, loss_scale, found_inf)
 
 
 class Deferred:
@@ -143,10 +141,11 @@ def judge(executors: Sequence[Any], terms: Terms, skips: Skips) -> Verdict:
     if terms.needs_norm:
         norm = hypot([executor.norm() for executor in executors]) / scale
         skip = skip or (terms.skip_nonfinite and not math.isfinite(norm))
-    if terms.max_norm is not None:
-        coefficient = terms.max_norm / (norm + CLIP_EPSILON)
+    if terms.clip is not None:
+        target, epsilon, largest = terms.clip
+        coefficient = target / (norm + epsilon)
         # Written so that a NaN norm gives a NaN factor, as in torch.
-        factor *= 1.0 if coefficient > 1 else coefficient
+        factor *= largest if coefficient > largest else coefficient
     skips.count += skip
     return Verdict(norm, factor, skip)
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from . import clipping, torch_backend
 from .plan import Bucket, Cohort, Place, Plan
 from .rule import Update
-from .settings import Settings
+from .settings import CLIP, Settings
 
 get_params = itemgetter("params")
 
@@ -47,14 +47,14 @@ class Engine:
                     "clip_grad_norm_() would clip by this rank's part of the norm: parameters are shards of "
                     "FullyShardedDataParallel; call model.clip_grad_norm_() instead"
                 )
-            if terms.max_norm is not None:
+            if terms.clip is not None:
                 raise RuntimeError(
-                    f"the step clips to max_grad_norm={terms.max_norm} by itself: leave clip_grad_norm_() away, or set "
+                    f"the step clips to max_grad_norm={terms.clip[0]} by itself: leave clip_grad_norm_() away, or set "
                     "optimizer.max_grad_norm = None"
                 )
             if self.deferred is not None and self.deferred.is_of(grads):
                 raise RuntimeError("clip_grad_norm_() was called twice for one step()")
-            self.verdict = clipping.judge(self.executors, terms._replace(max_norm=max_norm), self.skips)
+            self.verdict = clipping.judge(self.executors, terms._replace(clip=(max_norm, *CLIP)), self.skips)
             self.skips.count_in(self.verdict, -1)
             self.deferred = clipping.Deferred(self.verdict, grads, self.scaling)
 
@@ -123,8 +123,8 @@ class Engine:
             self._hear(optimizer, wait=False)
 
     def _deferred_verdict(self, terms: clipping.Terms) -> clipping.Verdict:
-        if terms.max_norm is not None:
-            raise RuntimeError(f"max_grad_norm={terms.max_norm} was set between clip_grad_norm_() and step()")
+        if terms.clip is not None:
+            raise RuntimeError(f"max_grad_norm={terms.clip[0]} was set between clip_grad_norm_() and step()")
         if terms.loss_scale is not None and not self.deferred.scaled:
             raise RuntimeError(
                 "clip_grad_norm_() was given gradients that are still multiplied by the loss scale: call "

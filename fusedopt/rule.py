@@ -46,6 +46,20 @@ class Rule(NamedTuple):
         return self.fused is not None and device.type == "cpu" and len(dtypes) == 1 and self.fused_dtypes >= dtypes
 
 
+SMALLEST = 2.0**-126
+"""The smallest normal float32 number."""
+
+
+def divisible(eps: float) -> float:
+    """``eps``, or for 0 a number that vanishes beside the root of any square and leaves 0 / 0 = 0: a parameter whose
+    gradient was always zero stays where it is."""
+    return float(eps) or SMALLEST
+
+
+FOREVER = torch.tensor(2.0**100, device="cpu")
+"""A step count at which Adam's bias corrections are 1 for every beta below 1."""
+
+
 def step_tensors(t: int, params: Sequence[Tensor]) -> list[Tensor]:
     """The step count as torch's fused kernels take it: one per parameter, here the same for all."""
     return [torch.tensor(float(t), device="cpu")] * len(params)

@@ -19,6 +19,13 @@ import torch
 
 BACKENDS = ("torch", "triton")
 
+CLIP = (1e-6, 1.0)
+"""epsilon and the largest factor of g <- g min(largest, S / (norm + epsilon)), as torch.nn.utils.clip_grad_norm_ has
+them: zero gradients stay zero."""
+
+NORMALIZE = (1e-300, 2.0**126)
+"""The same for normalized gradients: 2^126 and its inverse are normal numbers in float32."""
+
 
 def _number(name: str, value: Any) -> float:
     if isinstance(value, torch.Tensor):
@@ -89,6 +96,12 @@ class Settings:
         """(float, optional): clip the norm over the gradients of all groups to this before the rule,
         g <- g min(1, max_grad_norm / (norm + 1e-6)), as torch.nn.utils.clip_grad_norm_ does.""",
     )
+    grad_norm_mode: str = setting(
+        "clip",
+        one_of("clip", "normalize"),
+        """("clip" | "normalize"): "normalize" scales the norm to max_grad_norm at every step, also upwards:
+        g <- g max_grad_norm / norm. Zero gradients stay zero, and nothing is enlarged by more than 2^126.""",
+    )
     max_grad_value: float | tuple[float | None, float | None] | None = setting(
         None,
         _limits,
@@ -112,8 +125,23 @@ class Settings:
         """("torch" | "triton" | None): None takes Triton kernels on GPUs and torch elsewhere.""",
     )
 
+    def __post_init__(self) -> None:
+        self._check_together(vars(self))
+
     def __setattr__(self, name: str, value: Any) -> None:
-        super().__setattr__(name, self.fields()[name].metadata["check"](name, value))
+        fields = self.fields()
+        value = fields[name].metadata["check"](name, value)
+        if len(vars(self)) == len(fields):  # in the constructor, which sets one after the other, some are missing
+            self._check_together(vars(self) | {name: value})
+        super().__setattr__(name, value)
+
+    @staticmethod
+    def _check_together(values: dict[str, Any]) -> None:
+        if values["grad_norm_mode"] != "clip" and values["max_grad_norm"] is None:
+            raise ValueError(
+                f"grad_norm_mode={values['grad_norm_mode']!r} needs max_grad_norm, the norm to scale to: "
+                "give both, or grad_norm_mode='clip'"
+            )
 
     @classmethod
     def fields(cls) -> dict[str, dataclasses.Field]:
@@ -126,6 +154,13 @@ class Settings:
         limit = self.max_grad_value
         low, high = limit if isinstance(limit, tuple) else (None if limit is None else -limit, limit)
         return -math.inf if low is None else low, math.inf if high is None else high
+
+    @property
+    def clip(self) -> tuple[float, float, float] | None:
+        """S, epsilon and the largest factor of g <- g min(largest, S / (norm + epsilon))."""
+        if self.max_grad_norm is None:
+            return None
+        return (self.max_grad_norm, *(CLIP if self.grad_norm_mode == "clip" else NORMALIZE))
 
     @property
     def needs_norm(self) -> bool:
@@ -145,3 +180,14 @@ class Settings:
     def documentation(cls) -> str:
         """What the classes' docstrings say of the settings."""
         return "\n".join(f"    {name} {field.metadata['doc']}" for name, field in cls.fields().items())
+
+
+@dataclasses.dataclass(kw_only=True)
+class EpsSettings(Settings):
+    """For the rules that divide by a root."""
+
+    eps_inside_sqrt: bool = setting(
+        False,
+        flag,
+        """(bool): divide by sqrt(v + eps), as many textbooks do, instead of sqrt(v) + eps.""",
+    )

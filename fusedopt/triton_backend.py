@@ -221,8 +221,8 @@ def _on(device: torch.device, terms: Terms) -> tuple:
     scale, found_inf = (
         x if x is None else x.to(device, non_blocking=True) for x in (terms.loss_scale, terms.found_inf)
     )
-    clips = terms.max_norm is not None
-    return terms.max_norm if clips else math.inf, scale, found_inf, clips, terms.skip_nonfinite
+    clips = terms.clip is not None
+    return *(terms.clip or (math.inf, 0.0, 1.0)), scale, found_inf, clips, terms.skip_nonfinite
 
 
 def rule_kernel(rule: Rule) -> JITFunction | InterpretedFunction:
