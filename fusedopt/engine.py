@@ -32,8 +32,12 @@ class Engine:
         """What a GradScaler of ours asks of the step that it calls."""
         self.deferred: clipping.Deferred | None = None
         """What ``clip_grad_norm_`` left for the next step to do."""
+        self.averaged = False
+        """Whether the parameters hold their averages now."""
 
     def step(self, optimizer: Any) -> None:
+        if self.averaged:
+            raise RuntimeError("step() inside `with optimizer.ema_parameters()`, where parameters hold their averages")
         if not self._with_gradients(optimizer, self._run):
             self.verdict = clipping.Verdict(norm=0.0) if optimizer._settings.needs_norm else clipping.UNJUDGED
 
@@ -111,9 +115,12 @@ class Engine:
             self._drop_unwritten(optimizer)
             return
 
+        decay = optimizer._settings.ema_decay
+
         def update(cohort: Cohort, skipped: int = 0) -> Update:
             """The numbers of this step, if ``skipped`` more steps were skipped than the host knows."""
-            return optimizer.update(cohort.group, cohort.t + 1 - skipped)
+            update = optimizer.update(cohort.group, cohort.t + 1 - skipped)
+            return update if decay is None else update._replace(averages=(*update.averages, 1 - decay))
 
         for executor in self.executors:
             executor.step(update, self.verdict, self.skips)

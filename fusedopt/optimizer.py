@@ -10,12 +10,14 @@ import inspect
 import math
 import sys
 import textwrap
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import checkpoints
+from . import checkpoints, ema
+from .ema import EmaParameters
 from .engine import Engine
 from .rule import Numbers, Rule, Stage, Update
 from .settings import Settings
@@ -69,6 +71,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         names = self.settings_class.fields()
         self._settings = self.settings_class(**{name: kwargs.pop(name) for name in names if name in kwargs})
         self._engine = Engine()
+        self._ema: dict[Tensor, Tensor] = {}
         super().__init__(params, *args, **kwargs)
 
     # What a rule's numbers are made of
@@ -189,12 +192,13 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         self._engine.settle(self)
-        return {**super().__getstate__(), "_settings": self._settings}
+        return {**super().__getstate__(), "_settings": self._settings, "_ema": self._ema}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # A pickle of torch's class, or of an older version, has no settings.
         self.__dict__.setdefault("_settings", self.settings_class())
         self.__dict__.setdefault("_engine", Engine())
+        self.__dict__.setdefault("_ema", {})
         self._engine.settle(self)
         self._engine.forget()
         super().__setstate__(state)
@@ -240,6 +244,20 @@ class FusedOptimizer(torch.optim.Optimizer):
                 f"({float(norm)}), so it cannot be clipped; leave error_if_nonfinite away to scale by it anyway"
             )
         return norm
+
+    def ema_parameters(self) -> EmaParameters:
+        """The parameters' moving averages, if ``ema_decay`` is set: a list of tensors that later steps move on, and
+        a context manager within which the parameters are their averages."""
+        return EmaParameters(self)
+
+    def ema_state_dict(self) -> dict[int, Tensor]:
+        """The averages by the numbers of the parameters, for ``load_ema_state_dict``. They are no part of
+        ``state_dict``, which goes to torch's optimizers too."""
+        return ema.state_dict(self)
+
+    def load_ema_state_dict(self, averages: Mapping[int, Tensor]) -> None:
+        """Take over what ``ema_state_dict`` gave. ValueError, and no change, if it does not fit the parameters."""
+        ema.load(self, averages)
 
     @property
     def grad_norm(self) -> Tensor | None:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import ema
 from .backends import Backend
 from .flat import Space, is_dense
 from .places import Place, adopt_states, flatten, has_shared_state, write
@@ -90,6 +91,8 @@ class Plan:
         newcomers = survey(optimizer, rules)
         for stale in set(places).difference(self.params):
             del places[stale]
+        for stale in set(optimizer._ema).difference(self.params):
+            del optimizer._ema[stale]
         self.buckets = [_settle(optimizer, key, entries, places) for key, entries in newcomers.items()]
 
         members = [member for bucket in self.buckets for member in bucket.members]
@@ -229,13 +232,16 @@ def _settle(optimizer: Any, key: tuple, entries: list[tuple], places: dict[Tenso
     for p, position, number, group, taken, dtypes in entries:
         place = places[p]
         writes += adopt_states(optimizer, p, group, place, rule, dtypes, taken)
+        if settings.ema_decay is not None:
+            writes += ema.adopt(optimizer._ema, p, place)
         cohort = cohorts.setdefault((number, taken), Cohort(len(cohorts), group, taken))
         member = Member(p, position, cohort.number, place)
         cohort.members.append(member)
         members.append(member)
     write(optimizer, writes)
     rows = list(cohorts.values())
-    return Bucket(rule, device, dtype, grad_dtype, choice, flattened, rule.averages, fused, listed, rows, members)
+    averages = rule.averages if settings.ema_decay is None else (*rule.averages, ema.ROLE)
+    return Bucket(rule, device, dtype, grad_dtype, choice, flattened, averages, fused, listed, rows, members)
 
 
 def _overlapping(params: Sequence[Tensor]) -> set[int]:

@@ -46,6 +46,15 @@ def _norm(name: str, value: Any) -> float | None:
     return value
 
 
+def _decay(name: str, value: Any) -> float | None:
+    if value is None:
+        return None
+    value = _number(name, value)
+    if not 0 <= value < 1:
+        raise ValueError(f"Invalid {name}: {value}; give a number of at least 0 and below 1, or None for no averages")
+    return value
+
+
 def _limits(name: str, value: Any) -> Any:
     if value is None:
         return None
@@ -114,6 +123,12 @@ class Settings:
         """(bool): leave parameters, states and step counts untouched at a step where a gradient has an inf
         or NaN; ``skipped_steps`` counts them.""",
     )
+    ema_decay: float | None = setting(
+        None,
+        _decay,
+        """(float, optional): keep a moving average of every parameter, a <- a + (1 - ema_decay) (p - a) with
+        the new p: see ``ema_parameters``, ``ema_state_dict`` and ``load_ema_state_dict``.""",
+    )
     flatten: bool = setting(
         False,
         flag,
@@ -169,7 +184,7 @@ class Settings:
     @property
     def layout(self) -> tuple:
         """What decides where tensors are put: a plan holds as long as it stays the same."""
-        return self.flatten, self.backend, self.needs_norm
+        return self.flatten, self.backend, self.needs_norm, self.ema_decay is None
 
     def active(self) -> list[str]:
         """The names of the settings that ask for more than torch.optim does."""
