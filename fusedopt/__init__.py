@@ -5,6 +5,7 @@ from .adam import Adam, AdamW
 from .amp import GradScaler
 from .backends import Backend, backend
 from .check import check_rule
+from .convert import convert
 from .optimizer import FusedOptimizer, registry
 from .rmsprop import RMSprop
 from .rule import Rule
@@ -23,5 +24,6 @@ __all__ = [
     "Rule",
     "backend",
     "check_rule",
+    "convert",
     "registry",
 ]

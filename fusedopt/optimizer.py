@@ -306,8 +306,12 @@ def _merged_signature(cls: type[FusedOptimizer]) -> inspect.Signature:
     base = next(c for c in cls.__mro__[1:] if "__init__" in vars(c) and c is not FusedOptimizer)
     if issubclass(base, FusedOptimizer):
         return inspect.signature(base)
-    ours = inspect.signature(cls.settings_class).parameters.values()
-    return inspect.Signature([*inspect.signature(base).parameters.values(), *ours])
+    parameters = [
+        *inspect.signature(base).parameters.values(),
+        *inspect.signature(cls.settings_class).parameters.values(),
+    ]
+    # A user's class before ours may hand on **options, which stand last.
+    return inspect.Signature(sorted(parameters, key=lambda parameter: parameter.kind))
 
 
 def _own_signature(cls: type[FusedOptimizer]) -> inspect.Signature:
