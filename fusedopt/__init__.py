@@ -7,6 +7,7 @@ from .backends import Backend, backend
 from .check import check_rule
 from .convert import convert
 from .optimizer import FusedOptimizer, registry
+from .release import enable_gradient_release
 from .rmsprop import RMSprop
 from .rule import Rule
 from .sgd import SGD
@@ -25,5 +26,6 @@ __all__ = [
     "backend",
     "check_rule",
     "convert",
+    "enable_gradient_release",
     "registry",
 ]

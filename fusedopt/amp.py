@@ -41,6 +41,11 @@ class GradScaler(torch.amp.GradScaler):
         """
         if not self._enabled or not isinstance(optimizer, FusedOptimizer):
             return super().step(optimizer, *args, **kwargs)
+        if optimizer._engine.released:
+            raise RuntimeError(
+                "backward has updated the parameters by gradients that were multiplied by the loss scale: gradient "
+                "release cannot be combined with a GradScaler; use bfloat16, which needs none"
+            )
         state = self._per_optimizer_states[id(optimizer)]
         if "closure" in kwargs or args or state["stage"] is OptState.STEPPED:
             return super().step(optimizer, *args, **kwargs)  # which says what is wrong

@@ -34,6 +34,8 @@ class Engine:
         """What ``clip_grad_norm_`` left for the next step to do."""
         self.averaged = False
         """Whether the parameters hold their averages now."""
+        self.released = False
+        """Whether parameters are updated inside backward."""
 
     def step(self, optimizer: Any) -> None:
         if self.averaged:
@@ -43,6 +45,10 @@ class Engine:
 
     def clip(self, optimizer: Any, max_norm: float) -> Tensor:
         """Judge the gradients now, and leave it to the next step to clip them. Returns their norm."""
+        if self.released:
+            raise RuntimeError(
+                "clip_grad_norm_() needs all gradients together, and gradient release frees each at once"
+            )
 
         def judge(optimizer: Any, grads: list[Tensor | None]) -> None:
             terms = clipping.terms(optimizer, self.scaling)
