@@ -5,7 +5,9 @@ from .adam import Adam, AdamW
 from .amp import GradScaler
 from .backends import Backend, backend
 from .check import check_rule
+from .convert import convert
 from .optimizer import FusedOptimizer, registry
+from .release import enable_gradient_release
 from .rmsprop import RMSprop
 from .rule import Rule
 from .sgd import SGD
@@ -23,5 +25,7 @@ __all__ = [
     "Rule",
     "backend",
     "check_rule",
+    "convert",
+    "enable_gradient_release",
     "registry",
 ]

@@ -2,7 +2,10 @@
 
     G <- G + g^2        u = g / (sqrt(G) + eps)        p <- p - lr / (1 + (t - 1) lr_decay) u
 
-``weight_decay * p`` is added to g before the rule; G starts at ``initial_accumulator_value``.
+    eps_inside_sqrt:    u = g / sqrt(G + eps)
+
+``weight_decay * p`` is added to g before the rule; G starts at ``initial_accumulator_value``. With ``eps=0`` a
+parameter whose gradient was always zero stays put, where torch makes it NaN.
 
 Sources: Duchi, Hazan and Singer, JMLR 12 (2011); defaults and state of torch.optim 2.13.
 """
@@ -12,7 +15,8 @@ from __future__ import annotations
 import torch
 
 from .optimizer import FusedOptimizer
-from .rule import Rule, step_tensors
+from .rule import Rule, divisible, step_tensors
+from .settings import EpsSettings
 
 
 def adagrad(g, state, h):
@@ -22,25 +26,35 @@ def adagrad(g, state, h):
     return torch.div(g, sum.sqrt().add_(eps))
 
 
+def adagrad_eps_inside(g, state, h):
+    sum = state[0]
+    eps = h[0]
+    sum.addcmul_(g, g)
+    return torch.div(g, sum.add(eps).sqrt_())
+
+
 def fused(params, grads, states, t, group, scale):
     torch._fused_adagrad_(
         params, grads, states[0], step_tensors(t, params),
         lr=float(group["lr"]), lr_decay=float(group["lr_decay"]), weight_decay=float(group["weight_decay"]),
-        eps=float(group["eps"]), maximize=group["maximize"], grad_scale=scale,
+        eps=divisible(group["eps"]), maximize=group["maximize"], grad_scale=scale,
     )  # fmt: skip
 
 
-ADAGRAD = Rule("adagrad", ("sum",), adagrad, fused, frozenset((torch.float32, torch.float64)), few=8, squares=("sum",))
+ADAGRAD = Rule("adagrad", ("sum",), adagrad, fused, frozenset((torch.float32, torch.float64)), list_threads=1)
+EPS_INSIDE = Rule("adagrad_eps_inside", ("sum",), adagrad_eps_inside)
 
 
 class Adagrad(FusedOptimizer, torch.optim.Adagrad):
     """Adagrad, with torch.optim.Adagrad's arguments and defaults."""
 
+    settings_class = EpsSettings
+
     def rule(self, group):
-        return ADAGRAD
+        return EPS_INSIDE if self._settings.eps_inside_sqrt and group["eps"] != 0 else ADAGRAD
 
     def hyper(self, group, t):
-        return (group["eps"],)
+        return (divisible(group["eps"]),)
 
     def lr(self, group, t):
         return float(group["lr"]) / (1 + (t - 1) * group["lr_decay"])

@@ -4,8 +4,12 @@
     v <- beta2 v + (1 - beta2) g^2        v_hat = v / (1 - beta2^t)
     u  = m_hat / (sqrt(v_hat) + eps)      p <- p - lr u
 
+    eps_inside_sqrt:          u = m_hat / sqrt(v_hat + eps)
+    bias_correction=False:    m_hat = m, v_hat = v
+
 Adam adds ``weight_decay * p`` to g before the rule, AdamW adds it to u after the rule. With
-``amsgrad`` the largest v so far takes the place of v in v_hat.
+``amsgrad`` the largest v so far takes the place of v in v_hat. With ``eps=0`` a parameter whose gradient was always
+zero stays put, where torch makes it NaN.
 
 Sources: Kingma and Ba, arXiv 1412.6980; Loshchilov and Hutter, arXiv 1711.05101; Reddi et al.,
 arXiv 1904.09237; defaults and state of torch.optim 2.13.
@@ -13,10 +17,13 @@ arXiv 1904.09237; defaults and state of torch.optim 2.13.
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 
 from .optimizer import FusedOptimizer
-from .rule import Rule, step_tensors
+from .rule import FOREVER, Rule, divisible, step_tensors
+from .settings import EpsSettings, flag, setting
 
 
 def adam(g, state, h):
@@ -38,32 +45,81 @@ def amsgrad(g, state, h):
     return m.mul(correction1).div_(root_v_hat.add_(eps))
 
 
+def adam_eps_inside(g, state, h):
+    m, v = state
+    weight1, weight2, eps, correction1, correction2 = h
+    m.lerp_(g, weight1)
+    v.mul_(1 - weight2).addcmul_(g, g, value=weight2)
+    root = v.mul(correction2**2).add_(eps).sqrt_()
+    return m.mul(correction1).div_(root)
+
+
+def amsgrad_eps_inside(g, state, h):
+    m, v, v_max = state
+    weight1, weight2, eps, correction1, correction2 = h
+    m.lerp_(g, weight1)
+    v.mul_(1 - weight2).addcmul_(g, g, value=weight2)
+    torch.maximum(v_max, v, out=v_max)
+    root = v_max.mul(correction2**2).add_(eps).sqrt_()
+    return m.mul(correction1).div_(root)
+
+
 def fused(params, grads, states, t, group, scale):
+    _fused(params, grads, states, step_tensors(t, params), group, scale)
+
+
+def fused_uncorrected(params, grads, states, t, group, scale):
+    _fused(params, grads, states, [FOREVER] * len(params), group, scale)
+
+
+def _fused(params, grads, states, steps, group, scale):
     m, v, *v_max = states
     kernel = torch._fused_adamw_ if group["decoupled_weight_decay"] else torch._fused_adam_
     kernel(
-        params, grads, m, v, v_max[0] if v_max else [], step_tensors(t, params),
+        params, grads, m, v, v_max[0] if v_max else [], steps,
         lr=float(group["lr"]), beta1=float(group["betas"][0]), beta2=float(group["betas"][1]),
-        weight_decay=float(group["weight_decay"]), eps=float(group["eps"]),
+        weight_decay=float(group["weight_decay"]), eps=divisible(group["eps"]),
         amsgrad=bool(v_max), maximize=group["maximize"], grad_scale=scale,
     )  # fmt: skip
 
 
 DTYPES = frozenset((torch.float32, torch.float64))
-SQUARES = ("exp_avg_sq", "max_exp_avg_sq")
-ADAM = Rule("adam", ("exp_avg", "exp_avg_sq"), adam, fused, DTYPES, few=8, squares=SQUARES)
-AMSGRAD = Rule("amsgrad", ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"), amsgrad, fused, DTYPES, few=8, squares=SQUARES)
+STATES = ("exp_avg", "exp_avg_sq")
+MAX_STATES = (*STATES, "max_exp_avg_sq")
+ADAM = Rule("adam", STATES, adam, fused, DTYPES, list_threads=1)
+AMSGRAD = Rule("amsgrad", MAX_STATES, amsgrad, fused, DTYPES, list_threads=1)
+ADAM_EPS_INSIDE = Rule("adam_eps_inside", STATES, adam_eps_inside)
+AMSGRAD_EPS_INSIDE = Rule("amsgrad_eps_inside", MAX_STATES, amsgrad_eps_inside)
+UNCORRECTED = {rule.name: rule._replace(fused=fused_uncorrected) for rule in (ADAM, AMSGRAD)}
+
+
+@dataclasses.dataclass(kw_only=True)
+class AdamSettings(EpsSettings):
+    bias_correction: bool = setting(
+        True,
+        flag,
+        """(bool): False takes m and v as they are, for m_hat and v_hat.""",
+    )
 
 
 class Adam(FusedOptimizer, torch.optim.Adam):
     """Adam, with torch.optim.Adam's arguments and defaults."""
 
+    settings_class = AdamSettings
+
     def rule(self, group):
-        return AMSGRAD if group["amsgrad"] else ADAM
+        settings = self._settings
+        if settings.eps_inside_sqrt and group["eps"] != 0:
+            return AMSGRAD_EPS_INSIDE if group["amsgrad"] else ADAM_EPS_INSIDE
+        rule = AMSGRAD if group["amsgrad"] else ADAM
+        return rule if settings.bias_correction else UNCORRECTED[rule.name]
 
     def hyper(self, group, t):
         beta1, beta2 = map(float, group["betas"])
-        return 1 - beta1, 1 - beta2, group["eps"], 1 / (1 - beta1**t), (1 - beta2**t) ** -0.5
+        eps = divisible(group["eps"])
+        if not self._settings.bias_correction:
+            return 1 - beta1, 1 - beta2, eps, 1.0, 1.0
+        return 1 - beta1, 1 - beta2, eps, 1 / (1 - beta1**t), (1 - beta2**t) ** -0.5
 
     def decoupled(self, group):
         return group["decoupled_weight_decay"]

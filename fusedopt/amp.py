@@ -7,6 +7,8 @@ into the step like that, unless the user called ``unscale_`` to look at them, wh
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -39,6 +41,11 @@ class GradScaler(torch.amp.GradScaler):
         """
         if not self._enabled or not isinstance(optimizer, FusedOptimizer):
             return super().step(optimizer, *args, **kwargs)
+        if optimizer._engine.released:
+            raise RuntimeError(
+                "backward has updated the parameters by gradients that were multiplied by the loss scale: gradient "
+                "release cannot be combined with a GradScaler; use bfloat16, which needs none"
+            )
         state = self._per_optimizer_states[id(optimizer)]
         if "closure" in kwargs or args or state["stage"] is OptState.STEPPED:
             return super().step(optimizer, *args, **kwargs)  # which says what is wrong
@@ -46,21 +53,60 @@ class GradScaler(torch.amp.GradScaler):
         scaled = state["stage"] is OptState.READY
         if scaled and not any(p.grad is not None for group in optimizer.param_groups for p in group["params"]):
             raise AssertionError(NOTHING_CHECKED)
+        with self._in_charge(optimizer, scale) as scaling:
+            result = optimizer.step(**kwargs)
+        if scaled:
+            state["found_inf_per_device"] = {scaling.found_inf.device: scaling.found_inf}
+        state["stage"] = OptState.STEPPED
+        return result
+
+    def clip_grad_norm_(
+        self,
+        optimizer: torch.optim.Optimizer,
+        max_norm: float,
+        norm_type: float = 2.0,
+        error_if_nonfinite: bool = False,
+    ) -> Tensor:
+        """What ``unscale_`` and then torch.nn.utils.clip_grad_norm_ do. With an optimizer of fusedopt both are left to
+        its step, and the gradients stay scaled and unclipped. Returns the norm of the unscaled gradients."""
+        arguments = max_norm, norm_type, error_if_nonfinite
+        scaled = self._enabled and self._per_optimizer_states[id(optimizer)]["stage"] is OptState.READY
+        if not isinstance(optimizer, FusedOptimizer):
+            if scaled:
+                self.unscale_(optimizer)
+            params = [p for group in optimizer.param_groups for p in group["params"]]
+            return torch.nn.utils.clip_grad_norm_(params, *arguments)
+        if not scaled:
+            return optimizer.clip_grad_norm_(*arguments)
+        scale, _ = self._check_scale_growth_tracker("clip_grad_norm_")
+        with self._in_charge(optimizer, scale):
+            return optimizer.clip_grad_norm_(*arguments)
+
+    def unscale_(self, optimizer: torch.optim.Optimizer) -> None:
+        """Divide the gradients by the loss scale now, in a pass of its own: for whoever looks at them before the step.
+
+        Raises:
+            RuntimeError: as in torch, and after ``clip_grad_norm_``, which has left the division to the step.
+        """
+        if isinstance(optimizer, FusedOptimizer) and optimizer._engine.will_unscale(optimizer):
+            raise RuntimeError("unscale_() is being called after clip_grad_norm_(), which unscales in the step")
+        super().unscale_(optimizer)
+
+    @contextlib.contextmanager
+    def _in_charge(self, optimizer: FusedOptimizer, scale: Tensor) -> Iterator[Scaling]:
+        """Tell the optimizer what this scaler asks of what it does next."""
 
         def unscale() -> Tensor:
             self.unscale_(optimizer)
             return self._found_inf(optimizer)
 
+        scaled = self._per_optimizer_states[id(optimizer)]["stage"] is OptState.READY
         scaling = Scaling(scale, None, unscale) if scaled else Scaling(None, self._found_inf(optimizer), unscale)
         optimizer._engine.scaling = scaling
         try:
-            result = optimizer.step(**kwargs)
+            yield scaling
         finally:
             optimizer._engine.scaling = None
-        if scaled:
-            state["found_inf_per_device"] = {scaling.found_inf.device: scaling.found_inf}
-        state["stage"] = OptState.STEPPED
-        return result
 
     def _found_inf(self, optimizer: torch.optim.Optimizer) -> Tensor:
         """Whether ``unscale_`` met a number that is not finite, on whatever device."""

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-
-CLIP_EPSILON = 1e-6
-"""torch.nn.utils.clip_grad_norm_ adds it to the norm, so that zero gradients stay zero."""
 
 
 class Verdict(NamedTuple):
@@ -31,11 +29,19 @@ class Verdict(NamedTuple):
             return self.device[2].to(device, torch.float32, copy=True)
         return torch.full((), float(self.skip), device=device)
 
+    def or_skip(self, found_inf: Tensor) -> Verdict:
+        """The same, but skipping the step also if ``found_inf`` is not 0."""
+        if self.device is None:
+            return self._replace(skip=self.skip or found_inf.item() != 0)
+        skip = self.device[2]
+        skip.copy_(skip.logical_or(found_inf.to(skip.device)))
+        return self
+
     def on(self, device: torch.device) -> Tensor | None:
         """The verdict for kernels on ``device``; None if there is nothing to multiply or skip."""
         if self.device is not None or self.factor == 1:
             return self.device
-        return torch.tensor([self.norm or 0.0, self.factor, 0.0, 0.0], dtype=torch.float64).to(device)
+        return torch.tensor([self.norm or 0.0, self.factor, 0.0, 0.0], dtype=torch.float64, device="cpu").to(device)
 
 
 UNJUDGED = Verdict()
@@ -56,7 +62,8 @@ class Scaling:
 class Terms(NamedTuple):
     """What the gradients of one step are judged by."""
 
-    max_norm: float | None = None
+    clip: tuple[float, float, float] | None = None
+    """S, epsilon and the largest factor of g <- g min(largest, S / (norm + epsilon))."""
     skip_nonfinite: bool = False
     loss_scale: Tensor | None = None
     found_inf: Tensor | None = None
@@ -64,7 +71,7 @@ class Terms(NamedTuple):
 
     @property
     def needs_norm(self) -> bool:
-        return self.max_norm is not None or self.skip_nonfinite
+        return self.clip is not None or self.skip_nonfinite
 
     @property
     def any(self) -> bool:
@@ -77,9 +84,39 @@ def terms(optimizer: Any, scaling: Scaling | None) -> Terms:
     settings = optimizer._settings
     if scaling is not None:
         looks = settings.skip_nonfinite or scaling.found_inf is None
-        return Terms(settings.max_grad_norm, looks, scaling.loss_scale, scaling.found_inf)
+        return Terms(settings.clip, looks, scaling.loss_scale, scaling.found_inf)
     loss_scale, found_inf = getattr(optimizer, "grad_scale", None), getattr(optimizer, "found_inf", None)
-    return Terms(settings.max_grad_norm, settings.skip_nonfinite, loss_scale, found_inf)
+    return Terms(settings.clip, settings.skip_nonfinite, loss_scale, found_inf)
+
+
+class Deferred:
+    """A verdict on gradients that wait, unclipped, for the step that will apply it."""
+
+    def __init__(self, verdict: Verdict, grads: Sequence[Tensor | None], scaling: Scaling | None):
+        self.verdict = verdict
+        self.scaled = scaling is not None
+        """Whether the verdict includes the division by a loss scale."""
+        # No strong references: gradients that are dropped before the step must not live on.
+        self.grads = [None if g is None else weakref.ref(g) for g in grads]
+        self.versions = [None if g is None else g._version for g in grads]
+
+    def is_of(self, grads: Sequence[Tensor | None]) -> bool:
+        """Whether these are the gradients that were judged; False if none of them is.
+
+        Raises:
+            RuntimeError: if some of them are, or if they were written to since.
+        """
+        same = [g is not None and ref is not None and ref() is g for g, ref in zip(grads, self.grads)]
+        if not any(same):
+            return False
+        present = [g is not None for g in grads]
+        versions = [None if g is None else g._version for g in grads]
+        if same != present or len(grads) != len(self.grads) or versions != self.versions:
+            raise RuntimeError(
+                "gradients were changed between clip_grad_norm_() and step(), which was to clip them: call "
+                "clip_grad_norm_() last, or zero_grad() to drop both"
+            )
+        return True
 
 
 def judge(executors: Sequence[Any], terms: Terms, skips: Skips) -> Verdict:
@@ -104,10 +141,11 @@ def judge(executors: Sequence[Any], terms: Terms, skips: Skips) -> Verdict:
     if terms.needs_norm:
         norm = hypot([executor.norm() for executor in executors]) / scale
         skip = skip or (terms.skip_nonfinite and not math.isfinite(norm))
-    if terms.max_norm is not None:
-        coefficient = terms.max_norm / (norm + CLIP_EPSILON)
+    if terms.clip is not None:
+        target, epsilon, largest = terms.clip
+        coefficient = target / (norm + epsilon)
         # Written so that a NaN norm gives a NaN factor, as in torch.
-        factor *= 1.0 if coefficient > 1 else coefficient
+        factor *= largest if coefficient > largest else coefficient
     skips.count += skip
     return Verdict(norm, factor, skip)
 
@@ -144,7 +182,7 @@ class Skips:
         """Ask for the count as it is after the step just launched."""
         if self.device is None or not self.device.is_cuda:
             return
-        copy = torch.empty(1, dtype=torch.float64, pin_memory=True)
+        copy = torch.empty(1, dtype=torch.float64, device="cpu", pin_memory=True)
         with torch.cuda.device(self.device.device):
             copy.copy_(self.device[3:], non_blocking=True)
             event = torch.cuda.Event()
@@ -165,6 +203,13 @@ class Skips:
         new, self.known = heard - self.known, heard
         return new
 
+    def count_in(self, verdict: Verdict, sign: int = 1) -> None:
+        """Count the step that a verdict skips, or with -1 take it back."""
+        if verdict.device is None:
+            self.count += sign * verdict.skip
+        else:
+            verdict.device[3].add_(verdict.device[2], alpha=sign)
+
     @property
     def variants(self) -> int:
         """How many counts are possible now."""
@@ -172,5 +217,5 @@ class Skips:
 
     def total(self) -> Tensor:
         if self.device is None:
-            return torch.tensor(self.count)
+            return torch.tensor(self.count, device="cpu")
         return self.device[3].to(torch.int64) + self.count

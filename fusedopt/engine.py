@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from itertools import chain
+from operator import itemgetter
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import clipping, torch_backend, torch_forms
+from . import clipping, torch_backend
 from .plan import Bucket, Cohort, Place, Plan
 from .rule import Update
-from .settings import Settings
+from .settings import CLIP, Settings
+
+get_params = itemgetter("params")
 
 
 class Engine:
@@ -25,15 +30,62 @@ class Engine:
         self.skips = clipping.Skips()
         self.scaling: clipping.Scaling | None = None
         """What a GradScaler of ours asks of the step that it calls."""
+        self.deferred: clipping.Deferred | None = None
+        """What ``clip_grad_norm_`` left for the next step to do."""
+        self.averaged = False
+        """Whether the parameters hold their averages now."""
+        self.released = False
+        """Whether parameters are updated inside backward."""
 
     def step(self, optimizer: Any) -> None:
-        params = [p for group in optimizer.param_groups for p in group["params"]]
+        if self.averaged:
+            raise RuntimeError("step() inside `with optimizer.ema_parameters()`, where parameters hold their averages")
+        if not self._with_gradients(optimizer, self._run):
+            self.verdict = clipping.Verdict(norm=0.0) if optimizer._settings.needs_norm else clipping.UNJUDGED
+
+    def clip(self, optimizer: Any, max_norm: float) -> Tensor:
+        """Judge the gradients now, and leave it to the next step to clip them. Returns their norm."""
+        if self.released:
+            raise RuntimeError(
+                "clip_grad_norm_() needs all gradients together, and gradient release frees each at once"
+            )
+
+        def judge(optimizer: Any, grads: list[Tensor | None]) -> None:
+            terms = clipping.terms(optimizer, self.scaling)
+            if any(getattr(m.param, "_fsdp_flattened", False) for bucket in self.plan.buckets for m in bucket.members):
+                raise RuntimeError(
+                    "clip_grad_norm_() would clip by this rank's part of the norm: parameters are shards of "
+                    "FullyShardedDataParallel; call model.clip_grad_norm_() instead"
+                )
+            if terms.clip is not None:
+                raise RuntimeError(
+                    f"the step clips to max_grad_norm={terms.clip[0]} by itself: leave clip_grad_norm_() away, or set "
+                    "optimizer.max_grad_norm = None"
+                )
+            if self.deferred is not None and self.deferred.is_of(grads):
+                raise RuntimeError("clip_grad_norm_() was called twice for one step()")
+            self.verdict = clipping.judge(self.executors, terms._replace(clip=(max_norm, *CLIP)), self.skips)
+            self.skips.count_in(self.verdict, -1)
+            self.deferred = clipping.Deferred(self.verdict, grads, self.scaling)
+
+        if not self._with_gradients(optimizer, judge):
+            self.verdict = clipping.Verdict(norm=0.0)
+        return self.grad_norm()
+
+    def will_unscale(self, optimizer: Any) -> bool:
+        """Whether the next step divides by a loss scale, as ``clip`` was told."""
+        if self.deferred is None or not self.deferred.scaled:
+            return False
+        return self.deferred.is_of([p.grad for group in optimizer.param_groups for p in group["params"]])
+
+    def _with_gradients(self, optimizer: Any, act: Callable[[Any, list[Tensor | None]], None]) -> bool:
+        """Do something with the gradients of this step, or return False if there are none."""
+        params = list(chain.from_iterable(map(get_params, optimizer.param_groups)))
         grads = [p.grad for p in params]
         if self.plan is None or not self.plan.holds(optimizer, params, grads):
             self._build(optimizer)
         if not self.executors:
-            self.verdict = clipping.Verdict(norm=0.0) if optimizer._settings.needs_norm else clipping.UNJUDGED
-            return
+            return False
         try:
             try:
                 for executor in self.executors:
@@ -42,29 +94,39 @@ class Engine:
                 # Nothing was changed yet. A new plan looks at everything, and says what does not fit.
                 self._build(optimizer)
                 raise
-            self._run(optimizer)
+            act(optimizer, grads)
         finally:
             for executor in self.executors:
                 executor.release()
+        return True
 
     def _build(self, optimizer: Any) -> None:
         self.settle(optimizer)
         self.plan, self.verdict = None, clipping.UNJUDGED
         plan = Plan(optimizer, self.places)
         self.executors = [_executor(bucket, optimizer._settings) for bucket in plan.buckets]
+        plan.note_uses()
         self.plan = plan
 
-    def _run(self, optimizer: Any) -> None:
-        self.verdict = clipping.judge(self.executors, clipping.terms(optimizer, self.scaling), self.skips)
+    def _run(self, optimizer: Any, grads: list[Tensor | None]) -> None:
+        terms = clipping.terms(optimizer, self.scaling)
+        if self.deferred is not None and self.deferred.is_of(grads):
+            self.verdict = self._deferred_verdict(terms)
+        else:
+            self.verdict = clipping.judge(self.executors, terms, self.skips)
+        self.deferred = None
         if self.scaling is not None:
             self.scaling.found_inf = self.verdict.found_inf(self.executors[0].bucket.device)
         if self.verdict.skip:
             self._drop_unwritten(optimizer)
             return
 
+        decay = optimizer._settings.ema_decay
+
         def update(cohort: Cohort, skipped: int = 0) -> Update:
             """The numbers of this step, if ``skipped`` more steps were skipped than the host knows."""
-            return optimizer.update(cohort.group, cohort.t + 1 - skipped)
+            update = optimizer.update(cohort.group, cohort.t + 1 - skipped)
+            return update if decay is None else update._replace(averages=(*update.averages, 1 - decay))
 
         for executor in self.executors:
             executor.step(update, self.verdict, self.skips)
@@ -73,10 +135,28 @@ class Engine:
             self.skips.listen()
             self._hear(optimizer, wait=False)
 
+    def _deferred_verdict(self, terms: clipping.Terms) -> clipping.Verdict:
+        if terms.clip is not None:
+            raise RuntimeError(f"max_grad_norm={terms.clip[0]} was set between clip_grad_norm_() and step()")
+        if terms.loss_scale is not None and not self.deferred.scaled:
+            raise RuntimeError(
+                "clip_grad_norm_() was given gradients that are still multiplied by the loss scale: call "
+                "fusedopt.GradScaler's clip_grad_norm_(optimizer, max_norm) instead, or unscale_(optimizer) before it"
+            )
+        if self.deferred.scaled and self.scaling is None:
+            raise RuntimeError("the gradients are still multiplied by the loss scale: call scaler.step(optimizer)")
+        verdict = self.deferred.verdict
+        if terms.found_inf is not None:
+            verdict = verdict.or_skip(terms.found_inf)
+        self.skips.count_in(verdict)
+        return verdict
+
     def settle(self, optimizer: Any) -> None:
         """Wait for what the device has not told yet, so that ``optimizer.state`` is exact."""
         if self.plan is not None:
             self._hear(optimizer, wait=True)
+        if self.plan is not None and self.deferred is not None:
+            self._drop_unwritten(optimizer)
 
     def _hear(self, optimizer: Any, wait: bool) -> None:
         """Take back the steps that turned out to be skipped."""
@@ -92,7 +172,7 @@ class Engine:
         for bucket in self.plan.buckets:
             for member in bucket.members:
                 if bucket.cohorts[member.cohort].t == 0:
-                    for key in bucket.stored.state_keys:
+                    for key in bucket.rule.keys:
                         optimizer.state[member.param].pop(key, None)
         self.plan = None
 
@@ -105,7 +185,7 @@ class Engine:
             return None
         if self.verdict.device is not None:
             return self.verdict.device[0].to(self._norm_dtype(), copy=True)
-        return torch.tensor(self.verdict.norm, dtype=self._norm_dtype())
+        return torch.tensor(self.verdict.norm, dtype=self._norm_dtype(), device="cpu")
 
     def _norm_dtype(self) -> torch.dtype:
         wide = any(executor.bucket.grad_dtype == torch.float64 for executor in self.executors)
@@ -122,8 +202,7 @@ class Engine:
 
 def _executor(bucket: Bucket, settings: Settings) -> Any:
     if bucket.backend.name == "torch":
-        executor = torch_backend.Executor if bucket.stored.plain else torch_forms.Executor
-        return executor(bucket, settings)
+        return torch_backend.Executor(bucket, settings)
     from . import triton_backend
 
     return triton_backend.Executor(bucket, settings)

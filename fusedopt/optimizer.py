@@ -10,11 +10,14 @@ import inspect
 import math
 import sys
 import textwrap
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from . import checkpoints, ema
+from .ema import EmaParameters
 from .engine import Engine
 from .rule import Numbers, Rule, Stage, Update
 from .settings import Settings
@@ -68,6 +71,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         names = self.settings_class.fields()
         self._settings = self.settings_class(**{name: kwargs.pop(name) for name in names if name in kwargs})
         self._engine = Engine()
+        self._ema: dict[Tensor, Tensor] = {}
         super().__init__(params, *args, **kwargs)
 
     # What a rule's numbers are made of
@@ -173,23 +177,87 @@ class FusedOptimizer(torch.optim.Optimizer):
             self.rule({**self.defaults, **param_group})  # raises where the options contradict the settings
         super().add_param_group(param_group)
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state_dict of this class or of torch's.
+
+        Raises:
+            KeyError, TypeError, ValueError: for what does not fit, before anything is changed; the message names
+                the entry.
+        """
+        checkpoints.load(self, state_dict, super().load_state_dict)
+
     def state_dict(self) -> dict[str, Any]:
         self._engine.settle(self)
         return super().state_dict()
 
     def __getstate__(self) -> dict[str, Any]:
         self._engine.settle(self)
-        return {**super().__getstate__(), "_settings": self._settings}
+        return {**super().__getstate__(), "_settings": self._settings, "_ema": self._ema}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # A pickle of torch's class, or of an older version, has no settings.
         self.__dict__.setdefault("_settings", self.settings_class())
         self.__dict__.setdefault("_engine", Engine())
+        self.__dict__.setdefault("_ema", {})
         self._engine.settle(self)
         self._engine.forget()
         super().__setstate__(state)
 
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        self._engine.deferred = None
+        super().zero_grad(set_to_none)
+
     # What fusedopt adds
+
+    def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0, error_if_nonfinite: bool = False) -> Tensor:
+        """Clip the norm over the gradients of all groups, as torch.nn.utils.clip_grad_norm_ does, but without writing
+        to them: the next ``step`` multiplies them on its way. Nobody may change them in between.
+
+        Args:
+            max_norm: the largest norm, g <- g min(1, max_norm / (norm + 1e-6)).
+            norm_type: other norms than 2 are left to torch, which clips at once.
+            error_if_nonfinite: raise RuntimeError for a norm that is inf or NaN. On a GPU this waits for it.
+
+        Returns:
+            The norm before clipping, a 0-dim tensor.
+
+        Raises:
+            RuntimeError: if ``max_grad_norm`` is set as well, or for a second call before ``step``.
+        """
+        max_norm, norm_type = float(max_norm), float(norm_type)
+        if not max_norm >= 0:
+            raise ValueError(f"Invalid max_norm: {max_norm}; give a number that is not negative")
+        try:
+            if norm_type != 2:
+                raise NotFusable(f"norm_type={norm_type}")
+            with torch.no_grad():
+                norm = self._engine.clip(self, max_norm)
+        except NotFusable:
+            if self._engine.scaling is not None:
+                self._engine.scaling.unscale()
+            params = [p for group in self.param_groups for p in group["params"]]
+            return torch.nn.utils.clip_grad_norm_(params, max_norm, norm_type, error_if_nonfinite)
+        if error_if_nonfinite and not torch.isfinite(norm):
+            self._engine.deferred = None
+            raise RuntimeError(
+                f"The total norm of order {norm_type} for gradients from the optimizer's parameters is non-finite "
+                f"({float(norm)}), so it cannot be clipped; leave error_if_nonfinite away to scale by it anyway"
+            )
+        return norm
+
+    def ema_parameters(self) -> EmaParameters:
+        """The parameters' moving averages, if ``ema_decay`` is set: a list of tensors that later steps move on, and
+        a context manager within which the parameters are their averages."""
+        return EmaParameters(self)
+
+    def ema_state_dict(self) -> dict[int, Tensor]:
+        """The averages by the numbers of the parameters, for ``load_ema_state_dict``. They are no part of
+        ``state_dict``, which goes to torch's optimizers too."""
+        return ema.state_dict(self)
+
+    def load_ema_state_dict(self, averages: Mapping[int, Tensor]) -> None:
+        """Take over what ``ema_state_dict`` gave. ValueError, and no change, if it does not fit the parameters."""
+        ema.load(self, averages)
 
     @property
     def grad_norm(self) -> Tensor | None:
@@ -238,8 +306,12 @@ def _merged_signature(cls: type[FusedOptimizer]) -> inspect.Signature:
     base = next(c for c in cls.__mro__[1:] if "__init__" in vars(c) and c is not FusedOptimizer)
     if issubclass(base, FusedOptimizer):
         return inspect.signature(base)
-    ours = inspect.signature(cls.settings_class).parameters.values()
-    return inspect.Signature([*inspect.signature(base).parameters.values(), *ours])
+    parameters = [
+        *inspect.signature(base).parameters.values(),
+        *inspect.signature(cls.settings_class).parameters.values(),
+    ]
+    # A user's class before ours may hand on **options, which stand last.
+    return inspect.Signature(sorted(parameters, key=lambda parameter: parameter.kind))
 
 
 def _own_signature(cls: type[FusedOptimizer]) -> inspect.Signature:

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.optim.optimizer import _get_scalar_dtype
 
 from .flat import Space, alias, is_dense
-from .storage import Part, Storage, converted, counts_steps, part_key, superseded
+from .rule import Rule
 
 
 @dataclasses.dataclass(slots=True, eq=False)
@@ -23,27 +23,24 @@ class Place:
 
     space: Space
     index: int
+    dtypes: dict[str, torch.dtype]
     packed: bool
     views: dict[str, Tensor] = dataclasses.field(default_factory=dict)
     addresses: dict[str, int] = dataclasses.field(default_factory=dict)
     """Where the views lay when they were made."""
-    copies: dict[tuple[str, torch.dtype], Tensor] = dataclasses.field(default_factory=dict)
+    parts: dict[tuple[str, torch.dtype], Tensor] = dataclasses.field(default_factory=dict)
     """Views of the space's packed copies."""
     flattened: int | None = None
     """The address to which ``flatten`` moved the parameter, until somebody else moves it."""
     owned: bool = False
     """Whether the parameter's memory is an earlier place's, and so may be moved again."""
 
-    @property
-    def strides(self) -> tuple[int, ...]:
-        return self.space.strides[self.index]
-
-    def open(self, key: str, dtype: torch.dtype, per: int = 1) -> Tensor:
-        """A view of this parameter's part of the buffer ``key``, with storage of its own. ``per``: how many elements
-        share one number."""
+    def open(self, key: str, dtype: torch.dtype) -> Tensor:
+        """A view of this parameter's part of the buffer ``key``, with storage of its own."""
         space = self.space
         if key not in space.buffers:
-            space.allocate(key, dtype, per)
+            space.allocate(key, dtype)
+        self.dtypes.setdefault(key, dtype)
         return self.keep(key, alias(space.view(key, self.index)))
 
     def keep(self, key: str, view: Tensor) -> Tensor:
@@ -56,13 +53,13 @@ class Place:
         return value is not None and value is self.views.get(key) and value.data_ptr() == self.addresses[key]
 
     def packed_copy(self, role: str, dtype: torch.dtype) -> Tensor:
-        copy = self.copies.get((role, dtype))
-        if copy is None:
-            copy = self.space.part_like(self.space.packed_copies(role, dtype), self.index)
-            self.copies[role, dtype] = copy
-        return copy
+        part = self.parts.get((role, dtype))
+        if part is None:
+            part = self.space.part_like(self.space.packed_copies(role, dtype), self.index)
+            self.parts[role, dtype] = part
+        return part
 
-    def fits(self, p: Tensor, parts: dict[str, Part], packed: bool) -> bool:
+    def fits(self, p: Tensor, dtypes: dict[str, torch.dtype], packed: bool) -> bool:
         space, i = self.space, self.index
         if (space.device, space.dtype, space.sizes[i]) != (p.device, p.dtype, p.size()) or packed < self.packed:
             return False
@@ -71,48 +68,39 @@ class Place:
                 return False
         elif packed and not self.packed:
             return False
-        return all(key not in space.buffers or space.buffers[key].dtype == part.dtype for key, part in parts.items())
+        return all(self.dtypes.get(key, dtype) == dtype for key, dtype in dtypes.items())
 
 
 def has_shared_state(optimizer: Any, p: Tensor, place: Place | None) -> bool:
     """Whether a state lies in memory shared between processes, as Adagrad.share_memory() puts it."""
     return any(
-        is_shared(value)
+        isinstance(value, Tensor) and value.is_cpu and value.is_shared()
         for key, value in optimizer.state.get(p, {}).items()
         if place is None or not place.holds(key, value) or not place.packed
     )
 
 
-def is_shared(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.is_cpu and value.is_shared()
-
-
 def adopt_states(
-    optimizer: Any, p: Tensor, group: dict, place: Place, stored: Storage, taken: int
+    optimizer: Any, p: Tensor, group: dict, place: Place, rule: Rule, dtypes: dict[str, torch.dtype], taken: int
 ) -> list[tuple[Tensor, Tensor | float]]:
     """Make ``optimizer.state[p]`` hold views of the place. Returns what has to be written into them."""
-    if not stored.parts:
+    if not rule.keys:
         return []
     state = optimizer.state[p]
     writes = []
-    if counts_steps(optimizer, stored) and not place.holds("step", state.get("step")):
-        view = state["step"] = place.open("step", _get_scalar_dtype())
-        writes.append((view, float(taken)))
-    for role, form in stored.roles:
-        parts = {part_key(role, part): part for part in form.parts}
-        parts.pop("", None)
-        if parts and all(place.holds(key, state.get(key)) for key in parts):
+    keys = ("step", *rule.keys) if optimizer.counts_steps else rule.keys
+    for key in keys:
+        value = state.get(key)
+        if place.holds(key, value):
             continue
-        value = state.get(role)
-        if form.plain and is_shared(value) and not place.packed:
-            place.keep(role, value)
+        if isinstance(value, Tensor) and key != "step" and value.is_cpu and value.is_shared() and not place.packed:
+            place.keep(key, value)
             continue
-        values = converted(role, form, state, p, place.strides, lambda key=role: optimizer.initial_value(group, key))
-        for (key, part), value in zip(parts.items(), values):
-            view = state[key] = place.open(key, part.dtype, part.per)
-            writes.append((view, value))
-        for key in superseded(role, form, state, p):
-            del state[key]
+        view = state[key] = place.open(key, _get_scalar_dtype() if key == "step" else dtypes[key])
+        if key == "step":
+            writes.append((view, float(taken)))
+        else:
+            writes.append((view, optimizer.initial_value(group, key) if value is None else value.detach()))
     return writes
 
 

@@ -8,26 +8,30 @@ the ones that it was built from.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
-from itertools import compress
+from collections.abc import Callable, Iterable, Sequence
+from itertools import chain, compress
 from operator import attrgetter, is_, itemgetter
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from . import ema
 from .backends import Backend
 from .flat import Space, is_dense
 from .places import Place, adopt_states, flatten, has_shared_state, write
 from .rule import Rule
-from .storage import Storage, counts_steps
-from .survey import Entry, NotFusable, survey
+from .survey import NotFusable, survey
 
 SMALL = 16384
 """Elements below which a CPU spends more on calling an operation than on the numbers."""
 
+FEW, FEW_LISTED = 2, 8
+"""Fewer small tensors than this are not worth gathering: where each takes several calls, where one call takes all."""
+
 
 get_dtype = attrgetter("dtype")
+get_params = itemgetter("params")
 
 
 @dataclasses.dataclass(slots=True, eq=False)
@@ -39,8 +43,6 @@ class Member:
     """Its gradient's position among this step's gradients."""
     cohort: int
     place: Place
-    first_draw: int
-    """The number of its first eight elements among all eights of the optimizer: see philox.py."""
 
 
 @dataclasses.dataclass(slots=True, eq=False)
@@ -64,9 +66,13 @@ class Bucket:
     grad_dtype: torch.dtype
     backend: Backend
     flat: bool
-    stored: Storage
     averages: tuple[str, ...]
     """Roles in the members' places that follow the new parameter, in the order of ``Update.averages``."""
+    """Whether all parameters lie in one flat buffer."""
+    fused: bool
+    """Whether torch's fused CPU kernel updates them."""
+    listed: bool
+    """Whether that kernel takes small parameters as a list, where they are; otherwise they are gathered."""
     cohorts: list[Cohort]
     members: list[Member]
 
@@ -80,13 +86,13 @@ class Plan:
         self.group_sizes = [len(group["params"]) for group in groups]
         rules = [optimizer.rule(group) for group in groups]
         self.present = [p.grad is not None for p in self.params]
-        self.flatten = optimizer._settings.flatten
-        self.requested_backend = optimizer._settings.backend
-        self.master, self.state_dtype = optimizer._settings.master, optimizer._settings.state_dtype
+        self.settings = optimizer._settings.layout
 
         newcomers = survey(optimizer, rules)
         for stale in set(places).difference(self.params):
             del places[stale]
+        for stale in set(optimizer._ema).difference(self.params):
+            del optimizer._ema[stale]
         self.buckets = [_settle(optimizer, key, entries, places) for key, entries in newcomers.items()]
 
         members = [member for bucket in self.buckets for member in bucket.members]
@@ -95,45 +101,33 @@ class Plan:
         self.sizes = list(map(Tensor.numel, self.active))
         self.addresses = list(map(Tensor.data_ptr, self.active))
         self.strides = list(map(Tensor.stride, self.active))
-        self.dtypes = [p.dtype for p in self.active]
         self.spaces = list({id(m.place.space): m.place.space for m in members}.values())
         self.steps = [space.buffers["step"] for space in self.spaces if "step" in space.buffers]
         self.stepped = [_stepped(space, members) for space in self.spaces if "step" in space.buffers]
         self.identities = _identities(optimizer, self.params)
-        self.views = []
-        for bucket in self.buckets:
-            keys = list(bucket.stored.parts)
-            dicts = [optimizer.state[m.param] for m in bucket.members] if keys else []
-            if counts_steps(optimizer, bucket.stored):
-                keys.append("step")
-            self.views += [
-                (itemgetter(key), dicts, [m.place.views[key].data_ptr() for m in bucket.members])
-                for key in keys
-                if dicts
-            ]
+        self.views = [_views(optimizer, bucket) for bucket in self.buckets if bucket.rule.keys]
         self.note_steps()
 
     def note_steps(self) -> None:
         self.step_values = [steps.tolist() for steps in self.steps]
 
     def holds(self, optimizer: Any, params: list[Tensor], grads: list[Tensor | None]) -> bool:
-        """Whether the same plan serves this step. Runs at every step: about 0.5 us per parameter. What it leaves
-        out, shapes of equal size and sparse gradients, is noticed where gradients are taken."""
+        """Whether the same plan serves this step. Runs at every step: about 0.3 us per parameter.
+
+        Each check is one pass in C over cached lists. What they leave out is noticed otherwise: gradients of
+        other shapes but equal size, and sparse ones, where gradients are taken; a parameter of another dtype by
+        its gradient's.
+        """
         if [g is not None for g in grads] != self.present:
             return False
         active = self.active
         active_grads = grads if len(active) == len(grads) else list(compress(grads, self.present))
-        settings = optimizer._settings
         return (
-            settings.flatten is self.flatten
-            and settings.backend is self.requested_backend
-            and settings.master is self.master
-            and settings.state_dtype is self.state_dtype
+            optimizer._settings.layout == self.settings
             and _same(_identities(optimizer, params), self.identities)
-            and [len(group["params"]) for group in optimizer.param_groups] == self.group_sizes
+            and list(map(len, map(get_params, optimizer.param_groups))) == self.group_sizes
             and list(map(Tensor.data_ptr, active)) == self.addresses
             and list(map(Tensor.stride, active)) == self.strides
-            and list(map(get_dtype, active)) == self.dtypes
             and list(map(get_dtype, active_grads)) == self.grad_dtypes
             and list(map(Tensor.numel, active_grads)) == self.sizes
             and self._states_hold()
@@ -141,10 +135,17 @@ class Plan:
         )
 
     def _states_hold(self) -> bool:
+        """Whether every state is the view that it was, in the memory where it was."""
         try:
-            return all(list(map(Tensor.data_ptr, map(get, dicts))) == addresses for get, dicts, addresses in self.views)
-        except (KeyError, TypeError):  # a state was deleted, or is no tensor any more
+            if not all(all(map(is_, read(), views)) for read, views in self.views):
+                return False
+        except KeyError:  # a state was deleted
             return False
+        return self.uses == [space.uses() for space in self.spaces]
+
+    def note_uses(self) -> None:
+        """Remember how often the spaces' buffers are in use, now that the executors have their views of them."""
+        self.uses = [space.uses() for space in self.spaces]
 
     def advance(self, by: int) -> None:
         """Count steps that were taken, or take back what turned out to be skipped."""
@@ -156,6 +157,18 @@ class Plan:
         for steps, stepped in zip(self.steps, self.stepped):
             steps.add_(stepped, alpha=by)
         self.note_steps()
+
+
+def _views(optimizer: Any, bucket: Bucket) -> tuple[Callable[[], Iterable[Tensor]], list[Tensor]]:
+    """How to read all states of a bucket's parameters, and which they are now."""
+    keys = ("step", *bucket.rule.keys) if optimizer.counts_steps else bucket.rule.keys
+    dicts = [optimizer.state[m.param] for m in bucket.members]
+    get = itemgetter(*keys)
+
+    def read() -> Iterable[Tensor]:
+        return map(get, dicts) if len(keys) == 1 else chain.from_iterable(map(get, dicts))
+
+    return read, list(read())
 
 
 def _identities(optimizer: Any, params: list[Tensor]) -> list[Any]:
@@ -176,53 +189,59 @@ def _stepped(space: Space, members: list[Member]) -> Tensor:
     return stepped
 
 
-def _settle(optimizer: Any, key: tuple, entries: list[Entry], places: dict[Tensor, Place]) -> Bucket:
+def _settle(optimizer: Any, key: tuple, entries: list[tuple], places: dict[Tensor, Place]) -> Bucket:
     """Give every parameter of a bucket its place, and its state the place's memory."""
-    device, dtype, grad_dtype, rule, choice, stored = key
-    params = [entry.param for entry in entries]
+    device, dtype, grad_dtype, rule, choice, state_dtypes = key
+    params = [p for p, *_ in entries]
     overlapping = _overlapping(params)
     if overlapping and (choice.name == "triton" or any(id(p) in overlapping and not is_dense(p) for p in params)):
         raise NotFusable("parameters that share memory, or whose elements lie between each other's")
-    # Blocks of quantized values, and random bits, go by tensor.
-    gathers = choice.name == "torch" and stored.plain
-    irregular = [gathers and not is_dense(p) for p in params]
-    gathers = gathers and device.type == "cpu"
+    irregular = [choice.name == "torch" and not is_dense(p) for p in params]
+    gathers = choice.name == "torch" and device.type == "cpu"
     small = [
         gathers and p.numel() < SMALL and id(p) not in overlapping and not has_shared_state(optimizer, p, places.get(p))
         for p in params
     ]
     settings = optimizer._settings
-    enough = sum(small) >= rule.few and (not rule.single_pass or settings.flatten or settings.needs_norm)
+    fused = rule.fuses(device, {dtype, grad_dtype, *state_dtypes})
+    listed = fused and torch.get_num_threads() <= rule.list_threads
+    # One call serves a list already; a list costs more than its calls only where it is longer.
+    enough = sum(small) >= (FEW_LISTED if fused and rule.list_threads else FEW)
+    enough = enough and (not listed or settings.flatten or settings.needs_norm)
     # What was gathered once stays so, or parameters that have no gradient at some steps would wander.
     packed = [a or (b and (enough or (p in places and places[p].packed))) for a, b, p in zip(irregular, small, params)]
 
     homeless = [
         (entry, pack)
         for entry, pack in zip(entries, packed)
-        if entry.param not in places or not places[entry.param].fits(entry.param, stored.parts, pack)
+        if entry[0] not in places or not places[entry[0]].fits(entry[0], entry[5], pack)
     ]
     if homeless:
-        # Small ones first, and group by group, so that each cohort's lie side by side.
-        homeless.sort(key=lambda pair: not pair[1])
-        space = Space([entry.param for entry, _ in homeless], packed=sum(pack for _, pack in homeless))
-        for index, ((p, *_), pack) in enumerate(homeless):
+        # Small ones first, and group by group, so that each cohort's lie side by side; within a group by shape, so
+        # that gradients can be gathered by few calls.
+        homeless.sort(key=lambda pair: (not pair[1], pair[0][2], pair[0][0].shape[1:] if pair[1] else ()))
+        space = Space([entry[0] for entry, _ in homeless], packed=sum(pack for _, pack in homeless))
+        for index, ((p, *_, dtypes), pack) in enumerate(homeless):
             earlier = places.get(p)
             owned = earlier is not None and earlier.flattened == p.data_ptr()
-            places[p] = Place(space, index, pack, owned=owned)
+            places[p] = Place(space, index, dict(dtypes), pack, owned=owned)
 
     flattened = flatten([places[p] for p in params], params, settings.flatten)
     cohorts: dict[tuple[int, int], Cohort] = {}
     members, writes = [], []
-    for p, position, number, group, taken, first_draw in entries:
+    for p, position, number, group, taken, dtypes in entries:
         place = places[p]
-        writes += adopt_states(optimizer, p, group, place, stored, taken)
+        writes += adopt_states(optimizer, p, group, place, rule, dtypes, taken)
+        if settings.ema_decay is not None:
+            writes += ema.adopt(optimizer._ema, p, place)
         cohort = cohorts.setdefault((number, taken), Cohort(len(cohorts), group, taken))
-        member = Member(p, position, cohort.number, place, first_draw)
+        member = Member(p, position, cohort.number, place)
         cohort.members.append(member)
         members.append(member)
     write(optimizer, writes)
-    together = list(cohorts.values())
-    return Bucket(rule, device, dtype, grad_dtype, choice, flattened, stored, rule.averages, together, members)
+    rows = list(cohorts.values())
+    averages = rule.averages if settings.ema_decay is None else (*rule.averages, ema.ROLE)
+    return Bucket(rule, device, dtype, grad_dtype, choice, flattened, averages, fused, listed, rows, members)
 
 
 def _overlapping(params: Sequence[Tensor]) -> set[int]:

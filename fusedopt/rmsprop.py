@@ -5,8 +5,10 @@
     centered:   a <- alpha a + (1 - alpha) g        u = g / (sqrt(v - a^2) + eps)
     momentum:   b <- mu b + u                       p <- p - lr b
 
-``weight_decay * p`` is added to g before the rule. With ``eps=0`` a parameter whose gradient was
-always zero divides 0 by 0, as in torch.
+    eps_inside_sqrt:    u = g / sqrt(v + eps), and g / sqrt(v - a^2 + eps)
+
+``weight_decay * p`` is added to g before the rule. With ``eps=0`` a parameter whose gradient was always zero stays
+put, where torch makes it NaN.
 
 Sources: Tieleman and Hinton, Coursera lecture 6.5 (2012); centered: Graves, arXiv 1308.0850; defaults
 and state of torch.optim 2.13.
@@ -17,42 +19,63 @@ from __future__ import annotations
 import torch
 
 from .optimizer import FusedOptimizer
-from .rule import Rule
+from .rule import FOREVER, Rule, divisible
+from .settings import EpsSettings
 
 
 def rmsprop(g, state, h):
-    return g / denominator(g, *state, h)
+    return g / root_plus_eps(mean_square(g, *state, h), h)
 
 
 def rmsprop_centered(g, state, h):
-    return g / centered_denominator(g, *state, h)
+    return g / root_plus_eps(variance(g, *state, h), h)
 
 
 def rmsprop_momentum(g, state, h):
     v, b = state
-    return b.mul_(h[2]).addcdiv_(g, denominator(g, v, h))
+    return b.mul_(h[2]).addcdiv_(g, root_plus_eps(mean_square(g, v, h), h))
 
 
 def rmsprop_centered_momentum(g, state, h):
     v, b, a = state
-    return b.mul_(h[2]).addcdiv_(g, centered_denominator(g, v, a, h))
+    return b.mul_(h[2]).addcdiv_(g, root_plus_eps(variance(g, v, a, h), h))
 
 
-def denominator(g, v, h):
+def rmsprop_eps_inside(g, state, h):
+    return g / root_of_sum(mean_square(g, *state, h), h)
+
+
+def rmsprop_centered_eps_inside(g, state, h):
+    return g / root_of_sum(variance(g, *state, h), h)
+
+
+def rmsprop_momentum_eps_inside(g, state, h):
+    v, b = state
+    return b.mul_(h[2]).addcdiv_(g, root_of_sum(mean_square(g, v, h), h))
+
+
+def rmsprop_centered_momentum_eps_inside(g, state, h):
+    v, b, a = state
+    return b.mul_(h[2]).addcdiv_(g, root_of_sum(variance(g, v, a, h), h))
+
+
+def mean_square(g, v, h):
     weight, eps, mu = h
-    v.mul_(1 - weight).addcmul_(g, g, value=weight)
-    return v.sqrt().add_(eps)
+    return v.mul_(1 - weight).addcmul_(g, g, value=weight)
 
 
-def centered_denominator(g, v, a, h):
+def variance(g, v, a, h):
     weight, eps, mu = h
-    return _variance(g, v, a, weight).sqrt_().add_(eps)
-
-
-def _variance(g, v, a, weight):
-    v.mul_(1 - weight).addcmul_(g, g, value=weight)
     a.lerp_(g, weight)
-    return v.addcmul(a, a, value=-1)
+    return mean_square(g, v, h).addcmul(a, a, value=-1)
+
+
+def root_plus_eps(v, h):
+    return v.sqrt().add_(h[1])
+
+
+def root_of_sum(v, h):
+    return v.add(h[1]).sqrt_()
 
 
 # torch has no fused RMSprop, but its fused Adam and AdamW do the work, where they are told to. Their square root
@@ -61,18 +84,15 @@ def _variance(g, v, a, weight):
 BLOCK = 1 << 18
 """Elements whose parameter, gradient, states and copies fit the last cache; smaller blocks cost more calls."""
 
-FOREVER = torch.tensor(2.0**100)
-"""A step count at which Adam's bias corrections are 1 for every beta below 1."""
-
 KEEP = 1 - 2.0**-53
 """A beta with which an average stays what it was: 1 in float32, and nothing of a zero gradient is added."""
 
 
 def fused(params, grads, states, t, group, scale):
     """Adam with beta1 = 0: its first moment is the gradient itself, and may share its memory, since the kernel
-    writes back what it read (but for the sign of a zero, and NaN for inf)."""
-    if _is_plain(group, scale):
-        return _adam(params, grads, grads, states[0], beta2=float(group["alpha"]), group=group)
+    writes back what it read (but for the sign of a zero, and NaN for inf), or what clipping made of it."""
+    if _is_plain(group, None):
+        return _adam(params, grads, grads, states[0], beta2=float(group["alpha"]), group=group, scale=scale)
     for p, g, v in _blocks(group, scale, params, grads, *states):
         _adam([p], [g], [g], [v], beta2=float(group["alpha"]), group=group)
 
@@ -85,17 +105,17 @@ def fused_momentum(params, grads, states, t, group, scale):
 
 
 def fused_centered(params, grads, states, t, group, scale):
-    zeros = torch.zeros(_longest(params), dtype=params[0].dtype)
+    zeros = torch.zeros(_longest(params), dtype=params[0].dtype, device="cpu")
     for p, g, v, a in _blocks(group, scale, params, grads, *states):
-        variance = _variance(g, v, a, 1 - float(group["alpha"]))
-        _adam([p], [zeros[: len(p)]], [g], [variance], beta1=KEEP, beta2=KEEP, group=group)
+        centered = variance(g, v, a, (1 - float(group["alpha"]), 0.0, 0.0))
+        _adam([p], [zeros[: len(p)]], [g], [centered], beta1=KEEP, beta2=KEEP, group=group)
 
 
 def fused_centered_momentum(params, grads, states, t, group, scale):
-    zeros = torch.zeros(_longest(params), dtype=params[0].dtype)
+    zeros = torch.zeros(_longest(params), dtype=params[0].dtype, device="cpu")
     for p, g, v, b, a in _blocks(group, scale, params, grads, *states):
-        variance = _variance(g, v, a, 1 - float(group["alpha"]))
-        _adamw_on_buffer([b], [zeros[: len(p)]], [g], [variance], beta1=KEEP, beta2=KEEP, group=group)
+        centered = variance(g, v, a, (1 - float(group["alpha"]), 0.0, 0.0))
+        _adamw_on_buffer([b], [zeros[: len(p)]], [g], [centered], beta1=KEEP, beta2=KEEP, group=group)
         p.sub_(b, alpha=float(group["lr"]))
 
 
@@ -109,7 +129,7 @@ def _blocks(group, scale, params, grads, *states):
     states. The engine hands over tensors of equal, dense strides."""
     plain, weight_decay = _is_plain(group, scale), float(group["weight_decay"])
     factor = (-1 if group["maximize"] else 1) / (1 if scale is None else scale.item())
-    copy = torch.empty(0 if plain else _longest(params), dtype=params[0].dtype)
+    copy = torch.empty(0 if plain else _longest(params), dtype=params[0].dtype, device="cpu")
     for tensors in zip(params, grads, *states):
         flat = (x.detach().as_strided((x.numel(),), (1,)) for x in tensors)
         for p, g, *state in zip(*(x.split(BLOCK) for x in flat)):
@@ -124,52 +144,60 @@ def _longest(params):
     return min(BLOCK, max(p.numel() for p in params))
 
 
-def _adam(params, grads, m, v, *, beta1=0.0, beta2, group):
+def _adam(params, grads, m, v, *, beta1=0.0, beta2, group, scale=None):
     torch._fused_adam_(
         params, grads, m, v, [], [FOREVER] * len(params), lr=float(group["lr"]), beta1=beta1, beta2=beta2,
-        weight_decay=0.0, eps=float(group["eps"]), amsgrad=False, maximize=False,
+        weight_decay=0.0, eps=divisible(group["eps"]), amsgrad=False, maximize=False, grad_scale=scale,
     )  # fmt: skip
 
 
 def _adamw_on_buffer(b, grads, m, v, *, beta1=0.0, beta2, group):
     torch._fused_adamw_(
         b, grads, m, v, [], [FOREVER], lr=-1.0, beta1=beta1, beta2=beta2,
-        weight_decay=float(group["momentum"]) - 1, eps=float(group["eps"]), amsgrad=False, maximize=False,
+        weight_decay=float(group["momentum"]) - 1, eps=divisible(group["eps"]), amsgrad=False, maximize=False,
     )  # fmt: skip
 
 
 DTYPES = frozenset((torch.float32, torch.float64))
-SQUARES = ("square_avg",)
-# A root of a difference of states: rounded ones could make it negative.
-EXACT = ("square_avg", "grad_avg")
-PLAIN = Rule("rmsprop", SQUARES, rmsprop, fused, DTYPES, squares=SQUARES)
-MOMENTUM = Rule(
-    "rmsprop_momentum", (*SQUARES, "momentum_buffer"), rmsprop_momentum, fused_momentum, DTYPES, squares=SQUARES
-)
-CENTERED = Rule("rmsprop_centered", EXACT, rmsprop_centered, fused_centered, DTYPES, exact=EXACT)
+PLAIN = Rule("rmsprop", ("square_avg",), rmsprop, fused, DTYPES)
+MOMENTUM = Rule("rmsprop_momentum", ("square_avg", "momentum_buffer"), rmsprop_momentum, fused_momentum, DTYPES)
+CENTERED = Rule("rmsprop_centered", ("square_avg", "grad_avg"), rmsprop_centered, fused_centered, DTYPES)
 BOTH = Rule(
     "rmsprop_centered_momentum",
     ("square_avg", "momentum_buffer", "grad_avg"),
     rmsprop_centered_momentum,
     fused_centered_momentum,
     DTYPES,
-    exact=EXACT,
 )
 
 
+# An average that never changes has no beta below 1.
 WITHOUT_FUSED = {rule.name: rule._replace(fused=None) for rule in (PLAIN, MOMENTUM, CENTERED, BOTH)}
+
+EPS_INSIDE = {
+    rule.name: Rule(f"{rule.name}_eps_inside", rule.states, twin)
+    for rule, twin in (
+        (PLAIN, rmsprop_eps_inside),
+        (MOMENTUM, rmsprop_momentum_eps_inside),
+        (CENTERED, rmsprop_centered_eps_inside),
+        (BOTH, rmsprop_centered_momentum_eps_inside),
+    )
+}
 
 
 class RMSprop(FusedOptimizer, torch.optim.RMSprop):
     """RMSprop, with torch.optim.RMSprop's arguments and defaults."""
+
+    settings_class = EpsSettings
 
     def rule(self, group):
         if group["momentum"] > 0:
             rule = BOTH if group["centered"] else MOMENTUM
         else:
             rule = CENTERED if group["centered"] else PLAIN
-        # An average that never changes has no beta below 1.
+        if self._settings.eps_inside_sqrt and group["eps"] != 0:
+            return EPS_INSIDE[rule.name]
         return rule if group["alpha"] < 1 else WITHOUT_FUSED[rule.name]
 
     def hyper(self, group, t):
-        return 1 - float(group["alpha"]), group["eps"], group["momentum"]
+        return 1 - float(group["alpha"]), divisible(group["eps"]), group["momentum"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from typing import NamedTuple
 
 import torch
@@ -25,12 +25,10 @@ class Rule(NamedTuple):
     None, divides the gradients."""
     fused_dtypes: frozenset = frozenset()
     """Parameter dtypes in which that kernel is right."""
-    few: int = 2
-    """Fewer small tensors than this are not worth gathering on a CPU. Where one call of a fused kernel serves
-    a whole list, gathering pays later than where each tensor takes several calls."""
-    single_pass: bool = False
-    """Whether one plain operation is all there is: then copying parameters together and back costs more than it
-    saves, and they are gathered only where they are flattened or the norm needs their gradients together."""
+    list_threads: float = 0
+    """With up to this many threads one call of ``fused`` serves a whole list of small tensors well. With more,
+    torch spends a parallel region on each tensor, and gathering them into one is faster; a kernel that is called
+    tensor by tensor (0) always gains by it."""
     averages: tuple[str, ...] = ()
     """Keys of states that follow the new parameter: a <- a + weight (p - a), after the update and outside the formula.
     The weights are ``Update.averages``."""
@@ -38,21 +36,33 @@ class Rule(NamedTuple):
     """``kernel(g, state, h) -> (u, new_state)``, the same formula as a Triton function (``fusedopt.custom.jit``): for
     rules outside the package. None: the function of that name in ``kernels/rules.py``."""
 
-    squares: tuple[str, ...] = ()
-    """Keys of states that are never negative, such as averages of squares: in 8 bits their roots are stored."""
-    exact: tuple[str, ...] = ()
-    """Keys of states that stay float32 where others are stored in fewer bits, since the formula breaks with rounded
-    ones."""
-
     @property
     def keys(self) -> tuple[str, ...]:
         """Everything of a parameter's shape in ``optimizer.state[p]``."""
         return self.states + self.averages
 
+    def fuses(self, device: torch.device, dtypes: Set[torch.dtype]) -> bool:
+        """Whether ``fused`` can update parameters whose tensors have these dtypes."""
+        return self.fused is not None and device.type == "cpu" and len(dtypes) == 1 and self.fused_dtypes >= dtypes
+
+
+SMALLEST = 2.0**-126
+"""The smallest normal float32 number."""
+
+
+def divisible(eps: float) -> float:
+    """``eps``, or for 0 a number that vanishes beside the root of any square and leaves 0 / 0 = 0: a parameter whose
+    gradient was always zero stays where it is."""
+    return float(eps) or SMALLEST
+
+
+FOREVER = torch.tensor(2.0**100, device="cpu")
+"""A step count at which Adam's bias corrections are 1 for every beta below 1."""
+
 
 def step_tensors(t: int, params: Sequence[Tensor]) -> list[Tensor]:
     """The step count as torch's fused kernels take it: one per parameter, here the same for all."""
-    return [torch.tensor(float(t))] * len(params)
+    return [torch.tensor(float(t), device="cpu")] * len(params)
 
 
 class Stage(NamedTuple):

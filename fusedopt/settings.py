@@ -18,7 +18,13 @@ from typing import Any
 import torch
 
 BACKENDS = ("torch", "triton")
-MASTERS = ("stochastic", "kahan", "split", "split8", "fp32")
+
+CLIP = (1e-6, 1.0)
+"""epsilon and the largest factor of g <- g min(largest, S / (norm + epsilon)), as torch.nn.utils.clip_grad_norm_ has
+them: zero gradients stay zero."""
+
+NORMALIZE = (1e-300, 2.0**126)
+"""The same for normalized gradients: 2^126 and its inverse are normal numbers in float32."""
 
 
 def _number(name: str, value: Any) -> float:
@@ -40,6 +46,15 @@ def _norm(name: str, value: Any) -> float | None:
     return value
 
 
+def _decay(name: str, value: Any) -> float | None:
+    if value is None:
+        return None
+    value = _number(name, value)
+    if not 0 <= value < 1:
+        raise ValueError(f"Invalid {name}: {value}; give a number of at least 0 and below 1, or None for no averages")
+    return value
+
+
 def _limits(name: str, value: Any) -> Any:
     if value is None:
         return None
@@ -57,26 +72,6 @@ def _backend(name: str, value: Any) -> str | None:
     if value is not None and value not in BACKENDS:
         raise ValueError(f"Invalid {name}: {value!r}; choose one of {', '.join(map(repr, BACKENDS))} or None")
     return value
-
-
-def _master(name: str, value: Any) -> str | None:
-    if value is not None and value not in MASTERS:
-        raise ValueError(f"Invalid {name}: {value!r}; choose one of {', '.join(map(repr, MASTERS))} or None")
-    return value
-
-
-def _state_dtype(name: str, value: Any) -> Any:
-    if value is None or value in (torch.float32, torch.bfloat16) or value == "8bit":
-        return value
-    raise ValueError(f"Invalid {name}: {value!r}; choose torch.float32, torch.bfloat16, '8bit' or None")
-
-
-def _seed(name: str, value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-        raise TypeError(f"{name} must be a whole number, got {value!r}")
-    if not 0 <= value < 2**63:
-        raise ValueError(f"Invalid {name}: {value}; give a number from 0 to 2**63 - 1")
-    return int(value)
 
 
 def flag(name: str, value: Any) -> bool:
@@ -110,6 +105,12 @@ class Settings:
         """(float, optional): clip the norm over the gradients of all groups to this before the rule,
         g <- g min(1, max_grad_norm / (norm + 1e-6)), as torch.nn.utils.clip_grad_norm_ does.""",
     )
+    grad_norm_mode: str = setting(
+        "clip",
+        one_of("clip", "normalize"),
+        """("clip" | "normalize"): "normalize" scales the norm to max_grad_norm at every step, also upwards:
+        g <- g max_grad_norm / norm. Zero gradients stay zero, and nothing is enlarged by more than 2^126.""",
+    )
     max_grad_value: float | tuple[float | None, float | None] | None = setting(
         None,
         _limits,
@@ -122,31 +123,16 @@ class Settings:
         """(bool): leave parameters, states and step counts untouched at a step where a gradient has an inf
         or NaN; ``skipped_steps`` counts them.""",
     )
+    ema_decay: float | None = setting(
+        None,
+        _decay,
+        """(float, optional): keep a moving average of every parameter, a <- a + (1 - ema_decay) (p - a) with
+        the new p: see ``ema_parameters``, ``ema_state_dict`` and ``load_ema_state_dict``.""",
+    )
     flatten: bool = setting(
         False,
         flag,
         """(bool): move plain dense parameters that alone own their memory into one flat buffer.""",
-    )
-    master: str | None = setting(
-        None,
-        _master,
-        """("stochastic" | "kahan" | "split" | "split8" | "fp32" | None): how bfloat16 and float16 parameters keep
-        what rounding would take from them. None rounds to the nearest; "stochastic" up or down at random, right in
-        the mean; "kahan" remembers what was rounded off in the parameter's dtype; "split" (bfloat16) the lower 16
-        bits of an exact float32, "split8" 8 of them; "fp32" a float32 copy. Wider parameters need none.""",
-    )
-    state_dtype: Any = setting(
-        None,
-        _state_dtype,
-        """(torch.float32 | torch.bfloat16 | "8bit" | None): how states are stored; arithmetic is float32 all the
-        same. None is the parameter's dtype, as in torch; torch.float32 is better for 16-bit parameters.
-        torch.bfloat16 is rounded stochastically. "8bit" keeps 256 elements of a state to a float32 scale, the roots
-        of averages of squares, and states of fewer than 4096 elements in float32.""",
-    )
-    seed: int = setting(
-        0,
-        _seed,
-        """(int): of stochastic rounding, which depends on it, the step and the element's number only.""",
     )
     backend: str | None = setting(
         None,
@@ -154,8 +140,23 @@ class Settings:
         """("torch" | "triton" | None): None takes Triton kernels on GPUs and torch elsewhere.""",
     )
 
+    def __post_init__(self) -> None:
+        self._check_together(vars(self))
+
     def __setattr__(self, name: str, value: Any) -> None:
-        super().__setattr__(name, self.fields()[name].metadata["check"](name, value))
+        fields = self.fields()
+        value = fields[name].metadata["check"](name, value)
+        if len(vars(self)) == len(fields):  # in the constructor, which sets one after the other, some are missing
+            self._check_together(vars(self) | {name: value})
+        super().__setattr__(name, value)
+
+    @staticmethod
+    def _check_together(values: dict[str, Any]) -> None:
+        if values["grad_norm_mode"] != "clip" and values["max_grad_norm"] is None:
+            raise ValueError(
+                f"grad_norm_mode={values['grad_norm_mode']!r} needs max_grad_norm, the norm to scale to: "
+                "give both, or grad_norm_mode='clip'"
+            )
 
     @classmethod
     def fields(cls) -> dict[str, dataclasses.Field]:
@@ -170,8 +171,20 @@ class Settings:
         return -math.inf if low is None else low, math.inf if high is None else high
 
     @property
+    def clip(self) -> tuple[float, float, float] | None:
+        """S, epsilon and the largest factor of g <- g min(largest, S / (norm + epsilon))."""
+        if self.max_grad_norm is None:
+            return None
+        return (self.max_grad_norm, *(CLIP if self.grad_norm_mode == "clip" else NORMALIZE))
+
+    @property
     def needs_norm(self) -> bool:
         return self.max_grad_norm is not None or self.skip_nonfinite
+
+    @property
+    def layout(self) -> tuple:
+        """What decides where tensors are put: a plan holds as long as it stays the same."""
+        return self.flatten, self.backend, self.needs_norm, self.ema_decay is None
 
     def active(self) -> list[str]:
         """The names of the settings that ask for more than torch.optim does."""
@@ -182,3 +195,14 @@ class Settings:
     def documentation(cls) -> str:
         """What the classes' docstrings say of the settings."""
         return "\n".join(f"    {name} {field.metadata['doc']}" for name, field in cls.fields().items())
+
+
+@dataclasses.dataclass(kw_only=True)
+class EpsSettings(Settings):
+    """For the rules that divide by a root."""
+
+    eps_inside_sqrt: bool = setting(
+        False,
+        flag,
+        """(bool): divide by sqrt(v + eps), as many textbooks do, instead of sqrt(v) + eps.""",
+    )

@@ -2,21 +2,32 @@
 
     u = g                                                       p <- p - lr u
 
-    momentum:   b <- mu b + (1 - dampening) g, but b_1 = g      u = b
-    nesterov:   u = g + mu b
+    momentum, in the form that ``momentum_form`` names:
+    accumulated     b <- mu b + (1 - dampening) g, but b_1 = g      p <- p - lr b               torch's
+    velocity        v <- mu v - lr g                                p <- p + v
+    average         m <- mu m + (1 - mu) g                          p <- p - lr m
 
-``weight_decay * p`` is added to g before the rule.
+    nesterov: the gradient is that of the point to which momentum alone would lead, and p is that point
+    accumulated     u = g + mu b        velocity    p <- p + mu v - lr g        average     u = (1 - mu) g + mu m
 
-Sources: Sutskever et al., "On the importance of initialization and momentum in deep learning" (2013),
-in torch's form, where the learning rate stands outside b; defaults and state of torch.optim 2.13.
+``weight_decay * p`` is added to g before the rule. The forms differ as soon as lr changes: what was collected keeps
+the old lr in "velocity" alone. Their states have names of their own (``velocity``, ``grad_avg``), so that torch's
+``momentum_buffer`` never means another thing; only "accumulated" has ``dampening``.
+
+Sources: Polyak (1964), momentum as a velocity; Sutskever et al., "On the importance of initialization and momentum
+in deep learning" (2013), Nesterov's as a look-ahead; accumulated, defaults and state: torch.optim 2.13.
 """
 
 from __future__ import annotations
+
+import dataclasses
+import math
 
 import torch
 
 from .optimizer import FusedOptimizer
 from .rule import Rule
+from .settings import Settings, one_of, setting
 
 
 def sgd(g, state, h):
@@ -33,24 +44,71 @@ def momentum(g, state, h):
     return g.add(b, alpha=mu) if nesterov else b
 
 
+def momentum_velocity(g, state, h):
+    v = state[0]
+    mu, lr, nesterov = h
+    v.mul_(mu).add_(g, alpha=-lr)
+    return g.mul(lr).sub_(v, alpha=mu) if nesterov else v.neg()
+
+
+def momentum_average(g, state, h):
+    m = state[0]
+    mu, weight, nesterov = h
+    m.lerp_(g, weight)
+    return g.mul(weight).add_(m, alpha=mu) if nesterov else m
+
+
 def fused(params, grads, states, t, group, scale):
+    lr = float(group["lr"])
     if not states and group["weight_decay"] == 0:
-        # One addition: torch's plain call is faster than its fused kernel, and leaves the gradients alone.
-        lr = float(group["lr"]) / (1 if scale is None else scale.item())
-        torch._foreach_add_(params, grads, alpha=lr if group["maximize"] else -lr)
-        return
+        # The gradient occurs once: scaled through lr, it need not be written.
+        lr, scale = lr / (1 if scale is None else scale.item()), None
+        if len(params) < MANY or torch.get_num_threads() > 1 or not _small(params):
+            # One addition: torch's plain call is the faster one, and for one tensor the plainest.
+            alpha = lr if group["maximize"] else -lr
+            if len(params) == 1:
+                params[0].add_(grads[0], alpha=alpha)
+            else:
+                torch._foreach_add_(params, grads, alpha=alpha)
+            return
     torch._fused_sgd_(
         params, grads, states[0] if states else [],
-        lr=float(group["lr"]), momentum=float(group["momentum"]), dampening=float(group["dampening"]),
+        lr=lr, momentum=float(group["momentum"]), dampening=float(group["dampening"]),
         weight_decay=float(group["weight_decay"]), nesterov=group["nesterov"], maximize=group["maximize"],
         is_first_step=bool(states) and t == 1, grad_scale=scale,
     )  # fmt: skip
 
 
+def _small(params):
+    return sum(map(torch.Tensor.numel, params)) < SMALL * len(params)
+
+
+MANY, SMALL = 8, 32768
+"""From this number of tensors, and below this average of elements, the fused kernel is faster on one thread."""
+
+
+def fused_average(params, grads, states, t, group, scale):
+    """torch's buffer with dampening mu and no special first step."""
+    fused(params, grads, states, 0, {**group, "dampening": group["momentum"]}, scale)
+
+
 # torch's kernel leaves whole SIMD blocks of 16-bit parameters unchanged (torch issue 191763).
 DTYPES = frozenset((torch.float32, torch.float64))
-PLAIN = Rule("sgd", (), sgd, fused, DTYPES, few=8, single_pass=True)
-MOMENTUM = Rule("momentum", ("momentum_buffer",), momentum, fused, DTYPES, few=8)
+PLAIN = Rule("sgd", (), sgd, fused, DTYPES, list_threads=math.inf)
+MOMENTUM = Rule("momentum", ("momentum_buffer",), momentum, fused, DTYPES, list_threads=1)
+VELOCITY = Rule("momentum_velocity", ("velocity",), momentum_velocity)
+AVERAGE = Rule("momentum_average", ("grad_avg",), momentum_average, fused_average, DTYPES, list_threads=1)
+AVERAGE_AHEAD = AVERAGE._replace(fused=None)
+FORMS = {"accumulated": MOMENTUM, "velocity": VELOCITY, "average": AVERAGE}
+
+
+@dataclasses.dataclass(kw_only=True)
+class SGDSettings(Settings):
+    momentum_form: str = setting(
+        "accumulated",
+        one_of(*FORMS),
+        """("accumulated" | "velocity" | "average"): what momentum collects, see the formulas above.""",
+    )
 
 
 class SGD(FusedOptimizer, torch.optim.SGD):
@@ -58,11 +116,36 @@ class SGD(FusedOptimizer, torch.optim.SGD):
 
     # torch keeps no step count for SGD: whether the buffer exists is all that the formula needs.
     counts_steps = False
+    settings_class = SGDSettings
 
     def rule(self, group):
-        return MOMENTUM if group["momentum"] != 0 else PLAIN
+        form, mu = self._settings.momentum_form, group["momentum"]
+        if mu == 0:
+            return PLAIN
+        if form == "accumulated":
+            return MOMENTUM
+        if group["dampening"] != 0:
+            raise ValueError(
+                f"momentum_form={form!r} has no dampening, got dampening={group['dampening']}; leave it 0, "
+                "or take momentum_form='accumulated'"
+            )
+        if form == "average" and mu > 1:
+            raise ValueError(f"momentum_form='average' needs a momentum between 0 and 1, got momentum={mu}")
+        return AVERAGE_AHEAD if form == "average" and group["nesterov"] else FORMS[form]
 
     def hyper(self, group, t):
-        if group["momentum"] == 0:
+        mu, nesterov = float(group["momentum"]), float(group["nesterov"])
+        if mu == 0:
             return ()
-        return group["momentum"], 1 - group["dampening"], float(group["nesterov"]), float(t == 1)
+        match self._settings.momentum_form:
+            case "accumulated":
+                return mu, 1 - float(group["dampening"]), nesterov, float(t == 1)
+            case "velocity":
+                return mu, float(group["lr"]), nesterov
+            case "average":
+                return mu, 1 - mu, nesterov
+
+    def lr(self, group, t):
+        # A velocity holds the learning rates of its steps.
+        inside = self._settings.momentum_form == "velocity" and group["momentum"] != 0
+        return 1.0 if inside else float(group["lr"])

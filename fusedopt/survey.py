@@ -6,29 +6,13 @@ as they were.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .backends import Backend, backend
 from .rule import Rule
-from .storage import Storage, quantization_problem, storage
-
-
-class Entry(NamedTuple):
-    """One parameter with a gradient."""
-
-    param: Tensor
-    position: int
-    """Among all parameters."""
-    number: int
-    """Of its group."""
-    group: dict[str, Any]
-    taken: int
-    """Steps."""
-    first_draw: int
-    """See plan.Member."""
 
 
 class NotFusable(Exception):
@@ -39,19 +23,18 @@ def is_differentiable(group: dict[str, Any]) -> bool:
     return group.get("differentiable", False)
 
 
-def survey(optimizer: Any, rules: list[Rule]) -> dict[tuple, list[Entry]]:
+def survey(optimizer: Any, rules: list[Rule]) -> dict[tuple, list[tuple]]:
     """Every parameter with a gradient, by bucket. Changes nothing, so an error leaves all as it was."""
-    buckets: dict[tuple, list[Entry]] = {}
+    buckets: dict[tuple, list[tuple]] = {}
     choices: dict[torch.device, Backend] = {}
     active = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     if len(set(active)) != len(active):
         raise NotFusable("a parameter that is listed twice")
-    position = eights = 0
+    position = 0
     for number, (group, rule) in enumerate(zip(optimizer.param_groups, rules)):
         for p in group["params"]:
             g = p.grad
             position += 1
-            first_draw, eights = eights, eights - (-p.numel() // 8)
             if g is None:
                 continue
             where = f"parameter {position - 1} (group {number}, shape {tuple(p.shape)})"
@@ -68,14 +51,13 @@ def survey(optimizer: Any, rules: list[Rule]) -> dict[tuple, list[Entry]]:
                     "FullyShardedDataParallel; leave it away and call model.clip_grad_norm_() before step()"
                 )
             state = optimizer.state.get(p, {})
-            _look_at_state(p, rule, state, where)
-            stored = storage(p, rule, optimizer._settings, state)
-            taken = _steps_taken(optimizer, rule, stored, state, where)
+            dtypes = {key: _state_dtype(p, state.get(key), key, where) for key in rule.keys}
+            taken = _steps_taken(optimizer, rule, state, where)
             if p.device not in choices:
                 choices[p.device] = backend(p.device, optimizer.backend)
             choice = choices[p.device]
-            key = (p.device, p.dtype, g.dtype, rule, choice, stored)
-            buckets.setdefault(key, []).append(Entry(p, position - 1, number, group, taken, first_draw))
+            key = (p.device, p.dtype, g.dtype, rule, choice, tuple(dtypes.values()))
+            buckets.setdefault(key, []).append((p, position - 1, number, group, taken, dtypes))
     return buckets
 
 
@@ -97,30 +79,25 @@ def _not_fusable(p: Tensor, g: Tensor, group: dict[str, Any]) -> str | None:
     return None
 
 
-def _look_at_state(p: Tensor, rule: Rule, state: dict[str, Any], where: str) -> None:
-    for key in rule.keys:
-        value = state.get(key)
-        if value is None:
-            continue
-        if not isinstance(value, Tensor):
-            raise RuntimeError(f"the state {key!r} of {where} must be a tensor, got {type(value).__name__}")
-        if value.shape != p.shape:
-            raise RuntimeError(f"the state {key!r} of {where} has shape {tuple(value.shape)}")
-        if value.device != p.device:
-            raise RuntimeError(
-                f"the state {key!r} of {where} is on {value.device}, the parameter on {p.device}; "
-                "move the model before the first step, or load the state_dict again after moving it"
-            )
-        if problem := quantization_problem(key, value, state.get(f"{key}_scale")):
-            raise RuntimeError(f"{problem} ({where})")
+def _state_dtype(p: Tensor, value: Any, key: str, where: str) -> torch.dtype:
+    if value is None:
+        return p.dtype
+    if not isinstance(value, Tensor):
+        raise RuntimeError(f"the state {key!r} of {where} must be a tensor, got {type(value).__name__}")
+    if value.shape != p.shape:
+        raise RuntimeError(f"the state {key!r} of {where} has shape {tuple(value.shape)}")
+    if value.device != p.device:
+        raise RuntimeError(
+            f"the state {key!r} of {where} is on {value.device}, the parameter on {p.device}; "
+            "move the model before the first step, or load the state_dict again after moving it"
+        )
+    return value.dtype
 
 
-def _steps_taken(optimizer: Any, rule: Rule, stored: Storage, state: dict[str, Any], where: str) -> int:
+def _steps_taken(optimizer: Any, rule: Rule, state: dict[str, Any], where: str) -> int:
     if not optimizer.counts_steps:
-        # Only whether the buffers were ever written matters, except for random bits.
-        written = all(state.get(key) is not None for key in rule.keys)
-        if not written or not stored.draws or "step" not in state:
-            return int(written and bool(rule.keys))
+        # Only whether the buffers were ever written matters.
+        return int(all(state.get(key) is not None for key in rule.keys)) if rule.keys else 0
     step = state.get("step", 0)
     try:
         return int(step)

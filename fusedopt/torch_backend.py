@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from .clipping import Skips, Verdict, hypot
-from .flat import memory_order
+from .flat import is_dense, memory_order
+from .gather import Gather
 from .plan import Bucket, Cohort, Member
 from .rule import Stage, Update
 from .settings import Settings
@@ -57,11 +58,9 @@ class Run:
     states: list[list[Tensor]]
     averages: list[list[Tensor]]
     gathered: list[Tensor]
-    """The gathered gradients that go with the first parameters."""
+    """The gradients in the scratch buffer that go with the first parameters."""
     direct: list[Member]
     """The members whose own gradients go with the other parameters."""
-    strides: list[tuple[int, ...]]
-    """Those parameters' strides."""
     blocks: list[list[tuple[Tensor, ...]]] = dataclasses.field(default_factory=list)
     """For each parameter, its blocks, its states' and its averages', by memory; none with a fused kernel."""
     grads: list[Tensor] = dataclasses.field(default_factory=list)
@@ -75,38 +74,43 @@ class Executor:
         self.settings = settings
         rule = bucket.rule
         self.keys = (*rule.states, *bucket.averages)
-        dtypes = {form.parts[0].dtype for _, form in bucket.stored.kept}
-        self.fused = (
-            bucket.device.type == "cpu"
-            and rule.fused is not None
-            and bucket.dtype in rule.fused_dtypes
-            and bucket.dtype == bucket.grad_dtype
-            and dtypes <= {bucket.dtype}
-            and bucket.stored.plain
-        )
+        dtypes = {m.place.dtypes[key] for m in bucket.members for key in self.keys}
         self.compute_dtype = torch.promote_types(bucket.dtype, torch.float32)
         self.computes_in_place = dtypes | {bucket.dtype} == {self.compute_dtype}
         self.block = BLOCK if bucket.device.type == "cpu" else max(m.param.numel() for m in bucket.members) or 1
-        gathered = [m for m in bucket.members if m.place.packed]
-        self.positions = [m.position for m in gathered]
-        self.scratch_views = [m.place.packed_copy("grad", bucket.grad_dtype) for m in gathered]
-        staged = [m for m in gathered if m.place.flattened is None]
+        gathered = [m for m in bucket.members if self._gathers(m)]
+        self.gather = Gather(gathered, bucket.grad_dtype)
+        staged = [m for m in gathered if self._stages(m)]
         self.staged = [m.param for m in staged]
         self.staging_views = [m.place.packed_copy("param", bucket.dtype) for m in staged]
         spaces = {id(m.place.space): m.place.space for m in gathered}.values()
         self.scratch = [space.packed_copies("grad", bucket.grad_dtype) for space in spaces]
         for buffer in self.scratch:
             buffer.zero_()  # gradients of parameters that have none at this step
-        self.in_place = [m.param for m in bucket.members if not (m.place.packed and m.place.flattened is None)]
+        self.in_place = [m.param for m in bucket.members if not self._stages(m)]
         self.runs = [self._run(cohort) for cohort in bucket.cohorts]
+        self.direct = [m for run in self.runs for m in run.direct]
+        self.positions = [m.position for m in self.direct]
+        self.strides = [m.place.space.strides[m.place.index] for m in self.direct]
+
+    def _stages(self, m: Member) -> bool:
+        """Whether the parameter is updated in a copy: side by side with others, or because it has gaps in memory."""
+        return m.place.packed and m.place.flattened is None and not (self.bucket.listed and is_dense(m.param))
+
+    def _gathers(self, m: Member) -> bool:
+        """Whether its gradient is copied into the scratch buffer."""
+        joined = m.place.flattened is not None or self._stages(m)
+        return m.place.packed and (joined or self.settings.needs_norm)
 
     def _run(self, cohort: Cohort) -> Run:
-        direct = [m for m in cohort.members if not m.place.packed]
-        strides = [m.place.space.strides[m.place.index] for m in direct]
+        gathered = [m for m in cohort.members if self._gathers(m)]
+        joined = [m for m in gathered if m.place.flattened is not None or self._stages(m)]
+        listed = [m for m in gathered if m.place.flattened is None and not self._stages(m)]
+        direct = [m for m in cohort.members if not self._gathers(m)]
         lists = [[] for _ in self.keys]
         count = len(self.bucket.rule.states)
-        run = Run(cohort, [], lists[:count], lists[count:], [], direct, strides)
-        for first, last in _neighbours([m for m in cohort.members if m.place.packed]):
+        run = Run(cohort, [], lists[:count], lists[count:], [], direct)
+        for first, last in _neighbours(joined):
             space = first.place.space
             part = slice(space.offsets[first.place.index], space.end(last.place.index))
             in_place = first.place.flattened is not None
@@ -115,24 +119,27 @@ class Executor:
             run.gathered.append(space.packed_copies("grad", self.bucket.grad_dtype)[part])
             for tensors, key in zip(lists, self.keys):
                 tensors.append(space.buffers[key][part])
-        for m in run.direct:
+        run.gathered += [m.place.packed_copy("grad", self.bucket.grad_dtype) for m in listed]
+        for m in listed + direct:
             run.params.append(m.param)
             for tensors, key in zip(lists, self.keys):
                 tensors.append(m.place.views[key])
-        if not self.fused:
+        if not self.bucket.fused:
             for tensors in zip(run.params, *lists):
                 run.blocks.append(list(zip(*(memory_order(x).split(self.block) for x in tensors))))
         return run
 
     def take(self, grads: Sequence[Tensor | None]) -> None:
         """Take this step's gradients, the direct ones in their parameters' layout."""
-        if self.positions:
-            torch._foreach_copy_(self.scratch_views, [grads[i] for i in self.positions])
+        self.gather(grads)
+        direct = list(map(grads.__getitem__, self.positions))
+        if list(map(Tensor.stride, direct)) != self.strides:
+            direct = [_in_layout_of(m, g) for m, g in zip(self.direct, direct)]
+        start = 0
         for run in self.runs:
-            direct = [grads[m.position] for m in run.direct]
-            if list(map(Tensor.stride, direct)) != run.strides:
-                direct = [_in_layout_of(m, g) for m, g in zip(run.direct, direct)]
-            run.grads = run.gathered + direct
+            end = start + len(run.direct)
+            run.grads = run.gathered + direct[start:end]
+            start = end
 
     def release(self) -> None:
         """Forget the gradients: the next backward pass must not hold two sets of them."""
@@ -160,30 +167,33 @@ class Executor:
         """Update parameters and states."""
         if self.staged:
             torch._foreach_copy_(self.staging_views, self.staged)
-        for run in self.runs:
-            if self.fused:
-                self._step_fused(run, verdict.factor)
-                if run.averages:
-                    for averages, weight in zip(run.averages, update(run.cohort).averages):
-                        follow(averages, run.params, weight)
-            else:
+        if self.bucket.fused:
+            self._step_fused(update, verdict.factor)
+        else:
+            for run in self.runs:
                 self._step_in_blocks(run, update(run.cohort), verdict.factor)
         if self.staged:
             torch._foreach_copy_(self.staged, self.staging_views)
         # In-place writes that autograd does not see by itself.
         torch.autograd.graph.increment_version(self.in_place)
 
-    def _step_fused(self, run: Run, factor: float) -> None:
+    def _step_fused(self, update: Callable[[Cohort], Update], factor: float) -> None:
         clips = self.settings.max_grad_value is not None
         # The kernels take the factor in float32 only.
         if factor != 1 and (clips or self.bucket.dtype == torch.float64):
-            torch._foreach_mul_(run.grads, factor)
+            torch._foreach_mul_([g for run in self.runs for g in run.grads], factor)
             factor = 1.0
         if clips:
-            for g in run.grads:
+            for g in (g for run in self.runs for g in run.grads):
                 g.clamp_(*self.settings.value_limits)
-        scale = None if factor == 1 else torch.tensor(1 / factor if factor else math.inf)
-        self.bucket.rule.fused(run.params, run.grads, run.states, run.cohort.t + 1, run.cohort.group, scale)
+        scale = None if factor == 1 else torch.tensor(1 / factor if factor else math.inf, device="cpu")
+        fused = self.bucket.rule.fused
+        for run in self.runs:
+            fused(run.params, run.grads, run.states, run.cohort.t + 1, run.cohort.group, scale)
+        if self.bucket.averages:
+            for run in self.runs:
+                for averages, weight in zip(run.averages, update(run.cohort).averages):
+                    follow(averages, run.params, weight)
 
     def _step_in_blocks(self, run: Run, update: Update, factor: float) -> None:
         for blocks, g in zip(run.blocks, run.grads):

@@ -31,7 +31,9 @@ def sum_of_squares(
     slot_count: tl.int32,
     ticket,  # int32 [1], zero between launches; None: another launch passes the verdict
     verdict,
-    max_norm: tl.float64,
+    target: tl.float64,
+    epsilon: tl.float64,
+    largest: tl.float64,
     loss_scale,
     found_inf,
     CLIP: tl.constexpr,
@@ -64,7 +66,7 @@ def sum_of_squares(
         # Acquire and release: the last program sees the other programs' sums.
         if tl.atomic_add(ticket, 1, sem="acq_rel", scope="gpu") == tl.num_programs(0) - 1:
             tl.store(ticket, 0)
-            judge(slots, slot_count, verdict, max_norm, loss_scale, found_inf, CLIP, SKIP, SLOTS)
+            judge(slots, slot_count, verdict, target, epsilon, largest, loss_scale, found_inf, CLIP, SKIP, SLOTS)
 
 
 @triton.jit(do_not_specialize=["slot_count"])
@@ -72,14 +74,17 @@ def judge(
     slots,
     slot_count: tl.int32,
     verdict,
-    max_norm: tl.float64,
+    target: tl.float64,
+    epsilon: tl.float64,
+    largest: tl.float64,
     loss_scale,  # float32 [1] of a GradScaler, or None
     found_inf,  # float32 [1] of a GradScaler, or None
     CLIP: tl.constexpr,
     SKIP: tl.constexpr,
     SLOTS: tl.constexpr,
 ):
-    """factor = min(1, max_norm / (norm + 1e-6)) / loss_scale, as torch.nn.utils.clip_grad_norm_ does."""
+    """factor = min(largest, target / (norm + epsilon)) / loss_scale: with largest = 1 and epsilon = 1e-6 as
+    torch.nn.utils.clip_grad_norm_ does."""
     total = tl.zeros((SLOTS,), tl.float64)
     for first in tl.range(0, slot_count, SLOTS):
         # .cg: the slots were written by other programs of this launch; L1 may hold older values.
@@ -90,7 +95,7 @@ def judge(
         factor = 1.0 / tl.load(loss_scale).to(tl.float64)
         norm = norm * factor
     if CLIP:
-        factor = factor * tl.minimum(max_norm / (norm + 1e-6), 1.0, propagate_nan=tl.PropagateNan.ALL)
+        factor = factor * tl.minimum(target / (norm + epsilon), largest, propagate_nan=tl.PropagateNan.ALL)
     skip = 0
     if SKIP:
         skip = tl.where(norm < float("inf"), 0, 1)

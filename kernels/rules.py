@@ -57,6 +57,24 @@ def momentum(g, state, h):
 
 
 @triton.jit
+def momentum_velocity(g, state, h):
+    """v <- mu v - lr g;  u = -v, for p <- p + v  (Nesterov: u = lr g - mu v)"""
+    v = state[0]
+    mu, lr, nesterov = h
+    v = mu * v - lr * g
+    return tl.where(nesterov != 0, lr * g - mu * v, -v), (v,)
+
+
+@triton.jit
+def momentum_average(g, state, h):
+    """m <- mu m + (1 - mu) g;  u = m  (Nesterov: u = (1 - mu) g + mu m)"""
+    m = state[0]
+    mu, weight, nesterov = h
+    m = ema(m, g, weight)
+    return tl.where(nesterov != 0, weight * g + mu * m, m), (m,)
+
+
+@triton.jit
 def adagrad(g, state, h):
     """G <- G + g^2;  u = g / (sqrt(G) + eps)"""
     sum = state[0]
@@ -127,3 +145,66 @@ def amsgrad(g, state, h):
     m_hat = m * correction1
     root_v_hat = sqrt(v_max) * correction2
     return divide(m_hat, root_v_hat + eps), (m, v, v_max)
+
+
+# Textbook variants. What only the formula named first needs, its root and division, the compiler leaves out.
+
+
+@triton.jit
+def adagrad_eps_inside(g, state, h):
+    """adagrad with u = g / sqrt(G + eps)"""
+    _, state = adagrad(g, state, h)
+    return divide(g, sqrt(state[0] + h[0])), state
+
+
+@triton.jit
+def rmsprop_eps_inside(g, state, h):
+    """rmsprop with u = g / sqrt(v + eps)"""
+    _, state = rmsprop(g, state, h)
+    return divide(g, sqrt(state[0] + h[1])), state
+
+
+@triton.jit
+def rmsprop_centered_eps_inside(g, state, h):
+    """rmsprop_centered with u = g / sqrt(v - a^2 + eps)"""
+    _, state = rmsprop_centered(g, state, h)
+    v, a = state
+    return divide(g, sqrt(v - a * a + h[1])), state
+
+
+@triton.jit
+def rmsprop_momentum_eps_inside(g, state, h):
+    """b <- mu b + u of rmsprop_eps_inside;  u = b"""
+    v, b = state
+    u, v = rmsprop_eps_inside(g, (v,), h)
+    b = h[2] * b + u
+    return b, (v[0], b)
+
+
+@triton.jit
+def rmsprop_centered_momentum_eps_inside(g, state, h):
+    """b <- mu b + u of rmsprop_centered_eps_inside;  u = b"""
+    v, b, a = state
+    u, va = rmsprop_centered_eps_inside(g, (v, a), h)
+    b = h[2] * b + u
+    return b, (va[0], b, va[1])
+
+
+@triton.jit
+def adam_eps_inside(g, state, h):
+    """adam with u = m_hat / sqrt(v_hat + eps)"""
+    _, state = adam(g, state, h)
+    m, v = state
+    weight1, weight2, eps, correction1, correction2 = h
+    v_hat = v * (correction2 * correction2)
+    return divide(m * correction1, sqrt(v_hat + eps)), state
+
+
+@triton.jit
+def amsgrad_eps_inside(g, state, h):
+    """adam_eps_inside, with the largest v so far in place of v"""
+    _, state = amsgrad(g, state, h)
+    m, v, v_max = state
+    weight1, weight2, eps, correction1, correction2 = h
+    v_hat = v_max * (correction2 * correction2)
+    return divide(m * correction1, sqrt(v_hat + eps)), state

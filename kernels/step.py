@@ -8,10 +8,8 @@ arguments, the averages' weights. Nothing that changes during training is a comp
 import triton
 import triton.language as tl
 
-from .address import DRAW, IS_ALIGNED, NUMEL, ROW
+from .address import IS_ALIGNED, NUMEL, ROW
 from .norm import FACTOR, NONFINITE, SKIPPED
-from .philox import Draw
-from .rounding import Span, read
 from .stages import columns, through
 
 
@@ -19,7 +17,7 @@ def named_after_rule(specialization):
     return f"step_{specialization.constants['RULE'].__name__}"
 
 
-@triton.jit(repr=named_after_rule, do_not_specialize=["known_skips", "variants", "seed"])
+@triton.jit(repr=named_after_rule, do_not_specialize=["known_skips", "variants"])
 def step(
     table,  # int64 [tensors, FIELDS]: see address.py
     tiles,  # int32 [programs, 2]: tensor, tile within the tensor
@@ -27,20 +25,17 @@ def step(
     verdict,  # float64 [4] of norm.judge, or None: nothing scales or skips
     known_skips: tl.int64,  # skipped steps that the host knew of when it wrote the rows
     variants: tl.int64,  # rows per cohort, one per number of skips that it may not know of
-    seed: tl.int64,  # of the random bits
     roles,
-    forms,  # how each role is stored: see rounding.py
     h,
     on_grad,
     on_update,
     averages,  # the columns of the averages' weights
     RULE: tl.constexpr,
     ADDRESS: tl.constexpr,
+    ROUND: tl.constexpr,
     COMPUTE: tl.constexpr,
     FIELDS: tl.constexpr,
     WIDTH: tl.constexpr,
-    GRANULE: tl.constexpr,  # elements that must be updated together
-    DRAWS: tl.constexpr,  # whether a form needs random bits; the row's last number is then the step
     BLOCK: tl.constexpr,
 ):
     program = tl.program_id(0).to(tl.int64)
@@ -56,36 +51,33 @@ def step(
             return
         row += (tl.load(verdict + SKIPPED).to(tl.int64) - known_skips) * WIDTH
         factor = tl.load(verdict + FACTOR).to(COMPUTE)
-    draw = None
-    if DRAWS:
-        draw = Draw(seed, tl.load(row + WIDTH - 1).to(tl.int32), tl.load(record + DRAW))
 
     # Only whole groups of 8 elements of aligned tensors can be loaded as vectors: a mask at an
     # arbitrary element, or an address that is no multiple of 16 bytes, would make every load scalar.
     # The rest goes one element per thread, which at least keeps neighbours together.
-    vectors = tl.where(tl.load(record + IS_ALIGNED) != 0, valid // GRANULE * GRANULE, 0)
+    vectors = tl.where(tl.load(record + IS_ALIGNED) != 0, valid // 8 * 8, 0)
     if vectors > 0:
         t = ADDRESS(record, roles, True)
-        span = Span(start, vectors, tl.arange(0, BLOCK) < tl.multiple_of(vectors, GRANULE))
-        update(t, span, row, factor, draw, forms, h, on_grad, on_update, averages, RULE, COMPUTE)
+        lanes = tl.arange(0, BLOCK)
+        mask = lanes < tl.multiple_of(vectors, 8)
+        update(t, start + lanes, mask, row, factor, h, on_grad, on_update, averages, RULE, ROUND, COMPUTE)
     if vectors < valid:
         t = ADDRESS(record, roles, False)
-        SMALL: tl.constexpr = max(BLOCK // 8, GRANULE)
+        SMALL: tl.constexpr = BLOCK // 8
         for at in tl.range(vectors, valid, SMALL):
-            span = Span(start + at, valid - at, at + tl.arange(0, SMALL) < valid)
-            update(t, span, row, factor, draw, forms, h, on_grad, on_update, averages, RULE, COMPUTE)
+            lanes = at + tl.arange(0, SMALL)
+            places = start + lanes
+            update(t, places, lanes < valid, row, factor, h, on_grad, on_update, averages, RULE, ROUND, COMPUTE)
 
 
 @triton.jit
 def update(
-    t, span, row, factor, draw, forms, h, on_grad, on_update, averages,
-    RULE: tl.constexpr, COMPUTE: tl.constexpr,
+    t, places, mask, row, factor, h, on_grad, on_update, averages,
+    RULE: tl.constexpr, ROUND: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
-    g = read(t.grad, span).to(COMPUTE)
-    p = forms.param.load(t.param, span, COMPUTE)
-    state = ()
-    for k in tl.static_range(len(t.states)):
-        state = state + (forms.states[k].load(t.states[k], span, COMPUTE),)  # noqa: RUF005 (no jit function can unpack)
+    g = load(t.grad, places, mask, COMPUTE)
+    p = load(t.param, places, mask, COMPUTE)
+    state = tl.tuple([load(pointer, places, mask, COMPUTE) for pointer in t.states])
     if factor is not None:
         g = g * factor
 
@@ -96,16 +88,25 @@ def update(
 
     tl.static_assert(len(state) == len(t.states), "a rule returns as many states as it was given")
     for k in tl.static_range(len(t.states)):
-        forms.states[k].store(t.states[k], span, state[k], draw, 1 + k)
-    forms.param.store(t.param, span, p, draw, 0)
+        store(t.states[k], places, state[k], mask, ROUND)
+    store(t.param, places, p, mask, ROUND)
     for k in tl.static_range(len(t.averages)):
-        form = forms.averages[k]
-        average = form.load(t.averages[k], span, COMPUTE)
-        average = follow(average, p, tl.load(row + averages[k]))
-        form.store(t.averages[k], span, average, draw, 1 + len(t.states) + k)
+        average = load(t.averages[k], places, mask, COMPUTE)
+        store(t.averages[k], places, follow(average, p, tl.load(row + averages[k])), mask, ROUND)
 
 
 @triton.jit
 def follow(average, p, weight):
     """a <- a + weight (p - a), with the new p as it was before rounding; a copy where the weight is 1"""
     return tl.where(weight == 1, p, average + weight * (p - average))
+
+
+@triton.jit
+def load(pointer, places, mask, COMPUTE: tl.constexpr):
+    return tl.load(pointer + places, mask=mask, other=0.0, eviction_policy="evict_first").to(COMPUTE)
+
+
+@triton.jit
+def store(pointer, places, x, mask, ROUND: tl.constexpr):
+    rounded = ROUND(x, pointer.dtype.element_ty)
+    tl.store(pointer + places, rounded, mask=mask, eviction_policy="evict_first")

@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from rule_cases import ADDRESSES, CASES, declared_rules
+from rule_cases import ADDRESSES, CASES, VARIANTS, declared_rules
 
 PROGRAM = Path(__file__).parent / "aot.py"
 OLD_TRITON = os.environ.get("FUSEDOPT_OLD_TRITON")
@@ -93,7 +93,8 @@ def test_the_other_triton_is_another(report, request):
 def test_every_case_is_compiled_once(target, report):
     """Two cases of one rule, such as momentum with and without Nesterov, share a kernel."""
     found = collections.Counter(map(label, steps(report, target)))
-    assert found == {f"step_{name} {a} {d}": 1 for name in declared_rules() for a in ADDRESSES for d in DTYPES[target]}
+    names = declared_rules().keys() - (VARIANTS if target not in ("sm_90", "gfx942") else ())
+    assert found == {f"step_{name} {a} {d}": 1 for name in names for a in ADDRESSES for d in DTYPES[target]}
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -137,9 +138,9 @@ def test_arithmetic_is_ieee(target, report):
     """Division and root correctly rounded, no fused multiply-add: what the interpreter computes, bit for bit."""
     for kernel in report[target]:
         assert count(kernel, r"div\.full.*|.*\.approx.*|fma.*|mad\..*f(32|64)|.*\.ftz.*") == 0, label(kernel)
-    rooted = {"adagrad", "adam", "amsgrad", "rmsprop", "rmsprop_centered"}
+    rooted = ("step_adagrad", "step_adam", "step_amsgrad", "step_rmsprop")
     for kernel in steps(report, target):
-        if kernel["name"].removeprefix("step_") in rooted:
+        if kernel["name"].startswith(rooted):
             kind = "f64" if kernel["dtype"] == "float64" else "f32"
             assert count(kernel, rf"div\.rn\.{kind}") and count(kernel, rf"sqrt\.rn\.{kind}"), label(kernel)
 
@@ -180,7 +181,8 @@ def test_norm_kernel(target, report):
 
 def test_numbers_never_recompile(report):
     """50 steps in which every hyperparameter and step count changes, with three groups and then with one."""
-    assert len(report["launches"]) == len(CASES) * len(ADDRESSES)
+    cases = [case for case in CASES if case.split()[0] not in VARIANTS]
+    assert len(report["launches"]) == len(cases) * len(ADDRESSES)
     for case, compiles in report["launches"].items():
         rule = re.split("[ ,]", case)[0]
         assert compiles == {f"step_{rule}": 1, "sum_of_squares": 1}, case

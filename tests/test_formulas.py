@@ -1,9 +1,7 @@
-"""The numbers: textbook formulas in NumPy, torch.optim in float64, and the rounding of narrower dtypes."""
+"""The numbers: torch.optim in float64, and the rounding of narrower dtypes."""
 
-from collections import defaultdict
 from copy import deepcopy
 
-import numpy as np
 import pytest
 import torch
 from cases import (
@@ -48,6 +46,15 @@ def test_every_option_equals_torch(name, options, backend, device):
 
 
 @every_option
+def test_every_option_equals_torch_on_several_threads(name, options, monkeypatch):
+    """Where small parameters are gathered for every rule: on one thread some are updated as a list."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    pair = Pair(name, options, "small", start=0)
+    pair.step(10)
+    pair.check()
+
+
+@every_option
 def test_every_option_equals_torch_flat_and_clipped(name, options, backend, device):
     kind, steps = scale_of(backend, device)
     pair = Pair(
@@ -83,120 +90,6 @@ def test_large_parameters_equal_torch(name, options, threads, clip, device):
         pair.check()
     finally:
         torch.set_num_threads(before)
-
-
-# The formulas of FORMULAS.md, written as there. ``grad(theta)`` is the gradient at a point; ``memory`` holds what
-# is carried from step to step, zero at first.
-
-ETA, MU, RHO, BETA1, BETA2, EPS, DECAY = 0.05, 0.9, 0.95, 0.8, 0.95, 1e-8, 0.03
-
-
-def gradient_descent(theta, grad, t, memory):
-    return theta - ETA * grad(theta)
-
-
-def momentum(theta, grad, t, memory):
-    memory["v"] = MU * memory["v"] + grad(theta)
-    return theta - ETA * memory["v"]
-
-
-def nesterov(ahead, grad, t, memory):
-    """The literal two points: theta, and where momentum alone would lead, which the parameter holds."""
-    theta = memory["theta"] if t > 1 else ahead
-    v = memory["v"]
-    memory["v"] = MU * v + grad(theta - ETA * MU * v)
-    memory["theta"] = theta - ETA * memory["v"]
-    return memory["theta"] - ETA * MU * memory["v"]
-
-
-def adagrad(theta, grad, t, memory):
-    g = grad(theta)
-    memory["G"] += g**2
-    return theta - ETA * g / (np.sqrt(memory["G"]) + EPS)
-
-
-def rmsprop(theta, grad, t, memory):
-    g = grad(theta)
-    memory["s"] = RHO * memory["s"] + (1 - RHO) * g**2
-    return theta - ETA * g / (np.sqrt(memory["s"]) + EPS)
-
-
-def rmsprop_centered_momentum(theta, grad, t, memory):
-    g = grad(theta)
-    memory["s"] = RHO * memory["s"] + (1 - RHO) * g**2
-    memory["mean"] = RHO * memory["mean"] + (1 - RHO) * g
-    memory["b"] = MU * memory["b"] + g / (np.sqrt(memory["s"] - memory["mean"] ** 2) + EPS)
-    return theta - ETA * memory["b"]
-
-
-def adam(theta, grad, t, memory, l2=0.0, decoupled=0.0):
-    g = grad(theta) + l2 * theta
-    memory["m"] = BETA1 * memory["m"] + (1 - BETA1) * g
-    memory["s"] = BETA2 * memory["s"] + (1 - BETA2) * g**2
-    m_hat, v_hat = memory["m"] / (1 - BETA1**t), memory["s"] / (1 - BETA2**t)
-    return theta - ETA * decoupled * theta - ETA * m_hat / (np.sqrt(v_hat) + EPS)
-
-
-def adam_l2(*args):
-    return adam(*args, l2=DECAY)
-
-
-def adamw(*args):
-    return adam(*args, decoupled=DECAY)
-
-
-ADAM = {"betas": (BETA1, BETA2), "eps": EPS}
-TEXTBOOK = {
-    "F1 gradient descent": ("SGD", {}, gradient_descent),
-    "F2 momentum": ("SGD", {"momentum": MU}, momentum),
-    "F5 Nesterov": ("SGD", {"momentum": MU, "nesterov": True}, nesterov),
-    "F7 AdaGrad": ("Adagrad", {"eps": EPS}, adagrad),
-    "F9 RMSProp": ("RMSprop", {"alpha": RHO}, rmsprop),
-    "F9 RMSProp, centered, momentum": (
-        "RMSprop", {"alpha": RHO, "centered": True, "momentum": MU}, rmsprop_centered_momentum,
-    ),
-    "F12 Adam": ("Adam", ADAM, adam),
-    "F13 Adam with L2": ("Adam", {**ADAM, "weight_decay": DECAY}, adam_l2),
-    "F13 AdamW": ("AdamW", {**ADAM, "weight_decay": DECAY}, adamw),
-}  # fmt: skip
-
-CLIPPING = {
-    "none": ({}, lambda g: g),
-    "C1 global norm": ({"max_grad_norm": 2.0}, lambda g: g * min(1, 2.0 / (np.linalg.norm(g) + 1e-6))),
-    "C3 component-wise": ({"max_grad_value": 0.4}, lambda g: np.clip(g, -0.4, 0.4)),
-    "C4 one-sided": ({"max_grad_value": (None, 0.4)}, lambda g: np.minimum(g, 0.4)),
-    "C5 both": (
-        {"max_grad_norm": 2.0, "max_grad_value": (-0.4, 0.4)},
-        lambda g: np.clip(g * min(1, 2.0 / (np.linalg.norm(g) + 1e-6)), -0.4, 0.4),
-    ),
-}
-
-
-@pytest.mark.parametrize("row", TEXTBOOK)
-@pytest.mark.parametrize("clip", CLIPPING)
-@pytest.mark.parametrize("objective", ["quadratic", "random"])
-def test_textbook_formula(row, clip, objective, backend, device):
-    """One vector in NumPy, two parameters in two groups in fusedopt; float64."""
-    _, steps = scale_of(backend, device)
-    name, options, update = TEXTBOOK[row]
-    settings, clipped = CLIPPING[clip]
-    generator = np.random.default_rng(0)
-    theta, curvature = generator.normal(size=12), generator.uniform(0.1, 2, size=12)
-    noise = generator.normal(size=(steps, 12))
-    params = [torch.nn.Parameter(torch.from_numpy(part.copy()).to(device)) for part in np.split(theta, [5])]
-    optimizer = fusedopt.registry[name](
-        [{"params": params[:1]}, {"params": params[1:]}], lr=ETA, backend=backend, **options, **settings
-    )
-    memory = defaultdict(float)
-    for t in range(1, steps + 1):
-        gradient = (lambda x: curvature * x) if objective == "quadratic" else (lambda x, t=t: noise[t - 1])
-        at = np.concatenate([p.detach().cpu().numpy() for p in params])
-        for p, g in zip(params, np.split(gradient(at), [5])):
-            p.grad = torch.from_numpy(g.copy()).to(device)  # clipping may write to it
-        optimizer.step()
-        theta = update(theta, lambda x, gradient=gradient: clipped(gradient(x)), t, memory)
-        # As in Pair.check: float64's 1.1e-16, times a dozen operations and 50 steps.
-        np.testing.assert_allclose(np.concatenate([p.detach().cpu() for p in params]), theta, rtol=1e-12, atol=1e-12)
 
 
 @every_optimizer

@@ -1,0 +1,94 @@
+"""Exponential moving averages of the parameters, kept by the pass that updates them.
+
+    a <- a + (1 - ema_decay) (p - a)        with the new p
+
+An average begins as its parameter before the first step, moves at every step at which the parameter is updated, and
+is float32 where the parameter has 16 bits, in which it would stand still.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+ROLE = "ema"
+"""The averages' key in the parameters' places. It is no key of ``optimizer.state``, where torch has none."""
+
+
+def dtype_of(p: Tensor) -> torch.dtype:
+    return torch.promote_types(p.dtype, torch.float32)
+
+
+def adopt(averages: dict[Tensor, Tensor], p: Tensor, place: Any) -> list[tuple[Tensor, Tensor]]:
+    """Make ``averages[p]`` a view of the place. Returns what has to be written into it."""
+    value = averages.get(p)
+    if place.holds(ROLE, value):
+        return []
+    view = averages[p] = place.open(ROLE, dtype_of(p))
+    return [(view, p.detach() if value is None else value)]
+
+
+class EmaParameters(list):
+    """The averages in the order of the parameters; where there is none yet, the parameter itself.
+
+    As a context manager it puts them into the parameters, for evaluation, and back again what was there::
+
+        with optimizer.ema_parameters():
+            evaluate(model)
+    """
+
+    def __init__(self, optimizer: Any):
+        averages = optimizer._ema
+        if not averages and optimizer.ema_decay is None:
+            raise RuntimeError("no averages are kept: make the optimizer with ema_decay=0.999, say, or set it")
+        self.optimizer = optimizer
+        params = [p for group in optimizer.param_groups for p in group["params"]]
+        super().__init__(averages.get(p, p.detach()) for p in params)
+
+    def __enter__(self) -> EmaParameters:
+        engine = self.optimizer._engine
+        if engine.averaged:
+            raise RuntimeError("the parameters are their averages already: leave the other `with` first")
+        averages = self.optimizer._ema
+        with torch.no_grad():
+            self.trained = [(p, p.clone()) for p in averages]
+            for p, average in averages.items():
+                p.copy_(average)
+        engine.averaged = True
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        with torch.no_grad():
+            for p, value in self.trained:
+                p.copy_(value)
+        self.trained = []
+        self.optimizer._engine.averaged = False
+
+
+def state_dict(optimizer: Any) -> dict[int, Tensor]:
+    """The averages by the numbers that parameters have in ``optimizer.state_dict()``."""
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    return {k: optimizer._ema[p] for k, p in enumerate(params) if p in optimizer._ema}
+
+
+@torch.no_grad()
+def load(optimizer: Any, averages: Mapping[int, Tensor]) -> None:
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    for k, value in averages.items():
+        if not isinstance(k, int) or not 0 <= k < len(params):
+            raise ValueError(f"an average for parameter {k!r} was loaded, but there are {len(params)} parameters")
+        if not isinstance(value, Tensor) or value.shape != params[k].shape:
+            raise ValueError(
+                f"the average of parameter {k} must be a tensor of shape {tuple(params[k].shape)}, got "
+                f"{tuple(value.shape) if isinstance(value, Tensor) else value!r}"
+            )
+    loaded = {
+        params[k]: torch.empty_like(params[k], dtype=dtype_of(params[k])).copy_(value.detach())
+        for k, value in averages.items()
+    }
+    optimizer._ema.clear()
+    optimizer._ema.update(loaded)
+    optimizer._engine.forget()

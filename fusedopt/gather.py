@@ -1,0 +1,47 @@
+"""Small gradients side by side, so that few operations serve them all."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import groupby
+
+import torch
+from torch import Tensor
+
+from .plan import Member
+
+
+class Gather:
+    """Copies gradients into scratch buffers: rows of neighbours whose shapes differ in the first dimension only by one
+    concatenation, which is three times faster than copying one by one; the others by one list copy."""
+
+    SHORTEST = 8
+    """A row of fewer is not worth a call of its own."""
+
+    def __init__(self, members: list[Member], dtype: torch.dtype):
+        self.rows: list[tuple[list[int], Tensor]] = []
+        self.positions: list[int] = []
+        self.views: list[Tensor] = []
+        members = sorted(members, key=lambda m: (id(m.place.space), m.place.index))
+        for _, neighbours in groupby(enumerate(members), key=_row_key):
+            row = [m for _, m in neighbours]
+            positions = [m.position for m in row]
+            space, first, last = row[0].place.space, row[0].place.index, row[-1].place.index
+            if len(row) < self.SHORTEST or not space.sizes[first] or not all(m.param.is_contiguous() for m in row):
+                self.positions += positions
+                self.views += [m.place.packed_copy("grad", dtype) for m in row]
+            else:
+                part = space.packed_copies("grad", dtype)[space.offsets[first] : space.end(last)]
+                self.rows.append((positions, part.view(-1, *space.sizes[first][1:])))
+
+    def __call__(self, grads: Sequence[Tensor | None]) -> None:
+        for positions, row in self.rows:
+            torch.cat([grads[i] for i in positions], out=row)
+        if self.positions:
+            torch._foreach_copy_(self.views, [grads[i] for i in self.positions])
+
+
+def _row_key(numbered: tuple[int, Member]) -> tuple:
+    """The same for members that stand next to each other in memory and can be concatenated."""
+    number, m = numbered
+    return id(m.place.space), m.place.index - number, len(m.param.shape), m.param.shape[1:]

@@ -1,0 +1,158 @@
+"""Gradient release: each parameter is updated inside backward, as soon as its gradient is there, which is then freed.
+
+Never more than a few gradients exist at the same time: a model's gradients need no memory of their own. What needs all
+of them at once cannot be had with it: their global norm, skipping a step, accumulation, a loss scale.
+"""
+
+from __future__ import annotations
+
+from collections import ChainMap
+from collections.abc import Callable, Iterator, MutableMapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from .engine import Engine
+from .optimizer import FusedOptimizer
+from .survey import NotFusable
+
+
+class GradientRelease:
+    """What ``enable_gradient_release`` returns: ``remove()`` ends it."""
+
+    def __init__(self, optimizer: FusedOptimizer, hooks: list[Any]):
+        self.optimizer = optimizer
+        self.hooks = hooks
+
+    def remove(self) -> None:
+        """From now on ``optimizer.step()`` updates the parameters again."""
+        for hook in self.hooks:
+            hook.remove()
+        self.hooks.clear()
+        self.optimizer._engine.released = False
+        self.optimizer._engine.forget()
+
+
+def enable_gradient_release(model: torch.nn.Module, optimizer: FusedOptimizer) -> GradientRelease:
+    """Let ``loss.backward()`` update each parameter of ``model`` when its gradient is complete, and free the gradient.
+
+    ``optimizer.step()`` and ``zero_grad()`` find nothing left to do and may stay in the training loop; step hooks then
+    run around nothing. Schedulers, checkpoints, component-wise clipping and averages work as ever. Not with gradient
+    accumulation: every backward pass is a step.
+
+    Args:
+        model: the module that is called; its parameters are released if the optimizer has them.
+        optimizer: one of fusedopt.
+
+    Raises:
+        TypeError: for another optimizer.
+        ValueError: if the optimizer has none of the model's parameters.
+        RuntimeError: for settings that need the gradients together (``max_grad_norm``, ``skip_nonfinite``), now or
+            at a later backward pass; for DistributedDataParallel, which would average gradients that were used
+            already, and FullyShardedDataParallel; if it is enabled already.
+    """
+    if not isinstance(optimizer, FusedOptimizer):
+        raise TypeError(f"gradient release needs an optimizer of fusedopt, got {type(optimizer).__qualname__}")
+    if optimizer._engine.released:
+        raise RuntimeError("gradient release is enabled already for this optimizer; call remove() on it first")
+    _refuse_settings(optimizer)
+    _refuse_wrappers(model)
+    own = set(model.parameters())
+    found = [(group, p) for group in optimizer.param_groups for p in group["params"] if p in own and p.requires_grad]
+    if not found:
+        raise ValueError("the optimizer has none of the model's parameters that need gradients")
+    hooks = [p.register_post_accumulate_grad_hook(_stepper(optimizer, group, p)) for group, p in found]
+    hooks.append(model.register_forward_pre_hook(_refuse_late_wrappers))
+    optimizer._engine.released = True
+    optimizer._engine.forget()
+    optimizer._engine.places.clear()
+    return GradientRelease(optimizer, hooks)
+
+
+def _stepper(optimizer: FusedOptimizer, group: dict[str, Any], p: Tensor) -> Callable[[Tensor], None]:
+    single, engine = Single(optimizer, group, p), Engine()
+
+    def step(param: Tensor) -> None:
+        _refuse_settings(optimizer)
+        try:
+            with torch.no_grad():
+                engine.step(single)
+        except NotFusable as reason:
+            raise RuntimeError(f"gradient release cannot be combined with {reason}") from None
+        param.grad = None
+
+    return step
+
+
+def _refuse_settings(optimizer: FusedOptimizer) -> None:
+    names = [name for name in optimizer._settings.active() if name in ("max_grad_norm", "skip_nonfinite")]
+    if names:
+        raise RuntimeError(
+            f"gradient release updates each parameter before the others' gradients are there, which {', '.join(names)} "
+            "would need; leave it away (max_grad_value may stay)"
+        )
+
+
+def _refuse_wrappers(model: torch.nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module, DistributedDataParallel):
+            raise RuntimeError(
+                "gradient release with DistributedDataParallel would update parameters before their gradients are "
+                "averaged, and the ranks would drift apart; use fully_shard, or call optimizer.step()"
+            )
+    if any(getattr(p, "_fsdp_flattened", False) for p in model.parameters()):
+        raise RuntimeError(
+            "gradient release does not work with FullyShardedDataParallel, which reduces gradients after backward; "
+            "use fully_shard (FSDP2), or call optimizer.step()"
+        )
+
+
+def _refuse_late_wrappers(model: torch.nn.Module, arguments: Any) -> None:
+    """A model that was wrapped later is called from inside its wrapper."""
+    wrapper = DistributedDataParallel._get_active_ddp_module()
+    if wrapper is not None:
+        _refuse_wrappers(wrapper)
+    if any(getattr(p, "_fsdp_flattened", False) for p in model.parameters()):
+        _refuse_wrappers(model)
+
+
+class Single:
+    """An optimizer as if it had one parameter only: what an engine asks of one, in the true one's words."""
+
+    def __init__(self, optimizer: FusedOptimizer, group: dict[str, Any], p: Tensor):
+        self.optimizer = optimizer
+        # A view of the group, where schedulers write.
+        self.param_groups = [ChainMap({"params": [p]}, group)]
+        self.state = Entry(lambda: optimizer.state, p)
+        self._ema = Entry(lambda: optimizer._ema, p)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.optimizer, name)
+
+
+class Entry(MutableMapping):
+    """One parameter's part of a dict, which may be replaced."""
+
+    def __init__(self, whole: Callable[[], dict[Tensor, Any]], p: Tensor):
+        self.whole = whole
+        self.param = p
+
+    def __getitem__(self, p: Tensor) -> Any:
+        return self.whole()[p]
+
+    def get(self, p: Tensor, default: Any = None) -> Any:
+        return self.whole().get(p, default)
+
+    def __setitem__(self, p: Tensor, value: Any) -> None:
+        self.whole()[p] = value
+
+    def __delitem__(self, p: Tensor) -> None:
+        del self.whole()[p]
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter([self.param] if self.param in self.whole() else [])
+
+    def __len__(self) -> int:
+        return int(self.param in self.whole())

@@ -1,0 +1,189 @@
+"""Gradient release: the same training, and no two gradients at a time."""
+
+import copy
+
+import pytest
+import torch
+from cases import LR, STATEFUL, every_optimizer_and_backend
+from pairs import assert_same, close, raised, snapshot
+from torch.nn.parallel import DistributedDataParallel
+
+import fusedopt
+
+
+class Net(torch.nn.Module):
+    """Tied weights, a bias that is not trained, and a layer that is not always used."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b, self.c = (torch.nn.Linear(5, 5) for _ in range(3))
+        self.b.weight = self.a.weight
+        self.b.bias.requires_grad_(False)
+
+    def forward(self, x, short):
+        x = self.b(torch.tanh(self.a(x)))
+        return x if short else self.c(x)
+
+
+def groups_of(net):
+    return [{"params": [net.a.weight, net.c.weight]}, {"params": [net.a.bias, net.b.bias, net.c.bias], "lr": LR / 2}]
+
+
+def pair_of(name, device, **settings):
+    nets = Net().to(device, torch.float64), Net().to(device, torch.float64)
+    options = {"lr": LR, **STATEFUL[name]}
+    ours = fusedopt.registry[name](groups_of(nets[0]), **options, **settings)
+    return nets, ours, getattr(torch.optim, name)(groups_of(nets[1]), **options, foreach=False)
+
+
+def loss_of(net, number):
+    generator = torch.Generator().manual_seed(number)
+    x = torch.randn(3, 5, generator=generator, dtype=torch.float64).to(net.a.weight.device)
+    return net(x, number % 3 == 2).square().sum()
+
+
+def train(net, optimizer, number, limit=None):
+    optimizer.zero_grad()
+    loss_of(net, number).backward()
+    if limit is not None:
+        torch.nn.utils.clip_grad_value_(net.parameters(), limit)
+    optimizer.step()
+
+
+@every_optimizer_and_backend
+def test_as_step(name, backend, device):
+    """Groups, a scheduler, clipping by value and averages; begun and ended in the middle of training."""
+    (net, other), optimizer, oracle = pair_of(name, device, max_grad_value=0.5, ema_decay=0.8, backend=backend)
+    schedulers = [torch.optim.lr_scheduler.ExponentialLR(each, 0.9) for each in (optimizer, oracle)]
+    averages = None
+    release = None
+    for number in range(9):
+        if number == 2:
+            release = fusedopt.enable_gradient_release(net, optimizer)
+        if number == 7:
+            release.remove()
+        train(net, optimizer, number)
+        assert all((p.grad is None) == (2 <= number < 7) for p in (net.a.weight, net.a.bias))
+        before = [p.detach().clone() for p in other.parameters()]
+        averages = before if averages is None else averages
+        train(other, oracle, number, limit=0.5)
+        averages = [
+            a if p.grad is None else a + 0.2 * (p.detach() - a)
+            for a, p in zip(averages, other.parameters(), strict=True)
+        ]
+        for scheduler in schedulers:
+            scheduler.step()
+    close(net.parameters(), other.parameters(), 1e-12)
+    by_parameter = dict(zip(next(zip(*all_parameters(optimizer))), optimizer.ema_parameters()))
+    close([by_parameter[p] for p in net.parameters()], averages, 1e-12)
+    ours, theirs = optimizer.state_dict()["state"], oracle.state_dict()["state"]
+    assert ours.keys() == theirs.keys()
+    for k in ours:
+        close(ours[k].values(), theirs[k].values(), 1e-12)
+
+
+def all_parameters(optimizer):
+    return [(p,) for group in optimizer.param_groups for p in group["params"]]
+
+
+def test_gradients_are_freed(device):
+    (net, _), optimizer, _ = pair_of("Adam", device)
+    fusedopt.enable_gradient_release(net, optimizer)
+    alive = []
+    params = list(net.parameters())
+    for p in params:
+        if p.requires_grad:
+            # Runs after ours, which was there first.
+            p.register_post_accumulate_grad_hook(lambda _: alive.append(sum(q.grad is not None for q in params)))
+    loss_of(net, 0).backward()
+    assert alive == [0] * 4  # weights and biases of a and c, those of a before and after b's use of the one
+
+
+def test_checkpoints(device):
+    (net, other), optimizer, oracle = pair_of("AdamW", device)
+    fusedopt.enable_gradient_release(net, optimizer)
+    for number in range(6):
+        train(net, optimizer, number)
+        train(other, oracle, number)
+        if number == 2:
+            saved = copy.deepcopy(optimizer.state_dict())
+            train(net, optimizer, 7)
+            optimizer.load_state_dict(saved)
+            net.load_state_dict(other.state_dict())
+    close(net.parameters(), other.parameters(), 1e-12)
+
+
+@pytest.mark.parametrize("settings", [{"max_grad_norm": 1.0}, {"skip_nonfinite": True}], ids=str)
+def test_settings_that_need_all_gradients(settings, device):
+    (net, _), optimizer, _ = pair_of("Adam", device)
+    ((name, value),) = settings.items()
+    optimizer.skip_nonfinite = name == "skip_nonfinite"
+    optimizer.max_grad_norm = 1.0 if name == "max_grad_norm" else None
+    with pytest.raises(RuntimeError, match=f"{name} would need"):
+        fusedopt.enable_gradient_release(net, optimizer)
+    optimizer.skip_nonfinite, optimizer.max_grad_norm = False, None
+    fusedopt.enable_gradient_release(net, optimizer)
+    train(net, optimizer, 0)
+    before = snapshot(optimizer)
+    setattr(optimizer, name, value)
+    with pytest.raises(RuntimeError, match=f"{name} would need"):
+        loss_of(net, 1).backward()
+    assert_same(before, snapshot(optimizer))
+
+
+def test_other_misuse(device):
+    (net, other), optimizer, oracle = pair_of("Adam", device)
+    with pytest.raises(TypeError, match="needs an optimizer of fusedopt, got Adam"):
+        fusedopt.enable_gradient_release(other, oracle)
+    with pytest.raises(ValueError, match="none of the model's parameters"):
+        fusedopt.enable_gradient_release(other, optimizer)
+    release = fusedopt.enable_gradient_release(net, optimizer)
+    with pytest.raises(RuntimeError, match="enabled already"):
+        fusedopt.enable_gradient_release(net, optimizer)
+    with pytest.raises(RuntimeError, match="needs all gradients together"):
+        optimizer.clip_grad_norm_(1.0)
+    scaler = fusedopt.GradScaler(device.type, init_scale=2.0)
+    scaler.scale(loss_of(net, 0))
+    with pytest.raises(RuntimeError, match="cannot be combined with a GradScaler"):
+        scaler.step(optimizer)
+    release.remove()
+    fusedopt.enable_gradient_release(net, optimizer)
+    embedding = torch.nn.Embedding(5, 2, sparse=True, device=device)
+    optimizer = fusedopt.SGD(embedding.parameters())
+    fusedopt.enable_gradient_release(embedding, optimizer)
+    before = snapshot(optimizer)
+    with pytest.raises(RuntimeError, match="gradient release cannot be combined with a sparse gradient"):
+        embedding(torch.tensor([1, 3], device=device)).sum().backward()
+    assert_same(before, snapshot(optimizer))
+
+
+@pytest.fixture
+def process_group(tmp_path):
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_wrappers_that_reduce_gradients_later(when, process_group):
+    (net, _), optimizer, _ = pair_of("Adam", torch.device("cpu"))
+    if when == "before":
+        wrapped = DistributedDataParallel(net)
+        with pytest.raises(RuntimeError, match="with DistributedDataParallel would update"):
+            fusedopt.enable_gradient_release(wrapped, optimizer)
+    else:
+        fusedopt.enable_gradient_release(net, optimizer)
+        wrapped = DistributedDataParallel(net)
+        with pytest.raises(RuntimeError, match="with DistributedDataParallel would update"):
+            wrapped(torch.zeros(1, 5, dtype=torch.float64), False)
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_fsdp1(when):
+    (net, _), optimizer, _ = pair_of("Adam", torch.device("cpu"))
+    if when == "after":
+        fusedopt.enable_gradient_release(net, optimizer)
+    net.a.weight._fsdp_flattened = True
+    error = raised(lambda: fusedopt.enable_gradient_release(net, optimizer) if when == "before" else loss_of(net, 0))
+    assert isinstance(error, RuntimeError) and "FullyShardedDataParallel" in str(error)

@@ -1,0 +1,391 @@
+"""Textbook formulas, written literally in NumPy, against fusedopt: update rules F1 to F13, clipping C1 to C5.
+
+``grad(theta)`` is the gradient at a point, ``eta`` the learning rate of step t, counted from 1; ``memory`` holds what
+is carried from step to step, zero at first.
+"""
+
+import math
+from collections import defaultdict
+from copy import deepcopy
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from cases import interpreter_noise
+
+import fusedopt
+
+pytestmark = interpreter_noise
+
+STEPS = 50
+MU, RHO, BETA1, BETA2, DECAY = 0.9, 0.95, 0.8, 0.95, 0.03
+EPS = 1e-2  # large enough to tell where it stands
+
+
+def gradient_descent(theta, grad, eta, t, memory):
+    return theta - eta * grad(theta)
+
+
+def accumulated(theta, grad, eta, t, memory):
+    memory["v"] = MU * memory["v"] + grad(theta)
+    return theta - eta * memory["v"]
+
+
+def velocity(theta, grad, eta, t, memory):
+    memory["v"] = MU * memory["v"] - eta * grad(theta)
+    return theta + memory["v"]
+
+
+def average(theta, grad, eta, t, memory):
+    memory["m"] = MU * memory["m"] + (1 - MU) * grad(theta)
+    return theta - eta * memory["m"]
+
+
+# Nesterov's two points: theta, and where momentum alone would lead, at which the gradient is taken. The parameter
+# holds the latter, so that is what these return.
+
+
+def accumulated_ahead(start, grad, eta, t, memory):
+    theta, v = memory.setdefault("theta", start), memory["v"]
+    memory["v"] = MU * v + grad(theta - eta * MU * v)
+    memory["theta"] = theta - eta * memory["v"]
+    return memory["theta"] - eta * MU * memory["v"]
+
+
+def velocity_ahead(start, grad, eta, t, memory):
+    theta, v = memory.setdefault("theta", start), memory["v"]
+    memory["v"] = MU * v - eta * grad(theta + MU * v)
+    memory["theta"] = theta + memory["v"]
+    return memory["theta"] + MU * memory["v"]
+
+
+def average_ahead(start, grad, eta, t, memory):
+    theta, m = memory.setdefault("theta", start), memory["m"]
+    memory["m"] = MU * m + (1 - MU) * grad(theta - eta * MU * m)
+    memory["theta"] = theta - eta * memory["m"]
+    return memory["theta"] - eta * MU * memory["m"]
+
+
+def adagrad_inside(theta, grad, eta, t, memory):
+    g = grad(theta)
+    memory["G"] += g**2
+    return theta - eta * g / np.sqrt(memory["G"] + EPS)
+
+
+def adagrad(theta, grad, eta, t, memory):
+    g = grad(theta)
+    memory["G"] += g**2
+    return theta - eta / (1 + (t - 1) * 0.1) * g / (np.sqrt(0.5 + memory["G"]) + EPS)
+
+
+def rmsprop_inside(theta, grad, eta, t, memory):
+    g = grad(theta)
+    memory["s"] = RHO * memory["s"] + (1 - RHO) * g**2
+    return theta - eta * g / np.sqrt(memory["s"] + EPS)
+
+
+def rmsprop_centered_momentum_inside(theta, grad, eta, t, memory):
+    g = grad(theta)
+    memory["s"] = RHO * memory["s"] + (1 - RHO) * g**2
+    memory["mean"] = RHO * memory["mean"] + (1 - RHO) * g
+    memory["b"] = MU * memory["b"] + g / np.sqrt(memory["s"] - memory["mean"] ** 2 + EPS)
+    return theta - eta * memory["b"]
+
+
+def rmsprop(theta, grad, eta, t, memory):
+    g = grad(theta)
+    memory["s"] = RHO * memory["s"] + (1 - RHO) * g**2
+    return theta - eta * g / (np.sqrt(memory["s"]) + EPS)
+
+
+def rmsprop_centered_momentum(theta, grad, eta, t, memory):
+    g = grad(theta)
+    memory["s"] = RHO * memory["s"] + (1 - RHO) * g**2
+    memory["mean"] = RHO * memory["mean"] + (1 - RHO) * g
+    memory["b"] = MU * memory["b"] + g / (np.sqrt(memory["s"] - memory["mean"] ** 2) + EPS)
+    return theta - eta * memory["b"]
+
+
+def rmsprop_without_eps(theta, grad, eta, t, memory):
+    g = grad(theta)
+    memory["s"] = RHO * memory["s"] + (1 - RHO) * g**2
+    root = np.sqrt(memory["s"])
+    return theta - eta * np.divide(g, root, out=np.zeros_like(g), where=root > 0)
+
+
+def adam_without_correction(theta, grad, eta, t, memory):
+    g = grad(theta)
+    memory["m"] = BETA1 * memory["m"] + (1 - BETA1) * g
+    memory["s"] = BETA2 * memory["s"] + (1 - BETA2) * g**2
+    return theta - eta * memory["m"] / np.sqrt(memory["s"] + EPS)
+
+
+def adam_without_correction_outside(theta, grad, eta, t, memory):
+    g = grad(theta)
+    memory["m"] = BETA1 * memory["m"] + (1 - BETA1) * g
+    memory["s"] = BETA2 * memory["s"] + (1 - BETA2) * g**2
+    return theta - eta * memory["m"] / (np.sqrt(memory["s"]) + EPS)
+
+
+def adam(theta, grad, eta, t, memory):
+    g = grad(theta)
+    memory["m"] = BETA1 * memory["m"] + (1 - BETA1) * g
+    memory["s"] = BETA2 * memory["s"] + (1 - BETA2) * g**2
+    m_hat, v_hat = memory["m"] / (1 - BETA1**t), memory["s"] / (1 - BETA2**t)
+    return theta - eta * m_hat / (np.sqrt(v_hat) + EPS)
+
+
+def adam_inside(theta, grad, eta, t, memory):
+    g = grad(theta)
+    memory["m"] = BETA1 * memory["m"] + (1 - BETA1) * g
+    memory["s"] = BETA2 * memory["s"] + (1 - BETA2) * g**2
+    m_hat, v_hat = memory["m"] / (1 - BETA1**t), memory["s"] / (1 - BETA2**t)
+    return theta - eta * m_hat / np.sqrt(v_hat + EPS)
+
+
+def amsgrad_inside(theta, grad, eta, t, memory):
+    g = grad(theta)
+    memory["m"] = BETA1 * memory["m"] + (1 - BETA1) * g
+    memory["s"] = BETA2 * memory["s"] + (1 - BETA2) * g**2
+    memory["largest"] = np.maximum(memory["largest"], memory["s"])
+    m_hat, v_hat = memory["m"] / (1 - BETA1**t), memory["largest"] / (1 - BETA2**t)
+    return theta - eta * m_hat / np.sqrt(v_hat + EPS)
+
+
+def adam_l2(theta, grad, eta, t, memory):
+    return adam(theta, lambda x: grad(x) + DECAY * x, eta, t, memory)
+
+
+def adamw(theta, grad, eta, t, memory):
+    return adam(theta, grad, eta, t, memory) - eta * DECAY * theta
+
+
+class Row(NamedTuple):
+    optimizer: str
+    options: dict
+    update: object
+    constant_eta: bool = False
+    """The change of variables takes the next step's learning rate for this one's."""
+
+
+FORMS = {form: {"momentum": MU, "momentum_form": form} for form in ("accumulated", "velocity", "average")}
+INSIDE = {"eps": EPS, "eps_inside_sqrt": True}
+CENTERED = {"alpha": RHO, "centered": True, "momentum": MU}
+ADAM = {"betas": (BETA1, BETA2), "eps": EPS}
+ROWS = {
+    "F1 gradient descent": Row("SGD", {}, gradient_descent),
+    "F2 momentum": Row("SGD", {"momentum": MU}, accumulated),
+    "F2 momentum, by its name": Row("SGD", FORMS["accumulated"], accumulated),
+    "F3 momentum, velocity": Row("SGD", FORMS["velocity"], velocity),
+    "F4 momentum, averaged": Row("SGD", FORMS["average"], average),
+    "F4 with beta 0": Row("SGD", {**FORMS["average"], "momentum": 0}, gradient_descent),
+    "F4 with beta 1": Row("SGD", {**FORMS["average"], "momentum": 1}, lambda theta, *_: theta),
+    "F5 Nesterov, accumulated": Row("SGD", {"momentum": MU, "nesterov": True}, accumulated_ahead, True),
+    "F5 Nesterov, velocity": Row("SGD", {**FORMS["velocity"], "nesterov": True}, velocity_ahead),
+    "F5 Nesterov, averaged": Row("SGD", {**FORMS["average"], "nesterov": True}, average_ahead, True),
+    "F6 AdaGrad": Row("Adagrad", INSIDE, adagrad_inside),
+    "F7 AdaGrad of torch": Row(
+        "Adagrad", {"eps": EPS, "lr_decay": 0.1, "initial_accumulator_value": 0.5}, adagrad
+    ),
+    "F8 RMSProp": Row("RMSprop", {"alpha": RHO, **INSIDE}, rmsprop_inside),
+    "F8 RMSProp, centered, momentum": Row("RMSprop", {**CENTERED, **INSIDE}, rmsprop_centered_momentum_inside),
+    "F9 RMSProp of torch": Row("RMSprop", {"alpha": RHO, "eps": EPS}, rmsprop),
+    "F9 RMSProp, centered, momentum": Row("RMSprop", {**CENTERED, "eps": EPS}, rmsprop_centered_momentum),
+    "F10 RMSProp without eps": Row("RMSprop", {"alpha": RHO, "eps": 0}, rmsprop_without_eps),
+    "F10 and eps nowhere inside": Row("RMSprop", {"alpha": RHO, **INSIDE, "eps": 0}, rmsprop_without_eps),
+    "F11 Adam without correction": Row("Adam", {**ADAM, **INSIDE, "bias_correction": False}, adam_without_correction),
+    "F11 with eps outside": Row("Adam", {**ADAM, "bias_correction": False}, adam_without_correction_outside),
+    "F12 Adam": Row("Adam", ADAM, adam),
+    "F12 with eps inside": Row("Adam", {**ADAM, **INSIDE}, adam_inside),
+    "F12 with eps inside, AMSGrad": Row("Adam", {**ADAM, **INSIDE, "amsgrad": True}, amsgrad_inside),
+    "F13 Adam with L2": Row("Adam", {**ADAM, "weight_decay": DECAY}, adam_l2),
+    "F13 AdamW": Row("AdamW", {**ADAM, "weight_decay": DECAY}, adamw),
+}  # fmt: skip
+
+CLIPPING = {
+    "none": ({}, lambda g: g),
+    "C1 global norm": ({"max_grad_norm": 2.0}, lambda g: g * min(1, 2.0 / (np.linalg.norm(g) + 1e-6))),
+    "C2 normalised": (
+        {"max_grad_norm": 2.0, "grad_norm_mode": "normalize"}, lambda g: g * 2.0 / np.linalg.norm(g),
+    ),
+    "C3 component-wise": ({"max_grad_value": 0.4}, lambda g: np.clip(g, -0.4, 0.4)),
+    "C4 one-sided": ({"max_grad_value": (None, 0.4)}, lambda g: np.minimum(g, 0.4)),
+    "C5 both": (
+        {"max_grad_norm": 2.0, "max_grad_value": 0.4},
+        lambda g: np.clip(g * min(1, 2.0 / (np.linalg.norm(g) + 1e-6)), -0.4, 0.4),
+    ),
+}  # fmt: skip
+
+# float64 rounds at 1.1e-16, float32 at 6e-8; a dozen operations per step, 50 steps whose errors are of either sign,
+# and gradients that are the same in both.
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-6}
+
+RUNS = pytest.mark.parametrize(
+    ("backend", "dtype"),
+    [("torch", torch.float64), ("torch", torch.float32), ("triton", torch.float32)],
+    ids=["torch-float64", "torch-float32", "kernel-float32"],
+    indirect=["backend"],
+)
+rows = pytest.mark.parametrize("row", ROWS)
+
+
+def compare(row, dtype, backend, device, objective, clip="none", eta=lambda t: 0.05, size=8):
+    """The literal formula in NumPy, in float64, beside fusedopt: both on their own way through the same problem."""
+    name, options, update, _ = ROWS[row]
+    settings, clipped = CLIPPING[clip]
+    generator = np.random.default_rng(0)
+    # Numbers that float32 holds too, and one component whose gradient always is zero.
+    theta, curvature, noise = (
+        x.astype(np.float32).astype(np.float64)
+        for x in (generator.normal(size=size), generator.uniform(0.1, 2, size), generator.normal(size=(STEPS, size)))
+    )
+    curvature[0] = noise[:, 0] = 0
+    p = torch.nn.Parameter(torch.from_numpy(theta.copy()).to(device, dtype))
+    optimizer = fusedopt.registry[name]([p], lr=eta(1), backend=backend, **options, **settings)
+    memory, moved = defaultdict(float), False
+    for t in range(1, STEPS + 1):
+        gradient = (lambda x: curvature * x) if objective == "quadratic" else (lambda x, t=t: noise[t - 1])
+        at = p.detach().cpu().double().numpy()
+        p.grad = torch.from_numpy(gradient(at).copy()).to(device, dtype)  # a copy: clipping may write to it
+        optimizer.param_groups[0]["lr"] = eta(t)
+        optimizer.step()
+        before = theta
+        theta = update(theta, lambda x, gradient=gradient: clipped(gradient(x)), eta(t), t, memory)
+        moved |= bool(np.abs(theta - before).max() > 1e-3)
+        np.testing.assert_allclose(p.detach().cpu(), theta, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+    assert moved != (row == "F4 with beta 1")
+
+
+@RUNS
+@rows
+@pytest.mark.parametrize("objective", ["quadratic", "random"])
+def test_update_rule(row, objective, backend, dtype, device):
+    compare(row, dtype, backend, device, objective)
+
+
+@RUNS
+@pytest.mark.parametrize("row", [row for row in ROWS if not ROWS[row].constant_eta])
+def test_update_rule_under_a_schedule(row, backend, dtype, device):
+    """F2 and F3 differ as soon as the learning rate changes."""
+    if backend == "triton" and ROWS[row].optimizer != "SGD":
+        return  # the others' kernels do not know the learning rate
+    compare(row, dtype, backend, device, "random", eta=lambda t: 0.05 * 0.97**t)
+
+
+@RUNS
+@pytest.mark.parametrize("clip", CLIPPING)
+@pytest.mark.parametrize("row", ["F1 gradient descent", "F3 momentum, velocity", "F12 Adam"])
+def test_clipping(row, clip, backend, dtype, device):
+    compare(row, dtype, backend, device, "random", clip)
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-42, 1e-20, 1e20])
+@pytest.mark.parametrize("loss_scale", [None, 1024.0])
+def test_normalized_gradients_of_any_size(size, loss_scale, backend, device):
+    """Zero stays zero, and the smallest ones do not overflow on their way up."""
+    p = torch.nn.Parameter(torch.zeros(9, device=device))
+    optimizer = fusedopt.SGD([p], lr=1.0, max_grad_norm=3.0, grad_norm_mode="normalize", backend=backend)
+    p.grad = torch.full_like(p, size)
+    if loss_scale is not None:
+        optimizer.grad_scale = torch.tensor(loss_scale, device=device)
+    optimizer.step()
+    # 2^126 is the most that a gradient is enlarged by.
+    expected = -1.0 if size > 1e-30 else -size * 2.0**126 / (loss_scale or 1)
+    # 1e-42 is a multiple of float32's smallest number, 1.4e-45, and then one of 6e-8.
+    torch.testing.assert_close(p.detach(), torch.full_like(p, expected), rtol=1e-6 if size > 1e-30 else 1e-3, atol=0)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_normalized_gradients_show_nan(bad, backend, device):
+    p = torch.nn.Parameter(torch.zeros(3, device=device))
+    optimizer = fusedopt.SGD([p], lr=1.0, max_grad_norm=3.0, grad_norm_mode="normalize", backend=backend)
+    p.grad = torch.tensor([bad, 1.0, 0.0], device=device)
+    optimizer.step()
+    assert p[0].isnan()
+
+
+@pytest.mark.parametrize("name", ["Adagrad", "RMSprop", "Adam", "AdamW"])
+@pytest.mark.parametrize("settings", [{}, {"eps_inside_sqrt": True}], ids=["", "inside"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_eps_may_be_zero(name, settings, dtype, backend, device):
+    """As torch, but where that has 0 / 0; the two places of eps are one."""
+    ours, theirs = (torch.nn.Parameter(torch.ones(3, dtype=dtype, device=device)) for _ in range(2))
+    optimizer = fusedopt.registry[name]([ours], lr=0.1, eps=0, weight_decay=0, backend=backend, **settings)
+    oracle = getattr(torch.optim, name)([theirs], lr=0.1, eps=0, weight_decay=0)
+    for t in range(3):
+        for p in (ours, theirs):
+            p.grad = torch.tensor([0.0, 1e-10, -2.0 + t], device=device).to(dtype)
+        optimizer.step()
+        oracle.step()
+    assert ours[0] == 1 and theirs[0].isnan()
+    # One rounding of 16 bits, a dozen of float32.
+    bound = 2**-7 if dtype is torch.bfloat16 else 1e-6
+    torch.testing.assert_close(ours[1:], theirs[1:], rtol=bound, atol=0)
+
+
+CONTRADICTIONS = [
+    ({"momentum_form": "average"}, {"momentum": 0.9, "dampening": 0.1}, "dampening=0.1"),
+    ({"momentum_form": "velocity"}, {"momentum": 0.9, "dampening": 0.1}, "dampening=0.1"),
+    ({"momentum_form": "average"}, {"momentum": 1.5}, "momentum=1.5"),
+]
+
+
+@pytest.mark.parametrize(("settings", "options", "message"), CONTRADICTIONS)
+def test_contradictions_are_refused(settings, options, message):
+    """In the constructor, in a new group, when the setting changes, and in a step: nothing changes."""
+    ours, other = (torch.nn.Parameter(torch.ones(2)) for _ in range(2))
+    ours.grad = torch.ones(2)
+    with pytest.raises(ValueError, match=message):
+        fusedopt.SGD([ours], lr=0.1, **settings, **options)
+    optimizer = fusedopt.SGD([ours], lr=0.1, momentum=0.9, **settings)
+    with pytest.raises(ValueError, match=message):
+        optimizer.add_param_group({"params": [other], **options})
+    assert len(optimizer.param_groups) == 1
+    optimizer.param_groups[0].update(options)
+    with pytest.raises(ValueError, match=message):
+        optimizer.step()
+    assert torch.equal(ours.detach(), torch.ones(2)) and not optimizer.state
+    optimizer = fusedopt.SGD([ours], lr=0.1, **options)
+    with pytest.raises(ValueError, match=message):
+        optimizer.momentum_form = settings["momentum_form"]
+    assert optimizer.momentum_form == "accumulated"
+
+
+def test_normalizing_needs_a_norm():
+    with pytest.raises(ValueError, match="needs max_grad_norm"):
+        fusedopt.SGD([torch.nn.Parameter(torch.ones(2))], grad_norm_mode="normalize")
+    optimizer = fusedopt.SGD([torch.nn.Parameter(torch.ones(2))], max_grad_norm=1.0, grad_norm_mode="normalize")
+    with pytest.raises(ValueError, match="needs max_grad_norm"):
+        optimizer.max_grad_norm = None
+    assert optimizer.max_grad_norm == 1.0
+
+
+@pytest.mark.parametrize("form", ["velocity", "average"])
+def test_other_forms_have_other_states(form, backend, device):
+    """A checkpoint continues to the last bit, and torch's buffer never means another thing."""
+    params = [torch.nn.Parameter(torch.ones(5, device=device)) for _ in range(2)]
+    first, second = (
+        fusedopt.SGD([p], lr=0.1, momentum=0.9, momentum_form=form, backend=backend, skip_nonfinite=True)
+        for p in params
+    )
+    params[0].grad = torch.full((5,), math.inf, device=device)
+    first.step()
+    assert first.state_dict()["state"] == {0: {}}  # a skipped first step leaves none
+    for t in range(4):
+        params[0].grad = torch.arange(5.0, device=device) - t
+        first.step()
+    (state,) = first.state_dict()["state"].values()
+    assert list(state) == [{"velocity": "velocity", "average": "grad_avg"}[form]]
+    assert first.param_groups[0].keys() == torch.optim.SGD(params, momentum=0.9).param_groups[0].keys()
+    second.load_state_dict(deepcopy(first.state_dict()))
+    params[1].data.copy_(params[0].data)
+    for optimizer, p in zip((first, second), params):
+        p.grad = torch.ones(5, device=device)
+        optimizer.step()
+    assert torch.equal(*params)
+    # Another form has nothing of that memory, and starts anew.
+    first.momentum_form = "accumulated"
+    before = params[0].detach().clone()
+    first.step()
+    torch.testing.assert_close(params[0].detach(), before - 0.1)
