@@ -1,5 +1,6 @@
 """fusedopt: torch.optim with the whole step in one or two GPU launches, and a fast torch fallback."""
 
+from . import schedules, stopping
 from .adagrad import Adagrad
 from .adam import Adam, AdamW
 from .amp import GradScaler
@@ -28,4 +29,6 @@ __all__ = [
     "convert",
     "enable_gradient_release",
     "registry",
+    "schedules",
+    "stopping",
 ]
