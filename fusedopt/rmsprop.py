@@ -16,6 +16,8 @@ and state of torch.optim 2.13.
 
 from __future__ import annotations
 
+import threading
+
 import torch
 
 from .optimizer import FusedOptimizer
@@ -64,10 +66,10 @@ def mean_square(g, v, h):
     return v.mul_(1 - weight).addcmul_(g, g, value=weight)
 
 
-def variance(g, v, a, h):
+def variance(g, v, a, h, out=None):
     weight, eps, mu = h
     a.lerp_(g, weight)
-    return mean_square(g, v, h).addcmul(a, a, value=-1)
+    return torch.addcmul(mean_square(g, v, h), a, a, value=-1, out=out)
 
 
 def root_plus_eps(v, h):
@@ -105,16 +107,16 @@ def fused_momentum(params, grads, states, t, group, scale):
 
 
 def fused_centered(params, grads, states, t, group, scale):
-    zeros = torch.zeros(_longest(params), dtype=params[0].dtype, device="cpu")
+    zeros, memory = scratch("zeros", params), scratch("variance", params)
     for p, g, v, a in _blocks(group, scale, params, grads, *states):
-        centered = variance(g, v, a, (1 - float(group["alpha"]), 0.0, 0.0))
+        centered = variance(g, v, a, (1 - float(group["alpha"]), 0.0, 0.0), out=memory[: len(p)])
         _adam([p], [zeros[: len(p)]], [g], [centered], beta1=KEEP, beta2=KEEP, group=group)
 
 
 def fused_centered_momentum(params, grads, states, t, group, scale):
-    zeros = torch.zeros(_longest(params), dtype=params[0].dtype, device="cpu")
+    zeros, memory = scratch("zeros", params), scratch("variance", params)
     for p, g, v, b, a in _blocks(group, scale, params, grads, *states):
-        centered = variance(g, v, a, (1 - float(group["alpha"]), 0.0, 0.0))
+        centered = variance(g, v, a, (1 - float(group["alpha"]), 0.0, 0.0), out=memory[: len(p)])
         _adamw_on_buffer([b], [zeros[: len(p)]], [g], [centered], beta1=KEEP, beta2=KEEP, group=group)
         p.sub_(b, alpha=float(group["lr"]))
 
@@ -129,7 +131,7 @@ def _blocks(group, scale, params, grads, *states):
     states. The engine hands over tensors of equal, dense strides."""
     plain, weight_decay = _is_plain(group, scale), float(group["weight_decay"])
     factor = (-1 if group["maximize"] else 1) / (1 if scale is None else scale.item())
-    copy = torch.empty(0 if plain else _longest(params), dtype=params[0].dtype, device="cpu")
+    copy = None if plain else scratch("gradient", params)
     for tensors in zip(params, grads, *states):
         flat = (x.detach().as_strided((x.numel(),), (1,)) for x in tensors)
         for p, g, *state in zip(*(x.split(BLOCK) for x in flat)):
@@ -140,8 +142,21 @@ def _blocks(group, scale, params, grads, *states):
             yield p, g, *state
 
 
-def _longest(params):
-    return min(BLOCK, max(p.numel() for p in params))
+class _Scratch(threading.local):
+    """Memory for one block, kept from step to step: fresh memory costs as much in page faults as the arithmetic."""
+
+    def __init__(self):
+        self.buffers = {}
+
+    def __call__(self, role, params):
+        """At least as long as the longest block of these parameters; the longest that there ever was, else."""
+        size, key = min(BLOCK, max(map(torch.Tensor.numel, params))), (role, params[0].dtype)
+        if key not in self.buffers or len(self.buffers[key]) < size:
+            self.buffers[key] = torch.zeros(size, dtype=params[0].dtype, device="cpu")
+        return self.buffers[key]
+
+
+scratch = _Scratch()
 
 
 def _adam(params, grads, m, v, *, beta1=0.0, beta2, group, scale=None):
