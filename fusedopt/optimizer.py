@@ -39,6 +39,9 @@ SETTINGS_DOC = """
 """
 
 
+CAUTIOUS = Stage("cautious", (), None, term="agreement")
+
+
 class FusedOptimizer(torch.optim.Optimizer):
     """Base of the optimizers. A subclass names its rule and computes the group's numbers:
     ``rule(group)``, ``hyper(group, t)`` and, where they differ from the defaults, ``lr``,
@@ -104,6 +107,8 @@ class FusedOptimizer(torch.optim.Optimizer):
             Stage("decay", (0.0 if decoupled else weight_decay,), (0.0,)),
         )
         on_update = (Stage("decay", (weight_decay if decoupled else 0.0,), (0.0,)),)
+        if self._settings.cautious:
+            on_update = (CAUTIOUS, *on_update)
         return Update(self.lr(group, t), self.hyper(group, t), on_grad, on_update)
 
     # The protocol

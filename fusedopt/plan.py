@@ -203,7 +203,7 @@ def _settle(optimizer: Any, key: tuple, entries: list[tuple], places: dict[Tenso
         for p in params
     ]
     settings = optimizer._settings
-    fused = rule.fuses(device, {dtype, grad_dtype, *state_dtypes})
+    fused = rule.fuses(device, {dtype, grad_dtype, *state_dtypes}) and not settings.cautious
     listed = fused and torch.get_num_threads() <= rule.list_threads
     # One call serves a list already; a list costs more than its calls only where it is longer.
     enough = sum(small) >= (FEW_LISTED if fused and rule.list_threads else FEW)

@@ -70,8 +70,11 @@ class Stage(NamedTuple):
 
     name: str
     args: Numbers
-    neutral: Numbers
-    """The arguments with which it changes nothing."""
+    neutral: Numbers | None
+    """The arguments with which it changes nothing; None if there are none such."""
+    term: str | None = None
+    """A stage of the update chain may need the mean over its tensor of this term, by its name in
+    ``kernels/stages.py``; term and stage have the same arguments."""
 
 
 class Update(NamedTuple):

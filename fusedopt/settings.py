@@ -129,6 +129,13 @@ class Settings:
         """(float, optional): keep a moving average of every parameter, a <- a + (1 - ema_decay) (p - a) with
         the new p: see ``ema_parameters``, ``ema_state_dict`` and ``load_ema_state_dict``.""",
     )
+    cautious: bool = setting(
+        False,
+        flag,
+        """(bool): move only where the update direction u and the gradient g agree in sign, for every rule what
+        arXiv 2411.16085 calls C-AdamW for Adam: u <- u mask / max(mean mask, 1e-3), where mask = [u g > 0] and the
+        mean is over each parameter, before decoupled decay.""",
+    )
     flatten: bool = setting(
         False,
         flag,
@@ -184,7 +191,7 @@ class Settings:
     @property
     def layout(self) -> tuple:
         """What decides where tensors are put: a plan holds as long as it stays the same."""
-        return self.flatten, self.backend, self.needs_norm, self.ema_decay is None
+        return self.flatten, self.backend, self.needs_norm, self.ema_decay is None, self.cautious
 
     def active(self) -> list[str]:
         """The names of the settings that ask for more than torch.optim does."""

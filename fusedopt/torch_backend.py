@@ -8,12 +8,14 @@ call into a scratch buffer, and their parameters too, unless ``flatten`` made th
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
+from . import means
 from .clipping import Skips, Verdict, hypot
 from .flat import is_dense, memory_order
 from .gather import Gather
@@ -28,16 +30,21 @@ NORM_ROW = 1024
 """torch's float32 norm adds in float32: over 25M elements it is off by 1e-3, over rows of 1024 by 1e-7."""
 
 stages = {
-    "clip_value": lambda x, p, low, high: x.clamp(low, high),
-    "maximize": lambda x, p, sign: x * sign,
+    "clip_value": lambda g, p, low, high: g.clamp(low, high),
+    "maximize": lambda g, p, sign: g * sign,
     "decay": lambda x, p, weight: x.add(p, alpha=weight),
+    "cautious": lambda u, p, g, mean: u * means.agreement(u, p, g, ()).div_(mean.clamp(min=1e-3)),
+    "limit_rms": lambda u, p, g, mean, eps_squared: u / mean.sqrt().clamp_(min=1.0),
 }
 
 
-def through(chain: Sequence[Stage], x: Tensor, p: Tensor) -> Tensor:
+def through(chain: Sequence[Stage], x: Tensor, p: Tensor, g: Tensor | None = None, found: Sequence = ()) -> Tensor:
+    """``found`` are the means that stages need, in their order."""
+    found = iter(found)
     for stage in chain:
         if stage.args != stage.neutral:
-            x = stages[stage.name](x, p, *stage.args)
+            needs = () if stage.term is None else (g, next(found))
+            x = stages[stage.name](x, p, *needs, *stage.args)
     return x
 
 
@@ -63,6 +70,8 @@ class Run:
     """The members whose own gradients go with the other parameters."""
     blocks: list[list[tuple[Tensor, ...]]] = dataclasses.field(default_factory=list)
     """For each parameter, its blocks, its states' and its averages', by memory; none with a fused kernel."""
+    sizes: list[list[int]] = dataclasses.field(default_factory=list)
+    """For each of these, the elements of the parameters that it is made of."""
     grads: list[Tensor] = dataclasses.field(default_factory=list)
 
 
@@ -116,12 +125,14 @@ class Executor:
             in_place = first.place.flattened is not None
             params = space.buffers["param"] if in_place else space.packed_copies("param", self.bucket.dtype)
             run.params.append(params[part])
+            run.sizes.append([size.numel() for size in space.sizes[first.place.index : last.place.index + 1]])
             run.gathered.append(space.packed_copies("grad", self.bucket.grad_dtype)[part])
             for tensors, key in zip(lists, self.keys):
                 tensors.append(space.buffers[key][part])
         run.gathered += [m.place.packed_copy("grad", self.bucket.grad_dtype) for m in listed]
         for m in listed + direct:
             run.params.append(m.param)
+            run.sizes.append([m.param.numel()])
             for tensors, key in zip(lists, self.keys):
                 tensors.append(m.place.views[key])
         if not self.bucket.fused:
@@ -196,20 +207,36 @@ class Executor:
                     follow(averages, run.params, weight)
 
     def _step_in_blocks(self, run: Run, update: Update, factor: float) -> None:
-        for blocks, g in zip(run.blocks, run.grads):
-            for tensors, g_block in zip(blocks, memory_order(g).split(self.block)):
-                p, *kept = tensors if self.computes_in_place else (t.to(self.compute_dtype) for t in tensors)
-                self._update(p, g_block.to(self.compute_dtype), kept, update, factor)
-                if not self.computes_in_place:
-                    torch._foreach_copy_(tensors, [p, *kept])
+        terms = [stage for stage in update.on_update if stage.term is not None]
+        for blocks, sizes, g in zip(run.blocks, run.sizes, run.grads):
+            grads = memory_order(g).split(self.block)
+            directions = (self._direction(*block, update, factor) for block in zip(blocks, grads))
+            found = itertools.repeat(())
+            if terms:
+                # The means need all blocks' directions before the first is followed.
+                directions = list(directions)
+                found = zip(*(means.over_tensors([self._term(s, d) for d in directions], sizes) for s in terms))
+            for tensors, direction, block_means in zip(blocks, directions, found):
+                self._follow(tensors, direction, block_means, update)
 
-    def _update(self, p: Tensor, g: Tensor, kept: list[Tensor], update: Update, factor: float) -> None:
-        count = len(self.bucket.rule.states)
+    def _direction(self, tensors: Sequence[Tensor], g: Tensor, update: Update, factor: float) -> tuple:
+        """What the rule makes of one block: (u, g, p, states and averages), in the dtype of arithmetic."""
+        p, *kept = tensors if self.computes_in_place else (t.to(self.compute_dtype) for t in tensors)
+        g = g.to(self.compute_dtype)
         g = through(update.on_grad, g if factor == 1 else g * factor, p)
-        u = through(update.on_update, self.bucket.rule.twin(g, kept[:count], update.h), p)
-        p.sub_(u, alpha=update.lr)
-        for average, weight in zip(kept[count:], update.averages):
+        return self.bucket.rule.twin(g, kept[: len(self.bucket.rule.states)], update.h), g, p, kept
+
+    def _term(self, stage: Stage, direction: tuple) -> Tensor:
+        u, g, p, kept = direction
+        return means.terms[stage.term](u, p, g, kept, *stage.args)
+
+    def _follow(self, tensors: Sequence[Tensor], direction: tuple, found: Sequence[Tensor], update: Update) -> None:
+        u, g, p, kept = direction
+        p.sub_(through(update.on_update, u, p, g, found), alpha=update.lr)
+        for average, weight in zip(kept[len(self.bucket.rule.states) :], update.averages):
             follow([average], [p], weight)
+        if not self.computes_in_place:
+            torch._foreach_copy_(tensors, [p, *kept])
 
 
 def _neighbours(members: list[Member]) -> list[tuple[Member, Member]]:

@@ -19,8 +19,9 @@ from triton.runtime.jit import JITFunction
 from .backends import interpreting
 from .clipping import Skips, Terms, Verdict
 from .flat import is_dense
-from .kernels import address, norm, rounding, rules, stages
+from .kernels import address, means, norm, rounding, rules, stages
 from .kernels import step as step_kernel
+from .means import Chunks
 from .plan import Bucket, Member
 from .rule import Rule, Update
 from .settings import Settings
@@ -83,7 +84,7 @@ class Executor:
             for i, key in enumerate(keys):
                 self.records[:, param + 1 + i] = [m.place.views[key].data_ptr() for m in members]
         self.in_line = np.bitwise_or.reduce(self.records[:, param:], axis=1) & 15 == 0
-        counts = -(-np.asarray(sizes) // BLOCK)
+        self.tile_counts = counts = -(-np.asarray(sizes) // BLOCK)
         tiles = np.stack([np.repeat(np.arange(len(sizes)), counts), _ranges(counts)], axis=1)
         self.tile_count = len(tiles)
         self.tiles = torch.from_numpy(tiles.astype(np.int32)).to(bucket.device)
@@ -92,6 +93,7 @@ class Executor:
         self.chains: dict[tuple, tuple] = {}
         self.grads: list[Tensor] = []
         self.slots: Tensor | None = None
+        self.chunks: Chunks | None = None
 
     def take(self, grads: Sequence[Tensor | None]) -> None:
         """Take this step's gradients, in their parameters' layout, and tell the device where they are."""
@@ -147,18 +149,28 @@ class Executor:
         on_device = verdict.device is not None
         variants = skips.variants if on_device else 1
         updates = [update(cohort, skipped) for cohort in self.bucket.cohorts for skipped in range(variants)]
-        *chains, columns = self._chains(updates)
+        h, on_grad, on_update, terms, averages, columns = self._chains(updates)
         rows = np.array([columns(u) for u in updates], dtype=np.float64)
         self.rows.send(rows.astype(np.float64 if self.compute_dtype == torch.float64 else np.float32))
         for member, copy in self.copied:
             copy.copy_(member.param)
+        judged = verdict.on(self.bucket.device), skips.known if on_device else 0, variants
+        common = {
+            "RULE": self.kernel, "ADDRESS": self.address, "COMPUTE": TYPES[self.compute_dtype], "FIELDS": self.fields,
+            "WIDTH": rows.shape[1], "BLOCK": BLOCK, "num_warps": self.num_warps, "enable_fp_fusion": False,
+        }  # fmt: skip
         with on(self.bucket.device):
+            if terms:
+                if self.chunks is None or self.chunks.means.shape[1] != len(terms):
+                    self.chunks = Chunks(self.tile_counts, len(terms), self.bucket.device)
+                means.means_of_terms[(self.chunks.programs,)](
+                    self.table.device_copy, self.chunks.table, self.rows.device_copy, self.chunks.partials,
+                    self.chunks.tickets, self.chunks.means, *judged, self.roles, h, on_grad, terms, **common,
+                )  # fmt: skip
             step_kernel.step[(self.tile_count,)](
-                self.table.device_copy, self.tiles, self.rows.device_copy, verdict.on(self.bucket.device),
-                skips.known if on_device else 0, variants, self.roles, *chains,
-                RULE=self.kernel, ADDRESS=self.address, ROUND=rounding.nearest,
-                COMPUTE=TYPES[self.compute_dtype], FIELDS=self.fields, WIDTH=rows.shape[1],
-                BLOCK=BLOCK, num_warps=self.num_warps, enable_fp_fusion=False,
+                self.table.device_copy, self.tiles, self.rows.device_copy, self.chunks.means if terms else None,
+                *judged, self.roles, h, on_grad, on_update, averages,
+                ROUND=rounding.nearest, MEANS=len(terms), **common,
             )  # fmt: skip
         for member, copy in self.copied:
             member.param.copy_(copy)
@@ -166,8 +178,8 @@ class Executor:
         torch.autograd.graph.increment_version(self.in_place)
 
     def _chains(self, updates: Sequence[Update]) -> tuple:
-        """The kernel's view of the rows: which columns are ``h``, which stages run on which columns, which columns are
-        the averages' weights; and what fills them."""
+        """The kernel's view of the rows: which columns are ``h``, which stages run on which columns, of which terms
+        they need means, which columns are the averages' weights; and what fills them."""
         used = tuple(
             tuple(any(u[chain][i].args != u[chain][i].neutral for u in updates) for i in range(len(updates[0][chain])))
             for chain in (2, 3)
@@ -176,12 +188,16 @@ class Executor:
             first = updates[0]
             h, end = _columns(1, len(first.h))
             averages, end = _columns(end, len(first.averages))
-            built = []
+            built, terms = [], []
             for chain, keep in zip((first.on_grad, first.on_update), used):
                 picked = []
                 for stage in (s for s, k in zip(chain, keep) if k):
                     places, end = _columns(end, len(stage.args))
-                    picked.append(stages.Stage(getattr(stages, stage.name), places))
+                    mean = tl.constexpr(-1)
+                    if stage.term is not None:
+                        mean = tl.constexpr(len(terms))
+                        terms.append(stages.Term(getattr(stages, stage.term), places))
+                    picked.append(stages.Stage(getattr(stages, stage.name), places, mean))
                 built.append(tuple(picked))
 
             def columns(u: Update) -> list[float]:
@@ -194,7 +210,7 @@ class Executor:
                 )
                 return [u.lr, *u.h, *u.averages, *args]
 
-            self.chains[used] = (h, *built, averages, columns)
+            self.chains[used] = (h, *built, tuple(terms), averages, columns)
         return self.chains[used]
 
 

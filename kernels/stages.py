@@ -2,12 +2,19 @@
 
 The gradient chain runs before the rule, the update chain after it. A feature that no group uses is
 an absent stage; where only some groups use it, the others carry its neutral value in their row.
+
+A stage of the update chain may need a mean over its tensor. It then is ``stage(u, p, g, mean, *args) -> u``, and the
+mean is that of a term, ``term(u, p, g, state, *args) -> x``, of what the rule received and returned; see means.py.
 """
 
 from typing import NamedTuple
 
 import triton
 import triton.language as tl
+
+from .rules import divide, sqrt
+
+LEAST_AGREEMENT = tl.constexpr(1e-3)
 
 
 class Stage(NamedTuple):
@@ -16,12 +23,31 @@ class Stage(NamedTuple):
 
     fn: object
     columns: tuple  # where its arguments stand in the group's row
+    mean: object  # where its mean stands among the tensor's; -1 if it needs none (Triton 3.6 takes no None here)
+
+
+class Term(NamedTuple):
+    """A bare jit function too."""
+
+    fn: object
+    columns: tuple
 
 
 @triton.jit
 def through(chain, x, p, row):
     for k in tl.static_range(len(chain)):
         x = chain[k].fn(x, p, *columns(row, chain[k].columns))
+    return x
+
+
+@triton.jit
+def through_with_means(chain, x, p, g, row, means):
+    for k in tl.static_range(len(chain)):
+        if chain[k].mean < 0:
+            x = chain[k].fn(x, p, *columns(row, chain[k].columns))
+        else:
+            mean = tl.load(means + chain[k].mean).to(x.dtype)
+            x = chain[k].fn(x, p, g, mean, *columns(row, chain[k].columns))
     return x
 
 
@@ -47,3 +73,29 @@ def maximize(g, p, sign):
 def decay(x, p, weight):
     """x + weight p: L2 decay in the gradient chain, decoupled decay in the update chain"""
     return tl.where(weight != 0, x + weight * p, x)
+
+
+@triton.jit
+def agreement(u, p, g, state):
+    """1 where u and g have the same sign, else 0"""
+    # u g > 0 without the product, which may underflow.
+    return tl.where(((u > 0) & (g > 0)) | ((u < 0) & (g < 0)), 1.0, 0.0).to(u.dtype)
+
+
+@triton.jit
+def cautious(u, p, g, mean):
+    """u mask / max(mean, 1e-3), where mask is the agreement of u with g, and mean the mask's mean"""
+    return u * divide(agreement(u, p, g, ()), tl.maximum(mean, LEAST_AGREEMENT, propagate_nan=tl.PropagateNan.ALL))
+
+
+@triton.jit
+def excess(u, p, g, state, eps_squared):
+    """g^2 / max(v, eps^2) for a rule whose second state is v, an average of g^2"""
+    v = state[1]
+    return divide(g * g, tl.maximum(v, eps_squared, propagate_nan=tl.PropagateNan.ALL))
+
+
+@triton.jit
+def limit_rms(u, p, g, mean, eps_squared):
+    """u / max(1, RMS), where RMS = sqrt(mean excess)"""
+    return divide(u, tl.maximum(sqrt(mean), 1.0, propagate_nan=tl.PropagateNan.ALL))

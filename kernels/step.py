@@ -10,7 +10,7 @@ import triton.language as tl
 
 from .address import IS_ALIGNED, NUMEL, ROW
 from .norm import FACTOR, NONFINITE, SKIPPED
-from .stages import columns, through
+from .stages import columns, through, through_with_means
 
 
 def named_after_rule(specialization):
@@ -22,6 +22,7 @@ def step(
     table,  # int64 [tensors, FIELDS]: see address.py
     tiles,  # int32 [programs, 2]: tensor, tile within the tensor
     rows,  # COMPUTE [cohorts, variants, WIDTH]
+    means,  # float64 [tensors, MEANS] of means.py, or None: no stage needs one
     verdict,  # float64 [4] of norm.judge, or None: nothing scales or skips
     known_skips: tl.int64,  # skipped steps that the host knew of when it wrote the rows
     variants: tl.int64,  # rows per cohort, one per number of skips that it may not know of
@@ -35,22 +36,26 @@ def step(
     ROUND: tl.constexpr,
     COMPUTE: tl.constexpr,
     FIELDS: tl.constexpr,
+    MEANS: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     program = tl.program_id(0).to(tl.int64)
-    record = table + tl.load(tiles + 2 * program).to(tl.int64) * FIELDS
+    tensor = tl.load(tiles + 2 * program).to(tl.int64)
+    record = table + tensor * FIELDS
     tile = tl.load(tiles + 2 * program + 1).to(tl.int64)
     start = tl.multiple_of(tile * BLOCK, BLOCK)
     valid = tl.minimum(tl.load(record + NUMEL) - start, BLOCK).to(tl.int32)
 
-    row = rows + tl.load(record + ROW) * variants * WIDTH
-    factor = None
     if verdict is not None:
         if tl.load(verdict + NONFINITE) != 0:
             return
-        row += (tl.load(verdict + SKIPPED).to(tl.int64) - known_skips) * WIDTH
+    row = row_of(record, rows, verdict, known_skips, variants, WIDTH)
+    factor = None
+    if verdict is not None:
         factor = tl.load(verdict + FACTOR).to(COMPUTE)
+    if means is not None:
+        means += tensor * MEANS
 
     # Only whole groups of 8 elements of aligned tensors can be loaded as vectors: a mask at an
     # arbitrary element, or an address that is no multiple of 16 bytes, would make every load scalar.
@@ -60,33 +65,47 @@ def step(
         t = ADDRESS(record, roles, True)
         lanes = tl.arange(0, BLOCK)
         mask = lanes < tl.multiple_of(vectors, 8)
-        update(t, start + lanes, mask, row, factor, h, on_grad, on_update, averages, RULE, ROUND, COMPUTE)
+        update(t, start + lanes, mask, row, factor, means, h, on_grad, on_update, averages, RULE, ROUND, COMPUTE)
     if vectors < valid:
         t = ADDRESS(record, roles, False)
         SMALL: tl.constexpr = BLOCK // 8
         for at in tl.range(vectors, valid, SMALL):
             lanes = at + tl.arange(0, SMALL)
-            places = start + lanes
-            update(t, places, lanes < valid, row, factor, h, on_grad, on_update, averages, RULE, ROUND, COMPUTE)
+            places, mask = start + lanes, lanes < valid
+            update(t, places, mask, row, factor, means, h, on_grad, on_update, averages, RULE, ROUND, COMPUTE)
 
 
 @triton.jit
-def update(
-    t, places, mask, row, factor, h, on_grad, on_update, averages,
-    RULE: tl.constexpr, ROUND: tl.constexpr, COMPUTE: tl.constexpr,
-):  # fmt: skip
+def row_of(record, rows, verdict, known_skips, variants, WIDTH: tl.constexpr):
+    """The row of the tensor's cohort for the number of skipped steps that the device knows of."""
+    row = rows + tl.load(record + ROW) * variants * WIDTH
+    if verdict is not None:
+        row += (tl.load(verdict + SKIPPED).to(tl.int64) - known_skips) * WIDTH
+    return row
+
+
+@triton.jit
+def direction(t, places, mask, row, factor, h, on_grad, RULE: tl.constexpr, COMPUTE: tl.constexpr):
+    """What the rule makes of one tile: (u, p, g, new states); nothing is stored."""
     g = load(t.grad, places, mask, COMPUTE)
     p = load(t.param, places, mask, COMPUTE)
     state = tl.tuple([load(pointer, places, mask, COMPUTE) for pointer in t.states])
     if factor is not None:
         g = g * factor
-
     g = through(on_grad, g, p, row)
     u, state = RULE(g, state, columns(row, h))
-    u = through(on_update, u, p, row)
-    p = p - tl.load(row) * u
-
     tl.static_assert(len(state) == len(t.states), "a rule returns as many states as it was given")
+    return u, p, g, state
+
+
+@triton.jit
+def update(
+    t, places, mask, row, factor, means, h, on_grad, on_update, averages,
+    RULE: tl.constexpr, ROUND: tl.constexpr, COMPUTE: tl.constexpr,
+):  # fmt: skip
+    u, p, g, state = direction(t, places, mask, row, factor, h, on_grad, RULE, COMPUTE)
+    u = through(on_update, u, p, row) if means is None else through_with_means(on_update, u, p, g, row, means)
+    p = p - tl.load(row) * u
     for k in tl.static_range(len(t.states)):
         store(t.states[k], places, state[k], mask, ROUND)
     store(t.param, places, p, mask, ROUND)

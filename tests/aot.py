@@ -20,7 +20,7 @@ from unittest import mock
 
 import torch
 import triton
-from rule_cases import ADDRESSES, CASES, CHAINS, VARIANTS, optimizer, parameters, set_gradients
+from rule_cases import ADDRESSES, CASES, CHAINS, VARIANTS, WITH_MEANS, optimizer, parameters, set_gradients
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
@@ -43,7 +43,7 @@ DTYPES = {
     "mixed": (torch.bfloat16, torch.float32),
 }
 
-KERNELS = kernels.step.step, kernels.norm.sum_of_squares, kernels.norm.judge
+KERNELS = kernels.step.step, kernels.means.means_of_terms, kernels.norm.sum_of_squares, kernels.norm.judge
 
 
 class NoGPU:
@@ -121,11 +121,12 @@ def all_facts(target, dtype):
     runs = [(case, address, clips | norm) for address in ADDRESSES for case in cases]
     # Unscaling by the norm kernel, and, where no norm is needed, by a kernel of its own.
     runs += [("adam", "scattered", clips | settings | {"scaler": True}) for settings in (norm, {})]
+    runs += [(case, address, clips | norm | {"cautious": True}) for address in ADDRESSES for case in WITH_MEANS]
     for case, address, settings in runs:
         before = set(gpu.compiled())
         step_once(case, address, dtype, **settings)
         for kernel in set(gpu.compiled()) - before:
-            yield facts(kernel) | {"address": address, "dtype": dtype}
+            yield facts(kernel) | {"address": address, "dtype": dtype, "means": "cautious" in settings}
 
 
 def facts(kernel):
@@ -153,13 +154,13 @@ def resources(cubin):
     return {"registers": registers, "stack": stack + local}
 
 
-def compiles(case, address):
+def compiles(case, address, **more):
     """How often each kernel is compiled over 50 steps with every number changing, by two models."""
-    gpu = NoGPU("sm_90", f"{case} {address}")
+    gpu = NoGPU("sm_90", f"{case} {address} {more}")
     driver.set_active(gpu)
     for sizes in ([5000, 33, 1024], [16]):
         params = parameters(sizes, "cpu")
-        settings = {"weight_decay": 0.1, "maximize": True, "skip_nonfinite": True}
+        settings = {"weight_decay": 0.1, "maximize": True, "skip_nonfinite": True} | more
         made = optimizer(case, [{"params": [p]} for p in params], address, **settings)
         for t in range(50):
             set_gradients(params, [torch.ones(size) for size in sizes])
@@ -189,6 +190,7 @@ def main(jobs):
                 for address in ADDRESSES
                 if case.split()[0] not in VARIANTS
             }
+            report[job] |= {f"{case}, means": compiles(case, "flat", cautious=True) for case in WITH_MEANS}
         else:
             report[job] = list(all_facts(*job.split(":")))
     print(json.dumps(report))

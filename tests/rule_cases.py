@@ -11,6 +11,7 @@ import torch
 
 import fusedopt
 from fusedopt import torch_backend
+from fusedopt.means import terms as torch_terms
 from fusedopt.rule import Rule
 
 CASES = {
@@ -63,11 +64,15 @@ CHAINS = {
     "maximize": {"maximize": True},
     "L2 decay": {"weight_decay": 0.1, "decoupled": False},
     "decoupled decay": {"weight_decay": 0.1, "decoupled": True},
+    "cautious": {"cautious": True, "weight_decay": 0.1, "decoupled": True, "max_grad_norm": 2.0},
     "all": {
         "weight_decay": 0.1, "decoupled": True, "maximize": True, "max_grad_norm": 2.0, "max_grad_value": (None, 0.01),
     },
 }  # fmt: skip
 """What stands around the rule: settings of an optimizer, and ``decoupled`` for the place of the decay."""
+
+WITH_MEANS = ("amsgrad",)
+"""Cases that are also compiled with a stage that needs a mean: the rule with most states."""
 
 ADDRESSES = ("scattered", "flat")
 
@@ -142,7 +147,13 @@ def twin_step(made, t):
             # float64 tensors of a float64 optimizer are its own: the twin writes to its arguments.
             state = [s.clone() for s in state]
             g = torch_backend.through(update.on_grad, g * factor, value)
-            u = torch_backend.through(update.on_update, made.rule(group).twin(g, state, update.h), value)
+            u = made.rule(group).twin(g, state, update.h)
+            means = [
+                torch_terms[stage.term](u, value, g, state, *stage.args).mean()
+                for stage in update.on_update
+                if stage.term is not None
+            ]
+            u = torch_backend.through(update.on_update, u, value, g, means)
             expected.append([value - update.lr * u, *state])
     return expected
 

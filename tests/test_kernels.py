@@ -26,7 +26,7 @@ from rule_cases import (
 )
 
 import fusedopt
-from fusedopt import kernels, torch_backend, triton_backend
+from fusedopt import kernels, means, torch_backend, triton_backend
 
 # The warnings are numpy's, in the interpreter, where numbers overflow on purpose.
 pytestmark = [
@@ -40,10 +40,12 @@ def test_vocabularies_are_equal():
     assert set(declared) == kernel_rules()
     assert all(rule.twin.__name__ == name for name, rule in declared.items())
     # What takes a value and the parameter is a stage.
-    in_kernels = {name for name, fn in vars(kernels.stages).items() if getattr(fn, "arg_names", ["", ""])[1:2] == ["p"]}
-    assert in_kernels == set(torch_backend.stages)
-    for name, twin in torch_backend.stages.items():
-        assert len(inspect.signature(twin).parameters) == len(getattr(kernels.stages, name).arg_names)
+    in_kernels = {name: fn.arg_names for name, fn in vars(kernels.stages).items() if hasattr(fn, "arg_names")}
+    in_kernels = {name: names for name, names in in_kernels.items() if names[1:2] == ["p"]}
+    twins = torch_backend.stages | means.terms
+    assert in_kernels == {name: list(inspect.signature(twin).parameters) for name, twin in twins.items()}
+    # A term sees the states, a stage may see its term's mean.
+    assert {name for name, names in in_kernels.items() if "state" in names} == set(means.terms)
 
 
 def test_every_rule_has_a_case():
@@ -55,12 +57,16 @@ def test_every_rule_has_a_case():
 
 def test_every_optimizer_speaks_of_known_stages():
     for cls in shipped_optimizers():
-        made = cls(parameters([3], "cpu"), lr=0.1)
+        made = cls(parameters([3], "cpu"), lr=0.1, cautious=True)
         update = made.update(made.param_groups[0], 1)
         for stage in (*update.on_grad, *update.on_update):
             assert stage.name in torch_backend.stages
-            # The value (or gradient) and the parameter come first.
-            assert len(stage.args) == len(stage.neutral) == len(getattr(kernels.stages, stage.name).arg_names) - 2
+            # First the value (or gradient) and the parameter, and where there is a mean, the gradient and that.
+            args = getattr(kernels.stages, stage.name).arg_names[2 if stage.term is None else 4 :]
+            assert len(stage.args) == len(args)
+            assert stage.neutral is None or len(stage.neutral) == len(args)
+            if stage.term is not None:
+                assert getattr(kernels.stages, stage.term).arg_names[4:] == args
 
 
 # No chain knows the rule or the dtype: each stands around two rules, and all of them at once around every rule.

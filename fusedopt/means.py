@@ -1,0 +1,59 @@
+"""Means over each tensor, for stages of the update chain that need one: where the two backends keep them.
+
+The terms of which they are means have their twins here, under the names that they have in ``kernels/stages.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+CHUNK = 16
+"""Tiles per program: enough that a tensor's last program has little to add up, and few enough that one tensor of a
+million elements occupies a GPU."""
+
+
+def agreement(u, p, g, state):
+    return (((u > 0) & (g > 0)) | ((u < 0) & (g < 0))).to(u.dtype)
+
+
+def excess(u, p, g, state, eps_squared):
+    return g.square().div_(state[1].clamp(min=eps_squared))
+
+
+terms = {term.__name__: term for term in (agreement, excess)}
+
+
+class Chunks:
+    """What the kernel of the means works on: which program adds which tiles, and where to."""
+
+    def __init__(self, tiles: Sequence[int], count: int, device: torch.device):
+        """``tiles`` of each tensor, ``count`` means for each."""
+        tiles = np.asarray(tiles)
+        programs = -(-tiles // CHUNK)
+        ends = np.cumsum(programs)
+        tensor = np.repeat(np.arange(len(tiles)), programs)
+        first_program = np.repeat(ends - programs, programs)
+        first_tile = (np.arange(len(tensor)) - first_program) * CHUNK
+        size = np.minimum(tiles[tensor] - first_tile, CHUNK)
+        table = np.stack([tensor, first_tile, size, first_program, programs[tensor]], axis=1)
+        self.programs = len(table)
+        self.table = torch.from_numpy(table.astype(np.int32)).to(device)
+        self.partials = torch.zeros(len(table), count, dtype=torch.float64, device=device)
+        self.tickets = torch.zeros(len(tiles), dtype=torch.int32, device=device)
+        self.means = torch.zeros(len(tiles), count, dtype=torch.float64, device=device)
+
+
+def over_tensors(blocks: Sequence[Tensor], sizes: Sequence[int]) -> Sequence[Tensor]:
+    """For each block of tensors that lie side by side, each element's mean over its tensor. The blocks have one length,
+    but for the last; ``sizes`` are the tensors' elements."""
+    if len(sizes) == 1:
+        mean = sum(block.sum(dtype=torch.float64) for block in blocks) / sizes[0]
+        return [mean.to(blocks[0].dtype)] * len(blocks)
+    sizes = torch.tensor(sizes)
+    totals = torch.segment_reduce(torch.cat(list(blocks)).double(), "sum", lengths=sizes)
+    means = (totals / sizes).to(blocks[0].dtype)
+    return means.repeat_interleave(sizes).split(len(blocks[0]))
