@@ -1,12 +1,15 @@
 """The parameter shapes of real models, without the models.
 
-Each entry is a list of groups, each a list of shapes. Counts are checked against the published ones
+A model is a list of groups, each a list of shapes. Counts are checked against the published ones
 in ``test_shapes``.
 """
 
 from __future__ import annotations
 
+import math
+
 Shape = tuple[int, ...]
+Groups = list[list[Shape]]
 
 
 def mlp() -> list[Shape]:
@@ -35,6 +38,13 @@ def gpt2() -> list[Shape]:
     return [(50257, d), (1024, d), *(block * 12), (d,), (d,)]
 
 
+def llama() -> list[Shape]:
+    """Llama 3.2 1B: 1,235,814,400 parameters in 146 tensors, embeddings tied."""
+    d, kv, ffn = 2048, 512, 8192
+    block = [(d,), (d, d), (kv, d), (kv, d), (d, d), (d,), (ffn, d), (ffn, d), (d, ffn)]
+    return [(128_256, d), *(block * 16), (d,)]
+
+
 def small(count: int = 1000) -> list[Shape]:
     """As in detectors, adapters and small language models: weights of 16 x 16 and biases of 64."""
     return [(16, 16) if i % 2 else (64,) for i in range(count)]
@@ -46,11 +56,45 @@ def layerwise(count: int = 465) -> list[list[Shape]]:
     return [[sizes[i % len(sizes)]] for i in range(count)]
 
 
-MODELS: dict[str, list[list[Shape]]] = {
+MODELS: dict[str, Groups] = {
     "mlp": [mlp()],
     "resnet50": [resnet50()],
     "gpt2": [gpt2()],
+    "llama1b": [llama()],
     "small1000": [small()],
     "one50m": [[(50_000_000,)]],
     "groups465": layerwise(),
 }
+
+TITLES = {
+    "mlp": "MLP 784-256-10",
+    "resnet50": "ResNet-50",
+    "gpt2": "GPT-2 124M",
+    "llama1b": "Llama 1B",
+    "small1000": "1000 small tensors",
+    "one50m": "one tensor of 50M",
+    "groups465": "465 groups",
+}
+"""For tables, in their order."""
+
+GPU_ONLY = {"llama1b"}
+"""One step of it takes seconds on a CPU."""
+
+
+def tensors(groups: Groups) -> int:
+    return sum(map(len, groups))
+
+
+def elements(groups: Groups) -> int:
+    return sum(math.prod(shape) for group in groups for shape in group)
+
+
+def cut(groups: Groups, limit: int) -> Groups:
+    """The same groups and tensors, none with more than ``limit`` elements: quick to check, with all that many
+    tensors and many groups can do wrong."""
+    return [[shape if math.prod(shape) <= limit else (limit,) for shape in group] for group in groups]
+
+
+def tiny(groups: Groups) -> Groups:
+    """For Triton's interpreter, which takes milliseconds per tile: the first tensors of the first groups, cut."""
+    return cut([group[:2] for group in groups[:2]], 60)

@@ -14,8 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .shards import local
-
 ROLE = "ema"
 """The averages' key in the parameters' places. It is no key of ``optimizer.state``, where torch has none."""
 
@@ -30,7 +28,7 @@ def adopt(averages: dict[Tensor, Tensor], p: Tensor, place: Any) -> list[tuple[T
     if place.holds(ROLE, value):
         return []
     view = averages[p] = place.open(ROLE, dtype_of(p))
-    return [(local(view), local(p).detach() if value is None else local(value))]
+    return [(view, p.detach() if value is None else value)]
 
 
 class EmaParameters(list):

@@ -1,0 +1,114 @@
+"""What waits for a GPU, part by part, most important first; each in a process of its own and within its time.
+
+    bash bench/gpu.sh OUT [--only PART ...] [--dry]
+
+is how to start it (gpu.sh makes a bare checkout importable). Every row goes to OUT/history.csv as soon as it is known,
+every single time to OUT/history.jsonl, and a table comes last. ``--dry`` goes through all of it on a CPU, in Triton's
+interpreter, with tiny shapes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+import pathlib
+import sys
+import time
+import traceback
+
+DRY = "--dry" in sys.argv
+if DRY:
+    os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton
+
+from typing import NamedTuple  # noqa: E402
+
+import gpu_checks  # noqa: E402
+import gpu_speed  # noqa: E402
+import gpu_tests  # noqa: E402
+from gpu_run import Run  # noqa: E402
+from history import read  # noqa: E402
+from report import summary  # noqa: E402
+
+
+class Part(NamedTuple):
+    run: object
+    seconds: int
+    """After which it is ended."""
+
+
+PARTS = {
+    "tests": Part(gpu_tests.tests, 170),
+    "adamw": Part(gpu_speed.adamw, 60),
+    "small": Part(gpu_speed.small, 60),
+    "rules": Part(gpu_speed.rules, 100),
+    "equal": Part(gpu_checks.equal, 60),
+    "stress": Part(gpu_checks.stress, 40),
+    "sweep": Part(gpu_speed.sweep, 60),
+    "graph": Part(gpu_checks.graph, 30),
+    "cold": Part(gpu_checks.cold, 60),
+    "huge": Part(gpu_checks.huge, 40),
+    "amp": Part(gpu_speed.amp, 40),
+    "train": Part(gpu_speed.training, 60),
+    "models": Part(gpu_speed.models, 90),
+    "packages": Part(gpu_speed.packages, 120),
+}
+"""Most important first. Together they may take longer than MINUTES: what is last then waits for ``--only``."""
+
+MINUTES = 9.5
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=pathlib.Path)
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--minutes", type=float, default=MINUTES, help="for everything (default: %(default)s)")
+    parser.add_argument("--dry", action="store_true", help="on a CPU, in the interpreter, with tiny shapes")
+    options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
+    end = time.monotonic() + 60 * options.minutes
+    run = Run(options.out, options.dry)
+    for name, part in PARTS.items():
+        if name in options.only:
+            seconds = min(part.seconds, end - time.monotonic())
+            if seconds < 5:
+                print(f"=== {name}: no time left; run it with --only {name}", flush=True)
+            else:
+                print(f"=== {name} (at most {seconds:.0f} s)", flush=True)
+                within(seconds, name, run)
+    rows, problems = read(run.history)
+    print(*problems, sep="\n")
+    print(summary(rows), flush=True)
+    return int(any(row.status in ("failed", "unequal") for row in rows))
+
+
+def within(seconds: float, name: str, run: Run) -> None:
+    """Run a part in a process of its own, since a GPU's errors stay with a process, and end it when its time is up.
+
+    A new interpreter per part takes seconds; without a GPU a fork does, which cannot take an initialised GPU along.
+    """
+    begin = time.monotonic()
+    process = multiprocessing.get_context("fork" if run.dry else "spawn").Process(target=inside, args=(name, run))
+    process.start()
+    process.join(seconds)
+    took = f"{time.monotonic() - begin:.0f} s"
+    if process.is_alive():
+        process.kill()
+        process.join()
+        run.result(name, "all of it", "failed", f"cut off after {took}; its rows up to then stand")
+    elif process.exitcode != 0:
+        run.result(name, "all of it", "failed", f"ended with exit code {process.exitcode} after {took}")
+    else:
+        print(f"--- {name}: {took}", flush=True)
+
+
+def inside(name: str, run: Run) -> None:
+    try:
+        PARTS[name].run(run)
+    except Exception as problem:
+        traceback.print_exc()
+        run.result(name, "all of it", "failed", f"{type(problem).__name__}: {problem}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

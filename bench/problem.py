@@ -1,0 +1,163 @@
+"""One case: the tensors, the step of each implementation on them, and whether it does what torch does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from rivals import CLIPS, IMPLEMENTATIONS, Missing
+from shapes import Groups, cut
+from torch import Tensor
+from variants import LR, VARIANTS, Variant
+
+import fusedopt
+
+BINDING = 1e-6
+"""The clip limit while timing. ``clip_grad_norm_`` multiplies by limit / (norm + 1e-6): with this limit clipping binds
+at every step for everybody, although all share the gradients and some write to them; their norm goes as 1e-6 / steps.
+With a limit of 1 nobody would have anything to multiply after the first step."""
+
+
+SCALES = 1.0, 4.0, 0.01, 0.01
+"""Of the gradients of a check's steps. Up, so that clipping changes Adam's direction, whatever its size; and down, so
+that amsgrad's maximum differs from the average."""
+
+
+class Case(NamedTuple):
+    model: str
+    variant: str
+    clip: bool = False
+    amp: bool = False
+    dtype: str = "float32"
+
+    def __str__(self) -> str:
+        marks = [self.dtype, *(["clip"] if self.clip else []), *(["amp"] if self.amp else [])]
+        return f"{self.model} {self.variant} {' '.join(marks)}"
+
+
+class Unequal(Exception):
+    """An implementation does not do what torch does, within what it promises."""
+
+
+class Problem:
+    """Initial parameters and gradients of a case, shared by all implementations."""
+
+    def __init__(self, case: Case, groups: Groups, device: str, backend: str | None = None):
+        self.case, self.device = case, device
+        self.variant: Variant = VARIANTS[case.variant]
+        self.settings: dict[str, Any] = {} if backend is None else {"backend": backend}
+        generator = torch.Generator(device).manual_seed(0)
+        dtype = getattr(torch, case.dtype)
+
+        def random(scale: float) -> list[list[Tensor]]:
+            return [
+                [(torch.randn(shape, generator=generator, device=device) * scale).to(dtype) for shape in group]
+                for group in groups
+            ]
+
+        self.initial, self.grads = random(0.1), random(1e-3)
+
+    def parameters(self) -> list[dict[str, Any]]:
+        """Groups of new parameters with the shared gradients, each group with a learning rate of its own."""
+        made = []
+        for number, (values, grads) in enumerate(zip(self.initial, self.grads)):
+            params = [torch.nn.Parameter(value.clone()) for value in values]
+            for p, g in zip(params, grads):
+                p.grad = g
+            made.append({"params": params, "lr": LR * (1 + number / len(self.initial))})
+        return made
+
+    def made(self, name: str, groups: list[dict[str, Any]], limit: float = BINDING) -> tuple[Any, Callable[[], None]]:
+        """An optimizer, and one training step's share of it: unscaling, clipping, ``step()``."""
+        clips_inside = name in CLIPS
+        inside = {**self.settings, **({"max_grad_norm": limit} if self.case.clip else {})} if clips_inside else {}
+        try:
+            optimizer = IMPLEMENTATIONS[name].make(self.variant, groups, inside)
+        except (RuntimeError, ValueError) as problem:
+            raise Missing(f"{type(problem).__name__}: {problem}") from problem
+        update = torch.compile(optimizer.step, fullgraph=False) if name == "compiled" else optimizer.step
+        params = [p for group in groups for p in group["params"]]
+        clip_before = self.case.clip and not clips_inside
+        if not self.case.amp:
+            return optimizer, (lambda: _clip_then(params, limit, update)) if clip_before else update
+        return optimizer, self._scaled(optimizer, update, params, limit if clip_before else None, clips_inside)
+
+    def _scaled(
+        self, optimizer: Any, update: Callable, params: list[Tensor], limit: float | None, ours: bool
+    ) -> Callable[[], None]:
+        """With a GradScaler whose scale is 1, so that unscaling the shared gradients again leaves them as they are."""
+        scalers = getattr(fusedopt, "GradScaler", None) if ours else None
+        device = torch.device(self.device).type
+        scaler = (scalers or torch.amp.GradScaler)(device, init_scale=1.0, growth_interval=2**31 - 1)
+        scaler.scale(torch.ones((), device=self.device))
+
+        def step() -> None:
+            if limit is not None:
+                scaler.unscale_(optimizer)
+                torch.nn.utils.clip_grad_norm_(params, limit)
+            scaler.step(optimizer)
+            scaler.update()
+
+        return step
+
+    def bytes_needed(self, optimizer: Any) -> int:
+        """What one step must move: gradients read, parameters and states read and written, gradients once more for
+        the norm. The least that any implementation of these states can do."""
+        values = [p for group in optimizer.param_groups for p in group["params"]]
+        states = [
+            x for p in values for x in optimizer.state[p].values() if isinstance(x, Tensor) and x.numel() == p.numel()
+        ]
+        reads = 2 if self.case.clip or self.case.amp else 1
+        return sum(2 * x.nbytes for x in (*values, *states)) + reads * sum(p.grad.nbytes for p in values)
+
+
+def _clip_then(params: list[Tensor], limit: float, update: Callable[[], Any]) -> None:
+    torch.nn.utils.clip_grad_norm_(params, limit)
+    update()
+
+
+def check(case: Case, groups: Groups, device: str, name: str, backend: str | None = None) -> float:
+    """How far an implementation ends from where torch does after a few steps, as a part of the way.
+
+    The oracle is torch's for-loop in float64; for an optimizer that torch lacks, ours in plain torch in float64, which
+    the tests hold to its paper.
+
+    Raises:
+        Unequal: if that is more than the implementation promises.
+        Missing: if it cannot run here.
+    """
+    groups = cut(groups, 5000)
+    problem = Problem(case, groups, device, backend)
+    ours_only = not hasattr(torch.optim, problem.variant.name)
+    oracle = Problem(case._replace(dtype="float64", amp=False), groups, device, "torch")
+    for g in (g for group in problem.grads for g in group):
+        g.mul_(1000)
+    oracle.initial, oracle.grads = (
+        [[x.to(torch.float64) for x in group] for group in groups] for groups in (problem.initial, problem.grads)
+    )
+    limit = 0.7 * sum(g.double().square().sum().item() for group in oracle.grads for g in group) ** 0.5
+    ended = []
+    for this, which in ((oracle, "fusedopt" if ours_only else "forloop"), (problem, name)):
+        made = this.parameters()
+        for group in made:
+            group["lr"] = group["lr"] * 1000  # far enough to see, and out of the rounding of the parameters
+        _, step = this.made(which, made, limit)
+        params = [p for group in made for p in group["params"]]
+        pristine = [g for group in this.grads for g in group]
+        for scale in SCALES:
+            for p, g in zip(params, pristine):
+                p.grad = g * scale
+            step()
+        ended.append([p.detach().to(torch.float64) for p in params])
+    start = [x for group in oracle.initial for x in group]
+    way, error = (_norm(b - a for a, b in zip(ended[0], others)) for others in (start, ended[1]))
+    apart = error / way
+    promise = IMPLEMENTATIONS[name].promise + (0.1 if problem.initial[0][0].element_size() < 4 else 0.0)
+    if not apart <= promise:
+        raise Unequal(f"after {len(SCALES)} steps it is off by {apart:.2%} of the way, and promises {promise:.2%}")
+    return apart
+
+
+def _norm(tensors: Any) -> float:
+    return sum(x.square().sum().item() for x in tensors) ** 0.5

@@ -1,0 +1,210 @@
+"""Tables and plots from history.csv: of every case the latest row, and nothing that has no row.
+
+python bench/report.py            prints the tables, and writes README's, results.md and plots/*.svg, *.png
+python bench/report.py --check    writes nothing; fails if README's table is not what the rows say
+"""
+
+from __future__ import annotations
+
+import argparse
+import pathlib
+import sys
+from collections.abc import Iterable
+
+from history import HISTORY, Row, latest, read
+from shapes import TITLES
+
+README = HISTORY.parent.parent / "README.md"
+BEGIN = "<!-- made by bench/report.py from bench/history.csv: do not edit -->"
+END = "<!-- end -->"
+
+OURS = "fusedopt", "fusedopt flatten"
+
+MANY = 6
+"""Checks of one kind, above which a summary only counts those that passed."""
+
+
+def steps(rows: Iterable[Row]) -> list[Row]:
+    """The latest rows of whole steps."""
+    return [row for row in latest(rows) if row.part == "step"]
+
+
+def machines(rows: Iterable[Row]) -> dict[str, list[Row]]:
+    """By what a table should not mix: machine and number of threads."""
+    found: dict[str, list[Row]] = {}
+    for row in rows:
+        threads = "" if row.device == "cuda" else f", {row.threads} thread{'s' * (row.threads > 1)}"
+        found.setdefault(f"{row.machine}{threads}", []).append(row)
+    return found
+
+
+def origin(rows: list[Row]) -> str:
+    """Versions, commits and dates of some rows, in the order of the rows."""
+
+    def values(name: str) -> str:
+        return ", ".join(dict.fromkeys(str(getattr(row, name)) for row in rows if getattr(row, name)))
+
+    return f"torch {values('torch')}, Triton {values('triton')}, {values('date')} (commit {values('commit')})"
+
+
+def ratio_table(rows: list[Row]) -> str:
+    """Optimizers by models, float32: our time over that of torch's best, without and with clipping."""
+    ours = [r for r in rows if r.implementation == "fusedopt" and r.dtype == "float32" and not r.amp]
+    models = [model for model in TITLES if any(row.model == model for row in ours)]
+    labels = list(dict.fromkeys(row.optimizer for row in ours))
+    cells = {(row.optimizer, row.model, row.clip): row for row in ours}
+    lines = [f"| optimizer | {' | '.join(TITLES[model] for model in models)} |", "|---|" + "---|" * len(models)]
+    for label in labels:
+        pairs = (
+            " / ".join(_ratio(cells.get((label, model, clip))) for clip in (False, True)).replace("– / –", "–")
+            for model in models
+        )
+        lines.append(f"| {label} | {' | '.join(pairs)} |")
+    return "\n".join(lines)
+
+
+def _ratio(row: Row | None) -> str:
+    if row is None:
+        return "–"
+    if row.status != "ok":
+        return row.status
+    return "–" if row.ratio is None else f"{row.ratio:.2f}"
+
+
+def full_table(rows: list[Row]) -> str:
+    """Every row, with what it was compared with and what else was measured."""
+    columns = "model, optimizer, dtype, clipping, AMP, implementation, wall µs (quartiles), host µs, device µs, of copy bandwidth, launches, host waits, memory, first step ms, over torch's best (quartiles)"  # noqa: E501
+    names = columns.split(", ")
+    lines = [f"| {' | '.join(names)} |", "|---|" + "---|" * (len(names) - 1)]
+    order = {model: number for number, model in enumerate(TITLES)}
+    for row in sorted(rows, key=lambda r: (order.get(r.model, 99), r.optimizer, r.dtype, bool(r.clip), bool(r.amp))):
+        start = [TITLES.get(row.model, row.model), row.optimizer, row.dtype, _yes(row.clip), _yes(row.amp)]
+        if row.status != "ok":
+            cells = [*start, row.implementation, f"{row.status}: {row.note}".replace("|", "/"), *[""] * 8]
+        else:
+            cells = [*start, row.implementation, *_measured(row)]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _measured(row: Row) -> list[str]:
+    quartiles = f" ({_number(row.wall_low)} to {_number(row.wall_high)})" if row.wall_low is not None else ""
+    ratio = ""
+    if row.ratio is not None:
+        ratio = f"{row.ratio:.2f} ({row.ratio_low:.2f} to {row.ratio_high:.2f}) {row.rival}, {_number(row.rival_us)} µs"
+    return [
+        _number(row.wall_us) + quartiles,
+        _number(row.host_us),
+        _number(row.device_us),
+        f"{row.bandwidth:.0%}" if row.bandwidth is not None else "",
+        _number(row.launches),
+        _number(row.waits),
+        f"{row.memory_bytes / row.elements:.1f} B/element" if row.memory_bytes is not None else "",
+        _number(row.first_ms),
+        ratio,
+    ]
+
+
+def _yes(value: bool | None) -> str:
+    return "yes" if value else ""
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.4g}" if abs(value) < 1e4 else f"{value:.0f}"
+
+
+def readme_section(rows: list[Row]) -> str:
+    """What stands between the markers in README: a table of ratios per machine."""
+    parts = []
+    for machine, found in machines(steps(rows)).items():
+        parts.append(f"{machine}; {origin(found)}:\n\n{ratio_table(found)}")
+    return "\n\n".join(parts)
+
+
+def with_section(text: str, section: str) -> str:
+    """README with that section between its markers.
+
+    Raises:
+        ValueError: if the markers are not there.
+    """
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise ValueError(f"README.md has no markers {BEGIN} and {END}")
+    return f"{before}{begin}\n\n{section}\n\n{end}{after}"
+
+
+def results(rows: list[Row]) -> str:
+    """All tables, as a page."""
+    pages = ["# Results\n\nMade by `bench/report.py` from `bench/history.csv`; the latest row of each case."]
+    for machine, found in machines(latest(rows)).items():
+        timed = [row for row in found if row.part in ("step", "train", "kernel", "sweep", "cold")]
+        checks = [row for row in found if row not in timed]
+        pages.append(f"## {machine}\n\n{origin(found)}")
+        if timed:
+            pages.append(full_table(timed))
+        if checks:
+            pages.append("\n".join(f"- {row.part}, {row.implementation}: {row.status}. {row.note}" for row in checks))
+    return "\n\n".join(pages) + "\n"
+
+
+def summary(rows: list[Row]) -> str:
+    """For the end of a run on a GPU, of which only the end may be seen: what failed, and a line per case."""
+    found = latest(rows)
+    bad = [row for row in found if row.status in ("failed", "unequal")]
+    lines = [f"{sum(row.status == 'ok' for row in found)} ok, {len(bad)} not, of {len(found)} rows"]
+    skipped = [row for row in found if row.status == "skipped" and not row.model]
+    lines += [f"SKIPPED {row.part} {row.implementation}: {row.note}"[:160] for row in skipped]
+    lines += [f"NOT OK {r.part} {r.model} {r.optimizer} {r.implementation}: {r.note}"[:160] for r in bad]
+    checks: dict[str, list[Row]] = {}
+    for row in found:
+        if row.part not in ("step", "train", "kernel", "sweep") and row.status == "ok":
+            checks.setdefault(row.part, []).append(row)
+    for part, passed in checks.items():
+        if len(passed) > MANY:
+            lines.append(f"{part}: {len(passed)} ok")
+            continue
+        for row in passed:
+            lines.append(
+                " ".join(filter(None, [part, row.model, row.optimizer, f"{row.implementation}: {row.note}"]))[:160]
+            )
+    lines.append("model optimizer clip: ours us wall/host/device, of copy, launches, waits; over torch's best")
+    for row in found:
+        if row.part in ("step", "train") and row.implementation in OURS and row.status == "ok":
+            values = "/".join(_number(value) or "-" for value in (row.wall_us, row.host_us, row.device_us))
+            share = "" if row.bandwidth is None else f" {row.bandwidth:.0%}"
+            ratio = "" if row.ratio is None else f" {row.ratio:.2f} {row.rival}"
+            kind = "".join([" clip" * bool(row.clip), " amp" * bool(row.amp), " bf16" * row.dtype.startswith("b")])
+            flat = " flat" * row.implementation.endswith("flatten")
+            counts = f" {_number(row.launches)} {_number(row.waits)}" if row.launches is not None else ""
+            lines.append(f"{row.model} {row.optimizer}{kind}{flat}: {values}{share}{counts};{ratio}")
+    return "\n".join(lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--history", type=pathlib.Path, default=HISTORY)
+    parser.add_argument("--readme", type=pathlib.Path, default=README)
+    parser.add_argument("--out", type=pathlib.Path, default=HISTORY.parent, help="for results.md and plots/")
+    parser.add_argument("--check", action="store_true")
+    options = parser.parse_args()
+    rows, problems = read(options.history)
+    for problem in problems:
+        print(f"not used: {problem}", file=sys.stderr)
+    wanted = with_section(options.readme.read_text(), readme_section(rows))
+    if options.check:
+        same = options.readme.read_text() == wanted
+        print("README's table is what the rows say" if same else "README's table is not what the rows say: run this")
+        return 0 if same and not problems else 1
+    options.readme.write_text(wanted)
+    (options.out / "results.md").write_text(results(rows))
+    print(readme_section(rows))
+    import plots
+
+    for path in plots.draw(steps(rows), options.out / "plots"):
+        print(path)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,146 @@
+"""Rows of measurements, and the tables and plots that are made of them."""
+
+import dataclasses
+import sys
+
+import history
+import pytest
+import report
+from history import Row
+from programs import BENCH, ROOT, program
+
+
+def a_row(**values):
+    common = {
+        "date": "2026-11-20", "commit": "abc1234", "machine": "a machine", "driver": "", "device": "cpu", "threads": 1,
+        "python": "3.12", "torch": "2.13", "triton": "3.9", "part": "step", "model": "gpt2", "tensors": 148,
+        "elements": 124_439_808, "optimizer": "AdamW", "dtype": "float32", "clip": False, "amp": False,
+        "implementation": "fusedopt", "wall_us": 100.0, "wall_low": 90.0, "wall_high": 110.0, "host_us": 40.0,
+        "bandwidth": 0.9, "memory_bytes": 995518464, "rival": "fused", "rival_us": 125.0, "ratio": 0.8,
+        "ratio_low": 0.7, "ratio_high": 0.9, "rounds": 9,
+    }  # fmt: skip
+    return Row(**common | values)
+
+
+class TestHistory:
+    def test_rows_come_back(self, tmp_path):
+        rows = [
+            a_row(note="a, b\nand c"),
+            a_row(clip=True, status="skipped", wall_us=None, ratio=None),
+            Row("2026-11-21", "", "", "", "cuda", 1, "", "", "", part="check", implementation="graph", status="failed"),
+        ]
+        path = tmp_path / "history.csv"
+        history.append(rows[:1], path)
+        history.append(rows[1:], path)
+        rows[0].note = "a, b and c"
+        assert history.read(path) == (rows, [])
+
+    def test_committed_rows_can_be_read(self):
+        rows, problems = history.read()
+        assert problems == []
+        assert len(rows) >= 152
+
+    def test_other_columns(self, tmp_path):
+        path = tmp_path / "history.csv"
+        path.write_text("date,ours_us\n2026-11-20,3\n")
+        with pytest.raises(ValueError, match="has the columns date,ours_us"):
+            history.append([a_row()], path)
+        assert path.read_text() == "date,ours_us\n2026-11-20,3\n"
+        rows, (problem_,) = history.read(path)
+        assert rows == [] and "line 1" in problem_
+
+    def test_latest_row_of_each_case(self):
+        old, other, new = a_row(wall_us=1.0), a_row(clip=True), a_row(wall_us=2.0, date="2026-11-22")
+        assert history.latest([old, other, new]) == [other, new]
+
+
+DAMAGE = {
+    "a time that is none": ("100.0", "fast", "wall_us is 'fast', not a number"),
+    "a time that is nan": ("100.0", "nan", "wall_us is 'nan', not a number"),
+    "no time": (",100.0,90.0", ",,90.0", "wall_us is '', not a time"),
+    "a cell too few": ("a machine,", "", "values for"),
+    "a date": ("2026-11-20", "20.11.2026", "date is '20.11.2026', not YYYY-MM-DD"),
+    "a truth value": ("False", "no", "is 'no', not a truth value"),
+    "a status": (",ok,", ",fine,", "status is 'fine', not one of"),
+}
+
+
+class TestReport:
+    @pytest.fixture
+    def sample(self, tmp_path):
+        """A history of two models, a loss, a skipped case and a failure; a README with markers."""
+        rows = [
+            a_row(model=model, implementation=name, clip=clip, ratio=ratio, tensors=tensors)
+            for model, tensors in (("gpt2", 148), ("small1000", 1000))
+            for name, ratio in (("fusedopt", 0.8 if model == "gpt2" else 1.37), ("fused", 1.0))
+            for clip in (False, True)
+        ]
+        rows.append(a_row(optimizer="Lion", implementation="apex", status="skipped", note="no apex", wall_us=None))
+        rows.append(a_row(optimizer="Lion", implementation="fusedopt", rival="", ratio=None))
+        history.append(rows, tmp_path / "history.csv")
+        (tmp_path / "README.md").write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+        return tmp_path
+
+    def run(self, folder, *more):
+        return program(
+            sys.executable, BENCH / "report.py", "--history", folder / "history.csv", "--readme", folder / "README.md",
+            "--out", folder, *more,
+        )  # fmt: skip
+
+    def test_tables_and_plots(self, sample):
+        done = self.run(sample)
+        assert done.returncode == 0, done.stderr
+        text = (sample / "README.md").read_text()
+        assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
+        assert "| AdamW | 0.80 / 0.80 | 1.37 / 1.37 |" in text  # a loss, in the same table
+        assert "a machine, 1 thread; torch 2.13, Triton 3.9, 2026-11-20 (commit abc1234)" in text
+        assert "skipped: no apex" in (sample / "results.md").read_text()
+        plots = {path.name for path in (sample / "plots").iterdir()}
+        names = ("step_time", "bandwidth", "host_time", "memory")
+        assert plots == {f"{name}-1.{kind}" for name in names for kind in ("svg", "png")}
+        assert all((sample / "plots" / name).stat().st_size > 5000 for name in plots)
+        assert self.run(sample, "--check").returncode == 0
+
+    def test_a_number_without_a_row(self, sample):
+        assert self.run(sample).returncode == 0
+        path = sample / "README.md"
+        path.write_text(path.read_text().replace("1.37", "0.37"))
+        assert self.run(sample, "--check").returncode == 1
+
+    @pytest.mark.parametrize("damage", DAMAGE)
+    def test_corrupted_line(self, sample, damage):
+        before, after, message = DAMAGE[damage]
+        path = sample / "history.csv"
+        lines = path.read_text().splitlines(keepends=True)
+        assert before in lines[3]
+        lines[3] = lines[3].replace(before, after, 1)
+        path.write_text("".join(lines))
+        rows, (problem_,) = history.read(path)
+        assert problem_.startswith("history.csv line 4: ") and message in problem_
+        assert len(rows) == len(lines) - 2
+
+    def test_the_rest_is_still_drawn(self, sample):
+        path = sample / "history.csv"
+        path.write_text(path.read_text().replace("124439808", "many", 1) + "\x00\x01,;\n")
+        done = self.run(sample)
+        assert done.returncode == 0, done.stderr
+        assert "history.csv line 2: elements is 'many', not a number" in done.stderr
+        assert "history.csv line 12: " in done.stderr
+        assert (sample / "plots" / "memory-1.svg").exists()
+        assert self.run(sample, "--check").returncode == 1
+
+    def test_readme_without_markers(self):
+        with pytest.raises(ValueError, match="no markers"):
+            report.with_section("nothing", "table")
+
+    def test_committed_readme_says_what_the_rows_say(self):
+        rows, _ = history.read()
+        text = (ROOT / "README.md").read_text()
+        assert report.with_section(text, report.readme_section(rows)) == text, "run python bench/report.py"
+
+
+def test_fields_of_old_rows_have_defaults():
+    """A column can be added without touching rows: everything after the versions has a default."""
+    fields = dataclasses.fields(Row)
+    required = [field.name for field in fields if field.default is dataclasses.MISSING]
+    assert required == [field.name for field in fields[: len(required)]]
