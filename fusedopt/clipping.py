@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .upload import on
+
 
 class Verdict(NamedTuple):
     """What one step does with its gradients. Either the host knows it, or ``device`` holds it as
@@ -170,10 +172,13 @@ class Skips:
         self.device: Tensor | None = None
         self.known = 0
         self.unheard: deque[tuple[torch.cuda.Event, Tensor]] = deque()
+        self.free: list[tuple[torch.cuda.Event, Tensor]] = []
 
     def verdict(self, device: torch.device) -> Tensor:
         """The device's verdict, with the count that it carries on from step to step."""
         if self.device is None or self.device.device != device:
+            self.count = int(self.total())  # the model has moved
+            self.unheard.clear()
             self.device = torch.zeros(4, dtype=torch.float64, device=device)
             self.known = 0
         return self.device
@@ -182,10 +187,12 @@ class Skips:
         """Ask for the count as it is after the step just launched."""
         if self.device is None or not self.device.is_cuda:
             return
-        copy = torch.empty(1, dtype=torch.float64, device="cpu", pin_memory=True)
-        with torch.cuda.device(self.device.device):
+        if not self.free:
+            copy = torch.empty(1, dtype=torch.float64, device="cpu", pin_memory=True)
+            self.free.append((torch.cuda.Event(), copy))
+        event, copy = self.free.pop()
+        with on(self.device.device):
             copy.copy_(self.device[3:], non_blocking=True)
-            event = torch.cuda.Event()
             event.record()
         self.unheard.append((event, copy))
 
@@ -200,6 +207,7 @@ class Skips:
             event, copy = self.unheard.popleft()
             event.synchronize()
             heard = int(copy)
+            self.free.append((event, copy))
         new, self.known = heard - self.known, heard
         return new
 

@@ -21,11 +21,12 @@ from .clipping import Skips, Terms, Verdict
 from .flat import is_dense
 from .kernels import address, means, norm, rounding, rules, stages
 from .kernels import step as step_kernel
+from .launch import Launches
 from .means import Chunks
 from .plan import Bucket, Member
 from .rule import Rule, Update
 from .settings import Settings
-from .upload import Upload, on
+from .upload import Upload
 
 BLOCK = 1024
 """Elements per tile, a multiple of flat.ALIGNMENT."""
@@ -92,19 +93,26 @@ class Executor:
         self.rows = Upload(bucket.device)
         self.chains: dict[tuple, tuple] = {}
         self.grads: list[Tensor] = []
+        self.strides = list(map(Tensor.stride, self.params))
+        self.addresses: list[int] | None = None
+        """The gradients', as the device knows them."""
         self.slots: Tensor | None = None
         self.chunks: Chunks | None = None
+        self.launch = Launches(bucket.device)
 
     def take(self, grads: Sequence[Tensor | None]) -> None:
         """Take this step's gradients, in their parameters' layout, and tell the device where they are."""
-        self.grads = [
-            g if g.stride() == p.stride() else torch.empty_like(p, dtype=g.dtype).copy_(g)
-            for g, p in zip([grads[i] for i in self.positions], self.params)
-        ]
-        addresses = np.fromiter(map(Tensor.data_ptr, self.grads), np.int64, len(self.grads))
-        if self.table.device_copy is None or not np.array_equal(addresses, self.records[:, address.GRAD.value]):
+        self.grads = [grads[i] for i in self.positions]
+        if list(map(Tensor.stride, self.grads)) != self.strides:
+            self.grads = [
+                g if g.stride() == p.stride() else torch.empty_like(p, dtype=g.dtype).copy_(g)
+                for g, p in zip(self.grads, self.params)
+            ]
+        addresses = list(map(Tensor.data_ptr, self.grads))
+        if addresses != self.addresses:
+            self.addresses = addresses
             self.records[:, address.GRAD.value] = addresses
-            self.records[:, address.IS_ALIGNED.value] = (addresses & 15 == 0) & self.in_line
+            self.records[:, address.IS_ALIGNED.value] = (self.records[:, address.GRAD.value] & 15 == 0) & self.in_line
             self.table.send(self.records)
 
     def release(self) -> None:
@@ -133,12 +141,13 @@ class Executor:
         terms: Terms,
     ) -> None:
         """Launch the norm kernel over this bucket; with a ticket its last program passes the verdict."""
-        with on(self.bucket.device):
-            norm.sum_of_squares[(min(self.tile_count, SLOTS),)](
-                self.table.device_copy, self.tiles, self.tile_count, self.roles.grad, slots, first_slot, slots.numel(),
-                ticket, verdict, *_on(self.bucket.device, terms),
-                FIELDS=self.fields, BLOCK=BLOCK, SLOTS=SLOTS, num_warps=self.norm_warps, enable_fp_fusion=False,
-            )  # fmt: skip
+        judging, constants, variant = _on(self.bucket.device, terms)
+        self.launch(
+            norm.sum_of_squares, (ticket is None, variant), min(self.tile_count, SLOTS),
+            self.table.device_copy, self.tiles, self.tile_count, self.roles.grad, slots, first_slot, slots.numel(),
+            ticket, verdict, *judging, **constants,
+            FIELDS=self.fields, BLOCK=BLOCK, SLOTS=SLOTS, num_warps=self.norm_warps, enable_fp_fusion=False,
+        )  # fmt: skip
 
     def step(self, update: Callable[..., Update], verdict: Verdict, skips: Skips) -> None:
         """Launch the update."""
@@ -149,29 +158,31 @@ class Executor:
         on_device = verdict.device is not None
         variants = skips.variants if on_device else 1
         updates = [update(cohort, skipped) for cohort in self.bucket.cohorts for skipped in range(variants)]
-        h, on_grad, on_update, terms, averages, columns = self._chains(updates)
+        used, h, on_grad, on_update, terms, averages, columns = self._chains(updates)
         rows = np.array([columns(u) for u in updates], dtype=np.float64)
         self.rows.send(rows.astype(np.float64 if self.compute_dtype == torch.float64 else np.float32))
         for member, copy in self.copied:
             copy.copy_(member.param)
         judged = verdict.on(self.bucket.device), skips.known if on_device else 0, variants
+        variant = used, judged[0] is None
         common = {
             "RULE": self.kernel, "ADDRESS": self.address, "COMPUTE": TYPES[self.compute_dtype], "FIELDS": self.fields,
             "WIDTH": rows.shape[1], "BLOCK": BLOCK, "num_warps": self.num_warps, "enable_fp_fusion": False,
         }  # fmt: skip
-        with on(self.bucket.device):
-            if terms:
-                if self.chunks is None or self.chunks.means.shape[1] != len(terms):
-                    self.chunks = Chunks(self.tile_counts, len(terms), self.bucket.device)
-                means.means_of_terms[(self.chunks.programs,)](
-                    self.table.device_copy, self.chunks.table, self.rows.device_copy, self.chunks.partials,
-                    self.chunks.tickets, self.chunks.means, *judged, self.roles, h, on_grad, terms, **common,
-                )  # fmt: skip
-            step_kernel.step[(self.tile_count,)](
-                self.table.device_copy, self.tiles, self.rows.device_copy, self.chunks.means if terms else None,
-                *judged, self.roles, h, on_grad, on_update, averages,
-                ROUND=rounding.nearest, MEANS=len(terms), **common,
+        if terms:
+            if self.chunks is None or self.chunks.means.shape[1] != len(terms):
+                self.chunks = Chunks(self.tile_counts, len(terms), self.bucket.device)
+            self.launch(
+                means.means_of_terms, variant, self.chunks.programs,
+                self.table.device_copy, self.chunks.table, self.rows.device_copy, self.chunks.partials,
+                self.chunks.tickets, self.chunks.means, *judged, self.roles, h, on_grad, terms, **common,
             )  # fmt: skip
+        self.launch(
+            step_kernel.step, variant, self.tile_count,
+            self.table.device_copy, self.tiles, self.rows.device_copy, self.chunks.means if terms else None,
+            *judged, self.roles, h, on_grad, on_update, averages,
+            ROUND=rounding.nearest, MEANS=len(terms), **common,
+        )  # fmt: skip
         for member, copy in self.copied:
             member.param.copy_(copy)
         # In-place writes that autograd does not see by itself.
@@ -210,7 +221,7 @@ class Executor:
                 )
                 return [u.lr, *u.h, *u.averages, *args]
 
-            self.chains[used] = (h, *built, tuple(terms), averages, columns)
+            self.chains[used] = (used, h, *built, tuple(terms), averages, columns)
         return self.chains[used]
 
 
@@ -224,21 +235,21 @@ def judge(executors: Sequence[Executor], terms: Terms, skips: Skips) -> Verdict:
         last = executor is filled[-1]
         executor.add_squares(slots, i * SLOTS, ticket if last else None, verdict, terms)
     if not filled:
-        with on(device):
-            norm.judge[(1,)](
-                slots, slots.numel(), verdict, *_on(device, terms),
-                SLOTS=SLOTS, enable_fp_fusion=False,
-            )  # fmt: skip
+        judging, constants, variant = _on(device, terms)
+        executors[-1].launch(
+            norm.judge, variant, 1, slots, slots.numel(), verdict, *judging,
+            **constants, SLOTS=SLOTS, enable_fp_fusion=False,
+        )  # fmt: skip
     return Verdict(norm=math.nan if terms.needs_norm else None, device=verdict)
 
 
-def _on(device: torch.device, terms: Terms) -> tuple:
-    """The kernels' arguments. A scaler keeps its scale where the loss is, which may be another GPU."""
-    scale, found_inf = (
-        x if x is None else x.to(device, non_blocking=True) for x in (terms.loss_scale, terms.found_inf)
-    )
-    clips = terms.clip is not None
-    return *(terms.clip or (math.inf, 0.0, 1.0)), scale, found_inf, clips, terms.skip_nonfinite
+def _on(device: torch.device, terms: Terms) -> tuple[tuple, dict[str, bool], tuple]:
+    """The kernels' last arguments, the constants that go with them, and which variant of a kernel they are."""
+    # A scaler keeps its scale where the loss is, which may be another GPU.
+    scaler = [x if x is None else x.to(device, non_blocking=True) for x in (terms.loss_scale, terms.found_inf)]
+    constants = {"CLIP": terms.clip is not None, "SKIP": terms.skip_nonfinite}
+    variant = *constants.values(), *(x if x is None else x.data_ptr() & 15 == 0 for x in scaler)
+    return (*(terms.clip or (math.inf, 0.0, 1.0)), *scaler), constants, variant
 
 
 def rule_kernel(rule: Rule) -> JITFunction | InterpretedFunction:

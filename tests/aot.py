@@ -24,7 +24,7 @@ from rule_cases import ADDRESSES, CASES, CHAINS, VARIANTS, WITH_MEANS, optimizer
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from fusedopt import backends, kernels
+from fusedopt import backends, kernels, launch
 from fusedopt.clipping import Skips
 
 TARGETS = {
@@ -179,6 +179,8 @@ def compiles(case, address, **more):
 
 
 def main(jobs):
+    # Every launch goes through Triton's binder, which says whether a compiled kernel serves it.
+    launch.DIRECT = False
     # CPU tensors are taken for those of the GPU.
     backends._device_problem = lambda device, requested: None
     report = {"triton": triton.__version__}

@@ -67,8 +67,10 @@ def test_triton_is_imported_only_where_it_is_needed():
     """A machine without Triton must be able to import the package."""
     at_once = {path.stem: [name for name, now in imports(path, "fusedopt") if now] for path in PACKAGE}
     outside = {name for names in at_once.values() for name in names if name.split(".")[0] == "triton"}
-    assert outside and {m for m, names in at_once.items() if outside.intersection(names)} == {"triton_backend"}
+    assert outside
+    assert {m for m, names in at_once.items() if outside.intersection(names)} == {"triton_backend", "launch"}
     assert not {module for module, targets in graph().items() if "triton_backend" in targets}
+    assert {module for module, targets in graph().items() if "launch" in targets} == {"triton_backend"}
 
 
 def test_imports_run_one_way():

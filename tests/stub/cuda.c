@@ -1,0 +1,67 @@
+// A CUDA driver without a GPU: loads nothing, launches nothing, and remembers what it was asked to launch.
+#include <cuda.h>
+#include <stdint.h>
+#include <string.h>
+
+#define SAYS(...) { __VA_ARGS__; return CUDA_SUCCESS; }
+
+CUresult cuInit(unsigned flags) SAYS()
+CUresult cuDriverGetVersion(int *version) SAYS(*version = 12080)
+CUresult cuDeviceGetCount(int *count) SAYS(*count = 1)
+CUresult cuDeviceGet(CUdevice *device, int ordinal) SAYS(*device = ordinal)
+CUresult cuDevicePrimaryCtxRetain(CUcontext *context, CUdevice device) SAYS(*context = (CUcontext)1)
+CUresult cuCtxGetCurrent(CUcontext *context) SAYS(*context = (CUcontext)1)
+CUresult cuCtxSetCurrent(CUcontext context) SAYS()
+CUresult cuCtxGetDevice(CUdevice *device) SAYS(*device = 0)
+CUresult cuCtxGetLimit(size_t *value, CUlimit limit) SAYS(*value = 1 << 20)
+CUresult cuCtxSetLimit(CUlimit limit, size_t value) SAYS()
+CUresult cuModuleLoadData(CUmodule *module, const void *image) SAYS(*module = (CUmodule)1)
+CUresult cuModuleUnload(CUmodule module) SAYS()
+CUresult cuFuncSetAttribute(CUfunction f, CUfunction_attribute attribute, int value) SAYS()
+CUresult cuFuncSetCacheConfig(CUfunction f, CUfunc_cache config) SAYS()
+CUresult cuGetErrorString(CUresult error, const char **text) SAYS(*text = "stub")
+CUresult cuPointerGetAttribute(void *data, CUpointer_attribute attribute, CUdeviceptr p) SAYS(*(CUdeviceptr *)data = p)
+CUresult cuOccupancyMaxActiveClusters(int *n, CUfunction f, const CUlaunchConfig *config) SAYS(*n = 0)
+CUresult cuStreamIsCapturing(CUstream stream, CUstreamCaptureStatus *status) SAYS(*status = 0)
+
+CUresult cuFuncGetAttribute(int *value, CUfunction_attribute attribute, CUfunction f)
+SAYS(*value = attribute == CU_FUNC_ATTRIBUTE_MAX_THREADS_PER_BLOCK ? 1024 : 0)
+
+CUresult cuDeviceGetAttribute(int *value, CUdevice_attribute attribute, CUdevice device)
+SAYS(*value = attribute == CU_DEVICE_ATTRIBUTE_WARP_SIZE ? 32 : 232448)
+
+enum { FUNCTIONS = 256, ARGUMENTS = 64, LAUNCHES = 1024 };
+
+// A function is a number from 1. The driver learns the sizes of its arguments from a test.
+static uintptr_t functions;
+static int counts[FUNCTIONS], sizes[FUNCTIONS][ARGUMENTS];
+
+CUresult cuModuleGetFunction(CUfunction *f, CUmodule module, const char *name) SAYS(*f = (CUfunction)(++functions))
+
+void expect(long f, int count, const int *bytes)
+{
+    counts[f] = count;
+    memcpy(sizes[f], bytes, count * sizeof *bytes);
+}
+
+struct launch { long function, stream; int grid, threads, shared, cooperative, count; uint64_t values[ARGUMENTS]; };
+struct launch launches[LAUNCHES];
+int launched;
+
+CUresult cuLaunchKernelEx(const CUlaunchConfig *config, CUfunction f, void **params, void **extra)
+{
+    struct launch *record = &launches[launched++ % LAUNCHES];
+    memset(record, 0, sizeof *record);
+    record->function = (long)f;
+    record->stream = (long)config->hStream;
+    record->grid = config->gridDimX;
+    record->threads = config->blockDimX;
+    record->shared = config->sharedMemBytes;
+    for (unsigned i = 0; i < config->numAttrs; i++)
+        if (config->attrs[i].id == CU_LAUNCH_ATTRIBUTE_COOPERATIVE)
+            record->cooperative = config->attrs[i].value.cooperative;
+    record->count = counts[(long)f];
+    for (int i = 0; i < record->count; i++)
+        memcpy(&record->values[i], params[i], sizes[(long)f][i]);
+    return CUDA_SUCCESS;
+}

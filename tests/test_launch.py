@@ -1,0 +1,119 @@
+"""Kernels are launched with the arguments that Triton's own binder would give them, on both supported Tritons."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import triton
+
+from fusedopt import launch, upload
+
+HERE = Path(__file__).parent
+OLD_TRITON = os.environ.get("FUSEDOPT_OLD_TRITON")
+
+
+@pytest.fixture(scope="module", params=["installed", "old"])
+def report(request, tmp_path_factory):
+    """What arrived at the driver: [by the handle, by the binder] for every case."""
+    compiler = shutil.which("cc") or shutil.which("gcc")
+    if compiler is None:
+        pytest.skip("no C compiler, which Triton's launcher needs as well")
+    if request.param == "old" and not OLD_TRITON:
+        pytest.skip("FUSEDOPT_OLD_TRITON names no folder with another Triton")
+    folder = tmp_path_factory.mktemp("stub")
+    root = Path(OLD_TRITON) / "triton" if request.param == "old" else Path(triton.__file__).parent
+    include = root / "backends" / "nvidia" / "include"
+    command = [compiler, "-shared", "-fPIC", f"-I{include}", "-o", folder / "libcuda.so.1", HERE / "stub" / "cuda.c"]
+    subprocess.run(command, check=True)
+    (folder / "libcuda.so").symlink_to("libcuda.so.1")
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    environment |= {"TRITON_LIBCUDA_PATH": str(folder), "LD_LIBRARY_PATH": str(folder)}
+    if request.param == "old":
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, [OLD_TRITON, environment.get("PYTHONPATH")]))
+    done = subprocess.run(
+        [sys.executable, "-W", "error", HERE / "launching.py"], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    found = json.loads(done.stdout)
+    assert (found.pop("triton") == triton.__version__) == (request.param == "installed")
+    return found
+
+
+def test_every_case_was_launched(report):
+    assert len(report) == 3
+    for case, (direct, _) in report.items():
+        # The norm, the update.
+        assert len(direct) == (1 if case.endswith("plain") else 2), case
+
+
+def test_the_handle_gets_what_the_binder_would_give(report):
+    for case, (direct, bound) in report.items():
+        assert direct == bound, case
+        for record in direct:
+            assert record["stream"] == 77
+            assert record["count"] == len(record["values"]) >= 5
+
+
+def test_profilers_hear_of_launches(monkeypatch):
+    """Whoever hooks on launches gets them from Triton, with the metadata that it makes."""
+    calls = []
+
+    class Kernel:
+        arg_names = ("x", "N")
+
+        def __getitem__(self, grid):
+            return lambda *args, **constants: calls.append((grid, args, constants)) or Compiled()
+
+    class Compiled:
+        function = packed_metadata = None
+
+        def run(self, *args):
+            calls.append("direct")
+
+    active = type("Driver", (), {"get_current_stream": lambda self, index: 0})()
+    monkeypatch.setattr(launch, "driver", type("Drivers", (), {"active": active}))
+    launches = launch.Launches(torch.device("cpu"))
+    kernel = Kernel()
+    for _ in range(2):
+        launches(kernel, "variant", 3, 1.0, N=4)
+    monkeypatch.setattr(launch.knobs.runtime.launch_enter_hook, "calls", [print])
+    launches(kernel, "variant", 3, 1.0, N=4)
+    bound = ((3,), (1.0,), {"N": 4})
+    assert calls == [bound, "direct", bound]
+
+
+class Event:
+    """Of a copy that has ended when the test says so."""
+
+    ended = True
+
+    def query(self):
+        return self.ended
+
+
+def test_pinned_memory_is_left_alone_while_a_copy_is_under_way(monkeypatch):
+    monkeypatch.setattr(upload.torch.cuda, "Event", Event)
+    empty = torch.empty
+    monkeypatch.setattr(upload.torch, "empty", lambda *args, pin_memory=False, **kwargs: empty(*args, **kwargs))
+    ring = upload.Ring(torch.zeros(2))
+    busy = []
+    for _ in range(3):
+        memory, array, event = ring.take()
+        assert all(memory is not other for other, _ in busy)
+        array[:] = np.float32(len(busy))
+        assert (memory == len(busy)).all()
+        event.ended = False
+        busy.append((memory, event))
+    for turn in range(5):
+        memory, event = busy[turn % 3]
+        event.ended = True
+        assert ring.take()[0] is memory
+        event.ended = False
+    assert ring.take()[0] is not memory
+    assert len(ring.pieces) == 4
