@@ -1,5 +1,6 @@
-"""``python -m fusedopt`` trains two lessons with torch.optim and with fusedopt; ``info`` says what would run where;
-``check FILE`` compares the Triton function and the torch twin of every optimizer that a file defines.
+"""``python -m fusedopt`` trains two lessons with torch.optim and with fusedopt; ``paths`` draws the way of every
+textbook rule over two surfaces; ``info`` says what would run where; ``check FILE`` compares the Triton function and the
+torch twin of every optimizer that a file defines.
 
 Exit codes: 0 done; 1 ``check`` found a difference; 2 wrong arguments, unusable data, or a package of the extra
 ``demo`` is missing.
@@ -15,11 +16,12 @@ from pathlib import Path
 import torch
 
 import fusedopt
+from fusedopt.demo_options import CRITERIA, SCHEDULES, criterion
 
 # The extra "demo" of pyproject.toml: import name -> name for pip.
 EXTRA = {"matplotlib": "matplotlib", "tqdm": "tqdm", "sklearn": "scikit-learn", "PIL": "pillow"}
 LEGEND = """\
-step: median wall time of optimizer.step(), torch.optim at its defaults; ratio: torch.optim over fusedopt
+step: median wall time of a step, clipping included, torch.optim at its defaults; ratio: torch.optim over fusedopt
 difference: largest |parameter by torch.optim - parameter by fusedopt| after the training
 (if it is large in float32 and vanishes with --dtype float64, it is rounding that the training amplified)"""
 
@@ -34,38 +36,72 @@ def main(argv: list[str] | None = None) -> int:
     if options.command == "check":
         return check(options.file)
     try:
-        from fusedopt import demo, lessons
+        return draw_paths(options) if options.command == "paths" else train(options)
     except ModuleNotFoundError as missing:
         package = EXTRA.get((missing.name or "").partition(".")[0])
         if package is None:
             raise
         install = "pip install \"fusedopt[demo]\" (in a clone: pip install '.[demo]')"
-        parser.exit(2, f"fusedopt: training needs {package}, which is not installed: {install}\n")
+        parser.exit(2, f"fusedopt: this needs {package}, which is not installed: {install}\n")
+    except Unusable as problem:
+        parser.exit(2, f"fusedopt: {problem}\n")
+
+
+class Unusable(Exception):
+    """What the user gave cannot be used; the message says why."""
+
+
+def train(options: argparse.Namespace) -> int:
+    """Train both lessons, print the comparison and save the plot."""
+    from fusedopt import demo, lessons, plots
+
     try:
         classifier = lessons.classification(options.data, options.seed, getattr(torch, options.dtype))
         regression = lessons.regression(options.seed)
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.open("ab").close()  # a plot that cannot be saved is better known before the training than after
-    except (OSError, lessons.DataError) as problem:
-        parser.exit(2, f"fusedopt: {problem}\n")
-
+    except lessons.DataError as problem:
+        raise Unusable(problem) from problem
+    writable(options.out)
     for lesson in (classifier, regression):
         print(f"{lesson.name}: {lesson.note}")
     device = torch.device(options.device)
-    common = {"device": device, "seed": options.seed}
+    common = {"clip": options.clip, "schedule": options.schedule, "stop": tuple(options.stop)}
     comparisons = []
     with demo.cpu_threads(options.threads):
         for name in [options.optimizer] if options.optimizer else ["SGD", "Adam"]:
-            lr = options.lr or demo.LEARNING_RATES.get(name)
-            comparisons.append(demo.compare(classifier, name, lr=lr, epochs=options.epochs, **common))
-        comparisons.append(demo.compare(regression, "Adam", epochs=options.regression_epochs, **common))
+            regime = demo.Regime(options.epochs, options.lr or demo.LEARNING_RATES.get(name), **common)
+            comparisons.append(demo.compare(classifier, name, regime, device=device, seed=options.seed))
+        regime = demo.Regime(options.regression_epochs, **common)
+        comparisons.append(demo.compare(regression, "Adam", regime, device=device, seed=options.seed))
 
     backend = fusedopt.backend(device)
     where = f"{device} ({describe(device, options.threads)})"
-    demo.plot(comparisons, f"torch.optim and fusedopt on {where}, fusedopt backend: {backend.name}", options.out)
+    plots.plot(comparisons, f"torch.optim and fusedopt on {where}, fusedopt backend: {backend.name}", options.out)
     print(f"\n{demo.table(comparisons)}\n\n{LEGEND}")
+    for result in comparisons:
+        if result.stopped is not None:
+            epochs = len(result.runs["fusedopt"].losses)
+            print(f"{result.lesson.name}, {result.optimizer}: stopped after {epochs} epochs: {result.stopped}")
     print(f"device {where}, fusedopt backend {backend.name}: {backend.reason}\nplot: {options.out}")
     return 0
+
+
+def draw_paths(options: argparse.Namespace) -> int:
+    """Save the picture of all rules' paths."""
+    from fusedopt import paths
+
+    writable(options.out)
+    paths.picture(options.out, options.steps)
+    print(f"plot: {options.out}")
+    return 0
+
+
+def writable(out: Path) -> None:
+    """A plot that cannot be saved is better known before the training than after."""
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.open("ab").close()
+    except OSError as problem:
+        raise Unusable(problem) from problem
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -75,7 +111,10 @@ def arguments() -> argparse.ArgumentParser:
         description="Train a classifier and a regression twice, with torch.optim and with fusedopt, from the same seed "
         "on the same batches, and compare scores, parameters and step times.",
     )
-    commands = parser.add_subparsers(dest="command", title="instead of training", metavar="[info | check FILE]")
+    commands = parser.add_subparsers(dest="command", title="instead of training", metavar="[paths | info | check FILE]")
+    drawer = commands.add_parser("paths", help="draw the way of every textbook rule over a quadratic and a saddle")
+    drawer.add_argument("--steps", type=positive(int), default=40, help="default: %(default)s")
+    drawer.add_argument("--out", type=Path, default=Path("demo/paths.png"), help="a PNG (default: %(default)s)")
     commands.add_parser("info", help="versions, devices, the backend of each device, registered optimizers")
     checker = commands.add_parser("check", help="compare the Triton functions and torch twins of a file's optimizers")
     checker.add_argument("file", type=Path, help="a Python file that defines subclasses of fusedopt.FusedOptimizer")
@@ -88,6 +127,16 @@ def arguments() -> argparse.ArgumentParser:
     add("--dtype", choices=["float32", "float64"], default="float32", help="of the classifier (default: %(default)s)")
     add("--epochs", type=positive(int), default=60, help="of the classifier (default: %(default)s)")
     add("--regression-epochs", type=positive(int), default=3000, help="full-batch epochs (default: %(default)s)")
+    add("--schedule", choices=[*SCHEDULES], help="of the learning rate, over all steps (default: constant)")
+    add("--clip", type=positive(float), metavar="S", help="clip the gradient norm to S (default: no clipping)")
+    add(
+        "--stop",
+        type=stopping,
+        nargs="+",
+        default=[],
+        metavar="CRITERION",
+        help="stop where one of these holds after an epoch: " + ", ".join(f"{name}=NUMBER" for name in CRITERIA),
+    )
     add("--device", choices=present, default=present[-1], help="default: %(default)s")
     add("--threads", type=positive(int), default=1, help="CPU threads (default: %(default)s; the networks are small)")
     add("--seed", type=int, default=0, help="of the split, the initial parameters and the batches (default: 0)")
@@ -118,6 +167,14 @@ def positive(number: type) -> Callable[[str], float]:
 
     parse.__name__ = number.__name__  # argparse shows it: "invalid int value: 'ten'"
     return parse
+
+
+def stopping(text: str) -> Callable:
+    """An argparse type: a criterion such as ``loss=0.1``."""
+    try:
+        return criterion(text)
+    except ValueError as problem:
+        raise argparse.ArgumentTypeError(str(problem)) from problem
 
 
 def devices() -> list[str]:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .distributed import Reduction
 from .upload import on
 
 
@@ -76,6 +77,11 @@ class Terms(NamedTuple):
         return self.clip is not None or self.skip_nonfinite
 
     @property
+    def joins_ranks(self) -> bool:
+        """Whether what one rank's gradients look like concerns the others."""
+        return self.needs_norm or self.found_inf is not None
+
+    @property
     def any(self) -> bool:
         return self.needs_norm or self.loss_scale is not None or self.found_inf is not None
 
@@ -109,9 +115,10 @@ class Deferred:
             RuntimeError: if some of them are, or if they were written to since.
         """
         same = [g is not None and ref is not None and ref() is g for g, ref in zip(grads, self.grads)]
-        if not any(same):
-            return False
         present = [g is not None for g in grads]
+        if not any(same):
+            # A rank without gradients has shared in the verdict of the others.
+            return not any(present) and not any(self.grads)
         versions = [None if g is None else g._version for g in grads]
         if same != present or len(grads) != len(self.grads) or versions != self.versions:
             raise RuntimeError(
@@ -121,27 +128,30 @@ class Deferred:
         return True
 
 
-def judge(executors: Sequence[Any], terms: Terms, skips: Skips) -> Verdict:
+def judge(executors: Sequence[Any], terms: Terms, skips: Skips, reduction: Reduction) -> Verdict:
     """Judge this step's gradients: norm (if a term needs it), unscaling, clip factor, skipping.
 
     Args:
         executors: one per bucket, each holding its gradients.
         terms: what to judge them by.
         skips: where a skipped step is counted.
+        reduction: what makes the norm over this rank's gradients one over all.
     """
     if not terms.any:
         return UNJUDGED
+    if terms.needs_norm:
+        reduction.check()
     backends = {(executor.bucket.backend.name, executor.bucket.device) for executor in executors}
     if len(backends) == 1 and executors[0].bucket.backend.name == "triton":
         from . import triton_backend
 
-        return triton_backend.judge(executors, terms, skips)
+        return triton_backend.judge(executors, terms, skips, reduction)
 
     scale = 1.0 if terms.loss_scale is None else terms.loss_scale.item()
-    skip = terms.found_inf is not None and terms.found_inf.item() != 0
-    norm, factor = None, 1 / scale
-    if terms.needs_norm:
-        norm = hypot([executor.norm() for executor in executors]) / scale
+    norm, skip = _norm_and_found_inf(executors, terms, reduction)
+    factor = 1 / scale
+    if norm is not None:
+        norm /= scale
         skip = skip or (terms.skip_nonfinite and not math.isfinite(norm))
     if terms.clip is not None:
         target, epsilon, largest = terms.clip
@@ -150,6 +160,21 @@ def judge(executors: Sequence[Any], terms: Terms, skips: Skips) -> Verdict:
         factor *= largest if coefficient > largest else coefficient
     skips.count += skip
     return Verdict(norm, factor, skip)
+
+
+def _norm_and_found_inf(executors: Sequence[Any], terms: Terms, reduction: Reduction) -> tuple[float | None, bool]:
+    """The norm over all ranks, None if no term needs it, and whether a scaler has found an inf on any of them."""
+    norms = [executor.norm() for executor in executors] if terms.needs_norm else []
+    if not (reduction.communicates and terms.joins_ranks):
+        found = terms.found_inf is not None and terms.found_inf.item() != 0
+        return (hypot(norms) if terms.needs_norm else None), found
+    squares = [0.0] * len(reduction.keys)
+    for executor, norm in zip(executors, norms):
+        # Not norm**2, which raises where the square overflows. Only float64 gradients beyond 1e154 make it do so.
+        squares[reduction.keys.index(executor.bucket.spread)] += norm * norm
+    local = torch.tensor(squares, dtype=torch.float64, device=reduction.device)
+    total, found = reduction.total(local, terms.found_inf).tolist()
+    return (math.sqrt(total) if terms.needs_norm else None), found != 0
 
 
 def hypot(norms: Sequence[float]) -> float:

@@ -4,28 +4,25 @@ Both networks start from the same seed and see the same batches, in lockstep: on
 other makes its step, and they take turns in going first, so that whatever disturbs the machine disturbs both.
 """
 
+import functools
+import operator
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from statistics import median
 
 import torch
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullFormatter
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from tqdm import tqdm
 
 import fusedopt
+from fusedopt.demo_options import SCHEDULES
 from fusedopt.lessons import Lesson
+from fusedopt.stopping import Criterion
 
 LEARNING_RATES = {"SGD": 0.1}  # the classifier's; every other optimizer keeps torch's own default
-STYLES = {
-    "torch.optim": {"color": "#e8a33d", "linestyle": "-", "linewidth": 3.5},
-    "fusedopt": {"color": "#1f4e9c", "linestyle": "--", "linewidth": 1.5},
-}
 
 
 @dataclass
@@ -34,8 +31,12 @@ class Run:
 
     network: nn.Module
     optimizer: torch.optim.Optimizer
+    clip: float | None = None
+    schedule: LRScheduler | None = None
     losses: list[float] = field(default_factory=list)  # mean over the batches of each epoch
-    seconds: list[float] = field(default_factory=list)  # wall time of each optimizer.step()
+    seconds: list[float] = field(default_factory=list)  # wall time of each step, clipping included
+    rates: list[float] = field(default_factory=list)  # learning rate of each step
+    norms: list[Tensor] = field(default_factory=list)  # gradient norm of each step, before clipping; 0-dim
     scores: dict[str, float] = field(default_factory=dict)  # of each part, after the training
 
     def learn(self, lesson: Lesson, x: Tensor, y: Tensor) -> Tensor:
@@ -43,12 +44,28 @@ class Run:
         self.optimizer.zero_grad()
         loss = lesson.loss(self.network(x), y)
         loss.backward()
+        self.norms.append(torch.nn.utils.get_total_norm([p.grad for p in self.network.parameters()]))
+        self.rates.append(float(self.optimizer.param_groups[0]["lr"]))
         synchronize(x.device)
         start = time.perf_counter()
+        if self.clip is not None and not isinstance(self.optimizer, fusedopt.FusedOptimizer):
+            torch.nn.utils.clip_grad_norm_(self.network.parameters(), self.clip)
         self.optimizer.step()
         synchronize(x.device)
         self.seconds.append(time.perf_counter() - start)
+        if self.schedule is not None and not isinstance(self.schedule, ReduceLROnPlateau):
+            self.schedule.step()
         return loss.detach()
+
+    def end_epoch(self, loss: float) -> None:
+        self.losses.append(loss)
+        if isinstance(self.schedule, ReduceLROnPlateau):
+            self.schedule.step(loss)
+
+    def clipped_norms(self) -> list[float]:
+        """The gradient norms after clipping."""
+        norms = torch.stack(self.norms).tolist()
+        return norms if self.clip is None else [norm * min(1, self.clip / (norm + 1e-6)) for norm in norms]
 
 
 @dataclass
@@ -58,6 +75,7 @@ class Comparison:
     lesson: Lesson
     optimizer: str
     runs: dict[str, Run]
+    stopped: str | None = None  # why the training ended before its last epoch
 
     @property
     def difference(self) -> float:
@@ -72,21 +90,38 @@ class Comparison:
         return theirs / ours
 
 
-def compare(
-    lesson: Lesson, name: str, *, epochs: int, device: torch.device, seed: int = 0, lr: float | None = None
-) -> Comparison:
-    """Train ``lesson`` with ``torch.optim.<name>`` and ``fusedopt.<name>``; ``lr`` None is the optimizer's default."""
-    settings = {} if lr is None else {"lr": lr}
+@dataclass(frozen=True)
+class Regime:
+    """How both sides train: ``lr`` None is the optimizer's default, ``clip`` the largest gradient norm, ``schedule`` a
+    name in SCHEDULES, and ``stop`` the criteria that are asked after each epoch."""
+
+    epochs: int
+    lr: float | None = None
+    clip: float | None = None
+    schedule: str | None = None
+    stop: tuple[Callable[[torch.optim.Optimizer], Criterion], ...] = ()
+
+
+def compare(lesson: Lesson, name: str, regime: Regime, *, device: torch.device, seed: int = 0) -> Comparison:
+    """Train ``lesson`` with ``torch.optim.<name>`` and ``fusedopt.<name>``, step by step on the same batches."""
+    settings = {} if regime.lr is None else {"lr": regime.lr}
+    parts = {part: (x.to(device), y.to(device)) for part, (x, y) in lesson.parts.items()}
+    batch_size = lesson.batch_size or len(parts["train"][0])
+    steps = regime.epochs * -(-len(parts["train"][0]) // batch_size)
     runs = {}
     for library, optimizer in (("torch.optim", getattr(torch.optim, name)), ("fusedopt", fusedopt.registry[name])):
         network = lesson.network(seed).to(device)
-        runs[library] = Run(network, optimizer(network.parameters(), **settings))
-    rate = runs["fusedopt"].optimizer.param_groups[0]["lr"]
+        inside = {"max_grad_norm": regime.clip} if library == "fusedopt" else {}
+        runs[library] = run = Run(network, optimizer(network.parameters(), **settings, **inside), regime.clip)
+        rate = run.optimizer.param_groups[0]["lr"]
+        if regime.schedule is not None:
+            run.schedule = SCHEDULES[regime.schedule](run.optimizer, steps)
     result = Comparison(lesson, f"{name} lr={rate:g}", runs)
+    asked = [make(runs["fusedopt"].optimizer) for make in regime.stop]
+    stop = functools.reduce(operator.or_, asked) if asked else None
 
-    parts = {part: (x.to(device), y.to(device)) for part, (x, y) in lesson.parts.items()}
     shuffle = torch.Generator().manual_seed(seed)  # on the CPU: the same batches on every device
-    progress = tqdm(range(epochs), desc=f"{lesson.name}, {result.optimizer}", unit="epoch")
+    progress = tqdm(range(regime.epochs), desc=f"{lesson.name}, {result.optimizer}", unit="epoch")
     turn = list(runs.values())
     for _ in progress:
         losses = {id(run): [] for run in turn}
@@ -95,8 +130,12 @@ def compare(
                 losses[id(run)].append(run.learn(lesson, x, y))
             turn.reverse()
         for run in turn:
-            run.losses.append(torch.stack(losses[id(run)]).mean().item())
+            run.end_epoch(torch.stack(losses[id(run)]).mean().item())
         progress.set_postfix_str(f"loss {runs['fusedopt'].losses[-1]:.4f}", refresh=False)
+        if stop is not None and stop(runs["fusedopt"].losses[-1]):
+            result.stopped = stop.reason
+            progress.close()
+            break
 
     for run in turn:
         with torch.no_grad():
@@ -165,49 +204,3 @@ def table(comparisons: list[Comparison]) -> str:
     ]
     lines.insert(1, "-" * max(map(len, lines)))
     return "\n".join(lines)
-
-
-def plot(comparisons: list[Comparison], title: str, path: Path) -> None:
-    """Save a PNG with one column per training: the loss curves above, the distribution of the step times below."""
-    figure = Figure(figsize=(4.6 * len(comparisons), 7), layout="constrained")
-    panels = figure.subplots(2, len(comparisons), squeeze=False)
-    for result, (curves, times) in zip(comparisons, panels.T):
-        draw_losses(result, curves)
-        draw_times(result, times)
-    figure.suptitle(title)
-    figure.savefig(path, format="png", dpi=150)
-
-
-def draw_losses(result: Comparison, axes: Axes) -> None:
-    """Training loss by epoch, logarithmic: fusedopt's dashes lie on torch's line where the two agree."""
-    for library, run in result.runs.items():
-        axes.plot(range(1, len(run.losses) + 1), run.losses, label=library, **STYLES[library])
-    axes.set(title=f"{result.lesson.name}, {result.optimizer}", xlabel="epoch", ylabel=result.lesson.loss_name)
-    axes.set_yscale("log")
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.yaxis.set_major_formatter("{x:g}")  # 0.2 rather than 2 × 10⁻¹
-    axes.yaxis.set_minor_formatter(NullFormatter())
-    finish(axes)
-
-
-def draw_times(result: Comparison, axes: Axes) -> None:
-    """Histogram of the step times up to their 99th percentile, with both medians."""
-    micros = {library: torch.tensor(run.seconds, dtype=torch.float64) * 1e6 for library, run in result.runs.items()}
-    # The slowest steps (the first builds the state, the system interrupts others) would squeeze the rest to a line.
-    longest = max(times.quantile(0.99).item() for times in micros.values())
-    for library, times in micros.items():
-        middle, color = times.median().item(), STYLES[library]["color"]
-        label = f"{library}, median {middle:.0f} µs"
-        axes.hist(times.tolist(), bins=80, range=(0, longest), color=color, alpha=0.6, label=label)
-        axes.axvline(middle, color=color, linestyle=STYLES[library]["linestyle"])
-    axes.set(title=f"torch / fusedopt = {result.speedup:.2f}", xlabel="time of optimizer.step() (µs)", ylabel="steps")
-    axes.set_ylim(top=1.35 * axes.get_ylim()[1])  # room for the legend above the bars
-    finish(axes)
-
-
-def finish(axes: Axes) -> None:
-    """Light grid, no box, legend in the upper right corner."""
-    axes.grid(alpha=0.25)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(loc="upper right", framealpha=1)

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .shards import local
+
 ROLE = "ema"
 """The averages' key in the parameters' places. It is no key of ``optimizer.state``, where torch has none."""
 
@@ -28,7 +30,7 @@ def adopt(averages: dict[Tensor, Tensor], p: Tensor, place: Any) -> list[tuple[T
     if place.holds(ROLE, value):
         return []
     view = averages[p] = place.open(ROLE, dtype_of(p))
-    return [(view, p.detach() if value is None else value)]
+    return [(local(view), local(p).detach() if value is None else local(value))]
 
 
 class EmaParameters(list):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from itertools import chain
 from operator import itemgetter
@@ -14,6 +15,7 @@ from . import clipping, torch_backend
 from .plan import Bucket, Cohort, Place, Plan
 from .rule import Update
 from .settings import CLIP, Settings
+from .shards import is_distributed, local_grads
 
 get_params = itemgetter("params")
 
@@ -26,6 +28,10 @@ class Engine:
         self.places: dict[Tensor, Place] = {}
         self.plan: Plan | None = None
         self.executors: list[Any] = []
+        self.began = False
+        """Whether a step was taken."""
+        self.distributed = False
+        """Whether some parameters are distributed over ranks."""
         self.verdict = clipping.UNJUDGED
         self.skips = clipping.Skips()
         self.scaling: clipping.Scaling | None = None
@@ -42,6 +48,8 @@ class Engine:
             raise RuntimeError("step() inside `with optimizer.ema_parameters()`, where parameters hold their averages")
         if not self._with_gradients(optimizer, self._run):
             self.verdict = clipping.Verdict(norm=0.0) if optimizer._settings.needs_norm else clipping.UNJUDGED
+        if not self.began:
+            self._begin()
 
     def clip(self, optimizer: Any, max_norm: float) -> Tensor:
         """Judge the gradients now, and leave it to the next step to clip them. Returns their norm."""
@@ -52,11 +60,6 @@ class Engine:
 
         def judge(optimizer: Any, grads: list[Tensor | None]) -> None:
             terms = clipping.terms(optimizer, self.scaling)
-            if any(getattr(m.param, "_fsdp_flattened", False) for bucket in self.plan.buckets for m in bucket.members):
-                raise RuntimeError(
-                    "clip_grad_norm_() would clip by this rank's part of the norm: parameters are shards of "
-                    "FullyShardedDataParallel; call model.clip_grad_norm_() instead"
-                )
             if terms.clip is not None:
                 raise RuntimeError(
                     f"the step clips to max_grad_norm={terms.clip[0]} by itself: leave clip_grad_norm_() away, or set "
@@ -64,7 +67,8 @@ class Engine:
                 )
             if self.deferred is not None and self.deferred.is_of(grads):
                 raise RuntimeError("clip_grad_norm_() was called twice for one step()")
-            self.verdict = clipping.judge(self.executors, terms._replace(clip=(max_norm, *CLIP)), self.skips)
+            terms = terms._replace(clip=(max_norm, *CLIP))
+            self.verdict = clipping.judge(self.executors, terms, self.skips, self.plan.reduction)
             self.skips.count_in(self.verdict, -1)
             self.deferred = clipping.Deferred(self.verdict, grads, self.scaling)
 
@@ -82,17 +86,21 @@ class Engine:
         """Do something with the gradients of this step, or return False if there are none."""
         params = list(chain.from_iterable(map(get_params, optimizer.param_groups)))
         grads = [p.grad for p in params]
-        if self.plan is None or not self.plan.holds(optimizer, params, grads):
-            self._build(optimizer)
-        if not self.executors:
+        parts = local_grads(params, grads) if self.distributed else grads
+        if self.plan is None or not self.plan.holds(optimizer, params, parts):
+            if not self.distributed and any(map(is_distributed, params)):
+                self.distributed = True
+                parts = local_grads(params, grads)
+            self._build(optimizer, parts)
+        if not self.executors and not self.plan.reduction.communicates:
             return False
         try:
             try:
                 for executor in self.executors:
-                    executor.take(grads)
+                    executor.take(parts)
             except RuntimeError:
                 # Nothing was changed yet. A new plan looks at everything, and says what does not fit.
-                self._build(optimizer)
+                self._build(optimizer, parts)
                 raise
             act(optimizer, grads)
         finally:
@@ -100,23 +108,33 @@ class Engine:
                 executor.release()
         return True
 
-    def _build(self, optimizer: Any) -> None:
+    def _begin(self) -> None:
+        self.began = True
+        if not self.executors and torch.distributed.is_available() and torch.distributed.is_initialized():
+            warnings.warn(
+                "no parameter of this optimizer has a gradient at its first step. Was it built before fully_shard(), "
+                "which replaces a model's parameters? Build it afterwards, or it will never change anything.",
+                stacklevel=6,  # the line that called optimizer.step()
+            )
+
+    def _build(self, optimizer: Any, grads: list[Tensor | None]) -> None:
         self.settle(optimizer)
         self.plan, self.verdict = None, clipping.UNJUDGED
-        plan = Plan(optimizer, self.places)
+        plan = Plan(optimizer, self.places, grads)
         self.executors = [_executor(bucket, optimizer._settings) for bucket in plan.buckets]
         plan.note_uses()
         self.plan = plan
 
     def _run(self, optimizer: Any, grads: list[Tensor | None]) -> None:
-        terms = clipping.terms(optimizer, self.scaling)
+        terms, reduction = clipping.terms(optimizer, self.scaling), self.plan.reduction
         if self.deferred is not None and self.deferred.is_of(grads):
             self.verdict = self._deferred_verdict(terms)
         else:
-            self.verdict = clipping.judge(self.executors, terms, self.skips)
+            self.verdict = clipping.judge(self.executors, terms, self.skips, reduction)
         self.deferred = None
         if self.scaling is not None:
-            self.scaling.found_inf = self.verdict.found_inf(self.executors[0].bucket.device)
+            device = self.executors[0].bucket.device if self.executors else reduction.device
+            self.scaling.found_inf = self.verdict.found_inf(device)
         if self.verdict.skip:
             self._drop_unwritten(optimizer)
             return
@@ -130,6 +148,8 @@ class Engine:
 
         for executor in self.executors:
             executor.step(update, self.verdict, self.skips)
+        if self.plan.shards is not None:
+            torch.autograd.graph.increment_version(self.plan.shards.params)
         self.plan.advance(1)
         if self.verdict.device is not None:
             self.skips.listen()
@@ -173,7 +193,7 @@ class Engine:
             for member in bucket.members:
                 if bucket.cohorts[member.cohort].t == 0:
                     for key in bucket.rule.keys:
-                        optimizer.state[member.param].pop(key, None)
+                        optimizer.state[member.owner].pop(key, None)
         self.plan = None
 
     def forget(self) -> None:

@@ -69,6 +69,10 @@ def classification(root: Path | None = None, seed: int = 0, dtype: torch.dtype =
         x, y, names, skipped = read_notmnist(root)
         x = x / 255
         name, classes, note = "letters", len(names), f"{len(x)} images, classes {' '.join(names)}; {count(skipped)}"
+        if classes == 1:
+            note += "; one class alone is nothing to tell apart, so every answer will be right"
+        if len(x) < 5:
+            note += "; fewer than five leave nothing for validation and test"
     return Lesson(
         name=name,
         note=note,
@@ -132,8 +136,7 @@ def split(x: Tensor, y: Tensor, seed: int) -> dict[str, tuple[Tensor, Tensor]]:
 def read_notmnist(root: Path) -> tuple[Tensor, Tensor, list[str], Counter[str]]:
     """Images (n, 784) uint8, classes (n,) int64, the folder name of each class, and the files skipped by reason.
 
-    A folder without a single usable image is no class. DataError if ``root`` is no folder, if fewer than two classes
-    are left, or if the images are too few to be split.
+    A folder without a single usable image is no class. DataError if ``root`` is no folder, or if no image is left.
     """
     if not root.is_dir():
         raise DataError(f"no folder {root}: {LAYOUT}")
@@ -152,12 +155,8 @@ def read_notmnist(root: Path) -> tuple[Tensor, Tensor, list[str], Counter[str]]:
         if len(images) > before:
             labels += [len(names)] * (len(images) - before)
             names.append(folder.name)
-    if len(names) < 2:
-        raise DataError(
-            f"{root} has {len(names)} classes with a usable image, two are needed ({count(skipped)}): {LAYOUT}"
-        )
-    if len(images) < 5:
-        raise DataError(f"{root} has {len(images)} usable images, five are needed for the split ({count(skipped)})")
+    if not images:
+        raise DataError(f"{root} has no usable image ({count(skipped)}): {LAYOUT}")
     return torch.from_numpy(np.stack(images)), torch.tensor(labels), names, skipped
 
 

@@ -15,6 +15,7 @@ from torch.optim.optimizer import _get_scalar_dtype
 
 from .flat import Space, alias, is_dense
 from .rule import Rule
+from .shards import local
 
 
 @dataclasses.dataclass(slots=True, eq=False)
@@ -34,9 +35,16 @@ class Place:
     """The address to which ``flatten`` moved the parameter, until somebody else moves it."""
     owned: bool = False
     """Whether the parameter's memory is an earlier place's, and so may be moved again."""
+    like: Tensor | None = None
+    """The distributed parameter: its states are distributed like it, each in memory of its own."""
 
     def open(self, key: str, dtype: torch.dtype) -> Tensor:
-        """A view of this parameter's part of the buffer ``key``, with storage of its own."""
+        """A view of this parameter's part of the buffer ``key``, with storage of its own; or a distributed tensor."""
+        if self.like is not None and key != "step":
+            self.dtypes.setdefault(key, dtype)
+            whole = torch.zeros_like(self.like, dtype=dtype)
+            self.keep(key, local(whole))
+            return whole
         space = self.space
         if key not in space.buffers:
             space.allocate(key, dtype)
@@ -50,7 +58,8 @@ class Place:
 
     def holds(self, key: str, value: Any) -> bool:
         """Whether ``value`` is this place's view, still where it was made."""
-        return value is not None and value is self.views.get(key) and value.data_ptr() == self.addresses[key]
+        part = local(value)
+        return part is not None and part is self.views.get(key) and part.data_ptr() == self.addresses[key]
 
     def packed_copy(self, role: str, dtype: torch.dtype) -> Tensor:
         part = self.parts.get((role, dtype))
@@ -93,14 +102,15 @@ def adopt_states(
         value = state.get(key)
         if place.holds(key, value):
             continue
-        if isinstance(value, Tensor) and key != "step" and value.is_cpu and value.is_shared() and not place.packed:
-            place.keep(key, value)
+        part = local(value)
+        if isinstance(part, Tensor) and key != "step" and part.is_cpu and part.is_shared() and not place.packed:
+            place.keep(key, part)
             continue
         view = state[key] = place.open(key, _get_scalar_dtype() if key == "step" else dtypes[key])
         if key == "step":
             writes.append((view, float(taken)))
         else:
-            writes.append((view, optimizer.initial_value(group, key) if value is None else value.detach()))
+            writes.append((local(view), optimizer.initial_value(group, key) if value is None else part.detach()))
     return writes
 
 
@@ -111,7 +121,8 @@ def write(optimizer: Any, writes: list[tuple[Tensor, Tensor | float]]) -> None:
     writes = [(v, x.clone() if isinstance(x, Tensor) and x.data_ptr() in views else x) for v, x in writes]
     for state in optimizer.state.values() if any(isinstance(x, Tensor) for _, x in writes) else ():
         for key, value in state.items() if isinstance(state, dict) else ():
-            if isinstance(value, Tensor) and value is not views.get(value.data_ptr(), value):
+            part = local(value)
+            if isinstance(part, Tensor) and part is not views.get(part.data_ptr(), part):
                 state[key] = value.clone()
     for view, value in writes:
         view.copy_(value) if isinstance(value, Tensor) else view.fill_(value)

@@ -18,10 +18,12 @@ from torch import Tensor
 
 from . import ema
 from .backends import Backend
+from .distributed import Groups, Reduction
 from .flat import Space, is_dense
 from .places import Place, adopt_states, flatten, has_shared_state, write
 from .rule import Rule
-from .survey import NotFusable, survey
+from .shards import Shards, is_distributed, local
+from .survey import Entry, NotFusable, survey
 
 SMALL = 16384
 """Elements below which a CPU spends more on calling an operation than on the numbers."""
@@ -38,7 +40,10 @@ get_params = itemgetter("params")
 class Member:
     """One parameter with a gradient."""
 
+    owner: Tensor
+    """The parameter as the optimizer holds it, the key of its state."""
     param: Tensor
+    """What this rank updates: the owner, or its local part."""
     position: int
     """Its gradient's position among this step's gradients."""
     cohort: int
@@ -66,13 +71,15 @@ class Bucket:
     grad_dtype: torch.dtype
     backend: Backend
     flat: bool
+    """Whether all parameters lie in one flat buffer."""
     averages: tuple[str, ...]
     """Roles in the members' places that follow the new parameter, in the order of ``Update.averages``."""
-    """Whether all parameters lie in one flat buffer."""
     fused: bool
     """Whether torch's fused CPU kernel updates them."""
     listed: bool
     """Whether that kernel takes small parameters as a list, where they are; otherwise they are gathered."""
+    spread: Groups
+    """The process groups over which the elements are spread."""
     cohorts: list[Cohort]
     members: list[Member]
 
@@ -80,15 +87,18 @@ class Bucket:
 class Plan:
     """The buckets of one step, and what must stay as it is for them to be right."""
 
-    def __init__(self, optimizer: Any, places: dict[Tensor, Place]):
+    def __init__(self, optimizer: Any, places: dict[Tensor, Place], grads: list[Tensor | None]):
         groups = optimizer.param_groups
         self.params = [p for group in groups for p in group["params"]]
         self.group_sizes = [len(group["params"]) for group in groups]
         rules = [optimizer.rule(group) for group in groups]
-        self.present = [p.grad is not None for p in self.params]
+        self.present = [g is not None for g in grads]
         self.settings = optimizer._settings.layout
 
-        newcomers = survey(optimizer, rules)
+        self.reduction = Reduction(self.params, optimizer._settings.clip_group)
+        if optimizer._settings.needs_norm:
+            self.reduction.check()
+        newcomers = survey(optimizer, rules, grads, self.reduction)
         for stale in set(places).difference(self.params):
             del places[stale]
         for stale in set(optimizer._ema).difference(self.params):
@@ -96,8 +106,8 @@ class Plan:
         self.buckets = [_settle(optimizer, key, entries, places) for key, entries in newcomers.items()]
 
         members = [member for bucket in self.buckets for member in bucket.members]
-        self.active = list(compress(self.params, self.present))
-        self.grad_dtypes = [p.grad.dtype for p in self.active]
+        self.active = list(map(local, compress(self.params, self.present)))
+        self.grad_dtypes = list(map(get_dtype, compress(grads, self.present)))
         self.sizes = list(map(Tensor.numel, self.active))
         self.addresses = list(map(Tensor.data_ptr, self.active))
         self.strides = list(map(Tensor.stride, self.active))
@@ -106,6 +116,9 @@ class Plan:
         self.stepped = [_stepped(space, members) for space in self.spaces if "step" in space.buffers]
         self.identities = _identities(optimizer, self.params)
         self.views = [_views(optimizer, bucket) for bucket in self.buckets if bucket.rule.keys]
+        owners = [m.owner for m in members if is_distributed(m.owner)]
+        states = (value for _, views in self.views for value in views if is_distributed(value))
+        self.shards = Shards(owners, states) if owners else None
         self.note_steps()
 
     def note_steps(self) -> None:
@@ -131,6 +144,7 @@ class Plan:
             and list(map(get_dtype, active_grads)) == self.grad_dtypes
             and list(map(Tensor.numel, active_grads)) == self.sizes
             and self._states_hold()
+            and (self.shards is None or self.shards.hold())
             and self.step_values == [steps.tolist() for steps in self.steps]
         )
 
@@ -162,7 +176,7 @@ class Plan:
 def _views(optimizer: Any, bucket: Bucket) -> tuple[Callable[[], Iterable[Tensor]], list[Tensor]]:
     """How to read all states of a bucket's parameters, and which they are now."""
     keys = ("step", *bucket.rule.keys) if optimizer.counts_steps else bucket.rule.keys
-    dicts = [optimizer.state[m.param] for m in bucket.members]
+    dicts = [optimizer.state[m.owner] for m in bucket.members]
     get = itemgetter(*keys)
 
     def read() -> Iterable[Tensor]:
@@ -189,15 +203,18 @@ def _stepped(space: Space, members: list[Member]) -> Tensor:
     return stepped
 
 
-def _settle(optimizer: Any, key: tuple, entries: list[tuple], places: dict[Tensor, Place]) -> Bucket:
+def _settle(optimizer: Any, key: tuple, entries: list[Entry], places: dict[Tensor, Place]) -> Bucket:
     """Give every parameter of a bucket its place, and its state the place's memory."""
-    device, dtype, grad_dtype, rule, choice, state_dtypes = key
-    params = [p for p, *_ in entries]
+    device, dtype, grad_dtype, rule, choice, state_dtypes, spread = key
+    distributed = spread is not None
+    owners, params = [entry.owner for entry in entries], [entry.param for entry in entries]
     overlapping = _overlapping(params)
     if overlapping and (choice.name == "triton" or any(id(p) in overlapping and not is_dense(p) for p in params)):
         raise NotFusable("parameters that share memory, or whose elements lie between each other's")
     irregular = [choice.name == "torch" and not is_dense(p) for p in params]
-    gathers = choice.name == "torch" and device.type == "cpu"
+    if distributed and any(irregular):
+        raise NotFusable("distributed parameters with gaps in memory")
+    gathers = choice.name == "torch" and device.type == "cpu" and not distributed
     small = [
         gathers and p.numel() < SMALL and id(p) not in overlapping and not has_shared_state(optimizer, p, places.get(p))
         for p in params
@@ -209,39 +226,43 @@ def _settle(optimizer: Any, key: tuple, entries: list[tuple], places: dict[Tenso
     enough = sum(small) >= (FEW_LISTED if fused and rule.list_threads else FEW)
     enough = enough and (not listed or settings.flatten or settings.needs_norm)
     # What was gathered once stays so, or parameters that have no gradient at some steps would wander.
-    packed = [a or (b and (enough or (p in places and places[p].packed))) for a, b, p in zip(irregular, small, params)]
+    packed = [a or (b and (enough or (p in places and places[p].packed))) for a, b, p in zip(irregular, small, owners)]
 
     homeless = [
         (entry, pack)
         for entry, pack in zip(entries, packed)
-        if entry[0] not in places or not places[entry[0]].fits(entry[0], entry[5], pack)
+        if entry.owner not in places or not places[entry.owner].fits(entry.param, entry.dtypes, pack)
     ]
     if homeless:
         # Small ones first, and group by group, so that each cohort's lie side by side; within a group by shape, so
         # that gradients can be gathered by few calls.
-        homeless.sort(key=lambda pair: (not pair[1], pair[0][2], pair[0][0].shape[1:] if pair[1] else ()))
-        space = Space([entry[0] for entry, _ in homeless], packed=sum(pack for _, pack in homeless))
-        for index, ((p, *_, dtypes), pack) in enumerate(homeless):
-            earlier = places.get(p)
-            owned = earlier is not None and earlier.flattened == p.data_ptr()
-            places[p] = Place(space, index, dict(dtypes), pack, owned=owned)
+        homeless.sort(key=lambda pair: (not pair[1], pair[0].number, pair[0].param.shape[1:] if pair[1] else ()))
+        space = Space([entry.param for entry, _ in homeless], packed=sum(pack for _, pack in homeless))
+        for index, (entry, pack) in enumerate(homeless):
+            owner = entry.owner
+            earlier = places.get(owner)
+            owned = earlier is not None and earlier.flattened == owner.data_ptr()
+            like = owner if distributed else None
+            places[owner] = Place(space, index, dict(entry.dtypes), pack, owned=owned, like=like)
 
-    flattened = flatten([places[p] for p in params], params, settings.flatten)
+    flattened = flatten([places[p] for p in owners], params, settings.flatten and not distributed)
     cohorts: dict[tuple[int, int], Cohort] = {}
     members, writes = [], []
-    for p, position, number, group, taken, dtypes in entries:
-        place = places[p]
-        writes += adopt_states(optimizer, p, group, place, rule, dtypes, taken)
+    for owner, p, position, number, group, taken, dtypes in entries:
+        place = places[owner]
+        writes += adopt_states(optimizer, owner, group, place, rule, dtypes, taken)
         if settings.ema_decay is not None:
-            writes += ema.adopt(optimizer._ema, p, place)
+            writes += ema.adopt(optimizer._ema, owner, place)
         cohort = cohorts.setdefault((number, taken), Cohort(len(cohorts), group, taken))
-        member = Member(p, position, cohort.number, place)
+        member = Member(owner, p, position, cohort.number, place)
         cohort.members.append(member)
         members.append(member)
     write(optimizer, writes)
-    rows = list(cohorts.values())
     averages = rule.averages if settings.ema_decay is None else (*rule.averages, ema.ROLE)
-    return Bucket(rule, device, dtype, grad_dtype, choice, flattened, averages, fused, listed, rows, members)
+    return Bucket(
+        rule, device, dtype, grad_dtype, choice, flattened, averages, fused, listed, spread or (),
+        list(cohorts.values()), members,
+    )  # fmt: skip
 
 
 def _overlapping(params: Sequence[Tensor]) -> set[int]:

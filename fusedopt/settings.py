@@ -9,6 +9,7 @@ name as their ``settings_class``.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 import numbers
@@ -92,6 +93,13 @@ def one_of(*choices: str) -> Callable[[str, Any], str]:
     return check
 
 
+def _group(name: str, value: Any) -> Any:
+    groups = torch.distributed.is_available() and (torch.distributed.ProcessGroup, torch.distributed.DeviceMesh)
+    if value is None or value == "world" or (groups and isinstance(value, groups)):
+        return value
+    raise TypeError(f"{name} must be None, 'world', a ProcessGroup or a DeviceMesh, got {value!r}")
+
+
 def setting(default: Any, check: Callable[[str, Any], Any], doc: str) -> Any:
     """A field of Settings: ``check(name, value)`` returns the value to keep, or raises."""
     return dataclasses.field(default=default, metadata={"check": check, "doc": doc})
@@ -136,6 +144,14 @@ class Settings:
         arXiv 2411.16085 calls C-AdamW for Adam: u <- u mask / max(mean mask, 1e-3), where mask = [u g > 0] and the
         mean is over each parameter, before decoupled decay.""",
     )
+    clip_group: Any = setting(  # noqa: RUF009  a process group is no default
+        None,
+        _group,
+        """("world" | ProcessGroup | DeviceMesh | None): further ranks whose gradients belong to the same norm,
+        where they hold other parameters than this rank and nothing in the parameters says so: "world" for
+        ZeroRedundancyOptimizer and FullyShardedDataParallel, the pipeline's group for pipeline stages. Parameters
+        that are DTensors (fully_shard, tensor parallelism) need none.""",
+    )
     flatten: bool = setting(
         False,
         flag,
@@ -149,6 +165,9 @@ class Settings:
 
     def __post_init__(self) -> None:
         self._check_together(vars(self))
+
+    def __deepcopy__(self, memo: dict) -> Settings:
+        return copy.copy(self)  # values are immutable, but for process groups, of which there are no copies
 
     def __setattr__(self, name: str, value: Any) -> None:
         fields = self.fields()
@@ -191,7 +210,8 @@ class Settings:
     @property
     def layout(self) -> tuple:
         """What decides where tensors are put: a plan holds as long as it stays the same."""
-        return self.flatten, self.backend, self.needs_norm, self.ema_decay is None, self.cautious
+        ema = self.ema_decay is None
+        return self.flatten, self.backend, self.needs_norm, ema, self.cautious, self.clip_group
 
     def active(self) -> list[str]:
         """The names of the settings that ask for more than torch.optim does."""

@@ -6,13 +6,15 @@ as they were.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .backends import Backend, backend
+from .distributed import Reduction
 from .rule import Rule
+from .shards import PLAIN, alike, is_distributed, local
 
 
 class NotFusable(Exception):
@@ -23,41 +25,58 @@ def is_differentiable(group: dict[str, Any]) -> bool:
     return group.get("differentiable", False)
 
 
-def survey(optimizer: Any, rules: list[Rule]) -> dict[tuple, list[tuple]]:
+class Entry(NamedTuple):
+    """One parameter with a gradient."""
+
+    owner: Tensor
+    """The parameter as the optimizer holds it, the key of its state."""
+    param: Tensor
+    """What this rank updates: the owner, or its local part."""
+    position: int
+    number: int
+    """Its group's."""
+    group: dict[str, Any]
+    taken: int
+    """Steps taken."""
+    dtypes: dict[str, torch.dtype]
+    """Its states'."""
+
+
+def survey(
+    optimizer: Any, rules: list[Rule], grads: list[Tensor | None], reduction: Reduction
+) -> dict[tuple, list[Entry]]:
     """Every parameter with a gradient, by bucket. Changes nothing, so an error leaves all as it was."""
-    buckets: dict[tuple, list[tuple]] = {}
+    buckets: dict[tuple, list[Entry]] = {}
     choices: dict[torch.device, Backend] = {}
     active = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     if len(set(active)) != len(active):
         raise NotFusable("a parameter that is listed twice")
     position = 0
     for number, (group, rule) in enumerate(zip(optimizer.param_groups, rules)):
-        for p in group["params"]:
-            g = p.grad
+        for owner in group["params"]:
+            p, g = local(owner), grads[position]
             position += 1
             if g is None:
                 continue
-            where = f"parameter {position - 1} (group {number}, shape {tuple(p.shape)})"
+            where = f"parameter {position - 1} (group {number}, shape {tuple(owner.shape)})"
             if reason := _not_fusable(p, g, group):
                 raise NotFusable(f"{reason} ({where})")
             if g.device != p.device:
                 raise RuntimeError(f"the gradient of {where} is on {g.device}, the parameter on {p.device}")
             if g.shape != p.shape:
                 raise RuntimeError(f"the gradient of {where} has shape {tuple(g.shape)}")
-            max_norm = optimizer._settings.max_grad_norm
-            if max_norm is not None and getattr(p, "_fsdp_flattened", False):
-                raise RuntimeError(
-                    f"max_grad_norm={max_norm} would clip by this rank's part of the norm: {where} is a shard of "
-                    "FullyShardedDataParallel; leave it away and call model.clip_grad_norm_() before step()"
-                )
-            state = optimizer.state.get(p, {})
-            dtypes = {key: _state_dtype(p, state.get(key), key, where) for key in rule.keys}
+            state = optimizer.state.get(owner, {})
+            dtypes = {key: _state_dtype(owner, state.get(key), key, where) for key in rule.keys}
             taken = _steps_taken(optimizer, rule, state, where)
             if p.device not in choices:
                 choices[p.device] = backend(p.device, optimizer.backend)
             choice = choices[p.device]
-            key = (p.device, p.dtype, g.dtype, rule, choice, tuple(dtypes.values()))
-            buckets.setdefault(key, []).append((p, position - 1, number, group, taken, dtypes))
+            spread = reduction.spread(owner) if is_distributed(owner) else None
+            if spread or hasattr(owner, "_fsdp_flattened"):
+                _refuse_means(optimizer, group, taken, where)
+            key = (p.device, p.dtype, g.dtype, rule, choice, tuple(dtypes.values()), spread)
+            entry = Entry(owner, p, position - 1, number, group, taken, dtypes)
+            buckets.setdefault(key, []).append(entry)
     return buckets
 
 
@@ -74,16 +93,32 @@ def _not_fusable(p: Tensor, g: Tensor, group: dict[str, Any]) -> str | None:
         return "a parameter on the meta device"
     if not p.is_floating_point() or not g.is_floating_point():
         return f"a parameter of dtype {p.dtype}"
-    if type(p) not in (Tensor, torch.nn.Parameter) or type(g) is not Tensor:
+    if type(p) not in PLAIN or type(g) is not Tensor:
         return f"a tensor subclass ({type(p).__name__} with a gradient of {type(g).__name__})"
     return None
 
 
-def _state_dtype(p: Tensor, value: Any, key: str, where: str) -> torch.dtype:
+def _refuse_means(optimizer: Any, group: dict[str, Any], taken: int, where: str) -> None:
+    needy = [stage.name for stage in optimizer.update(group, taken + 1).on_update if stage.term is not None]
+    if needy:
+        raise RuntimeError(
+            f"{' and '.join(needy)} of {type(optimizer).__name__} needs a mean over each whole parameter, and this "
+            f"rank holds only a part of {where}; leave it away"
+        )
+
+
+def _state_dtype(owner: Tensor, value: Any, key: str, where: str) -> torch.dtype:
+    p = local(owner)
     if value is None:
         return p.dtype
     if not isinstance(value, Tensor):
         raise RuntimeError(f"the state {key!r} of {where} must be a tensor, got {type(value).__name__}")
+    if is_distributed(value) != is_distributed(owner) or (is_distributed(owner) and not alike(owner, value)):
+        raise RuntimeError(
+            f"the state {key!r} of {where} must be distributed as the parameter is; load states of distributed "
+            "parameters with torch.distributed.checkpoint.state_dict.set_optimizer_state_dict"
+        )
+    value = local(value)
     if value.shape != p.shape:
         raise RuntimeError(f"the state {key!r} of {where} has shape {tuple(value.shape)}")
     if value.device != p.device:

@@ -18,6 +18,7 @@ from triton.runtime.jit import JITFunction
 
 from .backends import interpreting
 from .clipping import Skips, Terms, Verdict
+from .distributed import Reduction
 from .flat import is_dense
 from .kernels import address, means, norm, rounding, rules, stages
 from .kernels import step as step_kernel
@@ -225,10 +226,13 @@ class Executor:
         return self.chains[used]
 
 
-def judge(executors: Sequence[Executor], terms: Terms, skips: Skips) -> Verdict:
+def judge(executors: Sequence[Executor], terms: Terms, skips: Skips, reduction: Reduction) -> Verdict:
     """Pass the verdict on the device: one launch per bucket, and nobody waits."""
     device = executors[0].bucket.device
     verdict = skips.verdict(device)
+    if reduction.communicates and terms.joins_ranks:
+        _judge_with_other_ranks(executors, terms, verdict, reduction)
+        return Verdict(norm=math.nan if terms.needs_norm else None, device=verdict)
     filled = [executor for executor in executors if executor.tile_count] if terms.needs_norm else []
     slots, ticket = executors[-1].workspace(max(len(filled), 1))
     for i, executor in enumerate(filled):
@@ -241,6 +245,30 @@ def judge(executors: Sequence[Executor], terms: Terms, skips: Skips) -> Verdict:
             **constants, SLOTS=SLOTS, enable_fp_fusion=False,
         )  # fmt: skip
     return Verdict(norm=math.nan if terms.needs_norm else None, device=verdict)
+
+
+def _judge_with_other_ranks(executors: Sequence[Executor], terms: Terms, verdict: Tensor, reduction: Reduction) -> None:
+    """The sums of squares by spread, one all_reduce per group, then the verdict in a launch of its own."""
+    device = executors[0].bucket.device
+    keys = reduction.keys
+    alike = [[executor for executor in executors if executor.bucket.spread == key] for key in keys]
+    longest = max(map(len, alike)) if terms.needs_norm else 0
+    squares = torch.zeros(len(keys), dtype=torch.float64, device=device)
+    if longest:
+        slots, _ = executors[-1].workspace(len(keys) * longest)
+        for i, row in enumerate(alike):
+            for k, executor in enumerate(row):
+                if executor.tile_count:
+                    executor.add_squares(slots, (i * longest + k) * SLOTS, None, verdict, terms)
+        squares = slots.view(len(keys), -1).sum(1)
+    total = reduction.total(squares.to(reduction.device), terms.found_inf).to(device, non_blocking=True)
+    if terms.found_inf is not None:
+        terms = terms._replace(found_inf=total[1:])
+    padded = torch.nn.functional.pad(total[:1], (0, SLOTS - 1))
+    judging, constants, variant = _on(device, terms)
+    executors[-1].launch(
+        norm.judge, variant, 1, padded, SLOTS, verdict, *judging, **constants, SLOTS=SLOTS, enable_fp_fusion=False
+    )
 
 
 def _on(device: torch.device, terms: Terms) -> tuple[tuple, dict[str, bool], tuple]:

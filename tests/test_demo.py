@@ -11,8 +11,9 @@ import torch
 from PIL import Image
 
 import fusedopt
-from fusedopt import demo, lessons
+from fusedopt import demo, lessons, paths
 from fusedopt.__main__ import EXTRA, devices, main
+from fusedopt.demo_options import SCHEDULES, criterion
 
 DEVICE = torch.device(devices()[-1])  # the default: the tests run on a GPU where there is one
 TORCH_NAMES = sorted(name for name in fusedopt.registry if hasattr(torch.optim, name))
@@ -124,37 +125,57 @@ def test_pixels_keep_their_class(tmp_path):
     assert bright[:3, :4].all() and bright[3:, 4:8].all() and bright.sum() == 28
 
 
-@pytest.mark.parametrize("make", ["missing", "file", "empty", "one class", "all corrupt", "too few"])
+@pytest.mark.parametrize("make", ["missing", "file", "empty", "empty folders", "all corrupt"])
 def test_unusable_data_is_refused(tmp_path, capsys, make):
     root = tmp_path / "data"
     if make == "file":
         root.write_text("")
     elif make == "empty":
         root.mkdir()
-    elif make == "one class":
-        write_letters(root, {"A": 6})
+    elif make == "empty folders":
+        (root / "A").mkdir(parents=True)
+        (root / "B").mkdir()
     elif make == "all corrupt":
         for name in "AB":
             (root / name).mkdir(parents=True)
             (root / name / "0.png").write_bytes(b"\x89PNG\r\n\x1a\n but no more")
-    elif make == "too few":
-        write_letters(root, {"A": 2, "B": 2})
     message = refused(capsys, "--data", root, "--out", tmp_path / "plot.png")
     assert str(root) in message
     expected = {
         "missing": "no folder",
         "file": "no folder",
-        "empty": "0 classes with a usable image, two are needed (0 files skipped)",
-        "one class": "1 classes with a usable image, two are needed",
-        "all corrupt": "2 files skipped (2 unreadable)",
-        "too few": "4 usable images, five are needed",
+        "empty": "no usable image (0 files skipped): expected ROOT/<class>/*.png",
+        "empty folders": "no usable image (0 files skipped)",
+        "all corrupt": "no usable image (2 files skipped (2 unreadable))",
     }
     assert expected[make] in message
+
+
+def test_little_data_is_used_and_said_so(tmp_path, capsys):
+    """One class; and, of the four images in all, some for training alone."""
+    write_letters(tmp_path / "one", {"A": 9})
+    (tmp_path / "one" / "B").mkdir()
+    (tmp_path / "one" / "B" / "broken.png").write_bytes(b"no image")
+    printed = run(tmp_path, capsys, "--data", tmp_path / "one", "--optimizer", "SGD")
+    assert "9 images, classes A; 1 files skipped (1 unreadable); one class alone is nothing to tell apart" in printed
+    assert table(printed)["letters", "SGD lr=0.1"]["fusedopt"]["train"] == "100.0%"
+    write_letters(tmp_path / "few", {"A": 2, "B": 2})
+    printed = run(tmp_path, capsys, "--data", tmp_path / "few", "--optimizer", "SGD")
+    assert "fewer than five leave nothing for validation and test" in printed
+    assert table(printed)["letters", "SGD lr=0.1"]["fusedopt"]["validation"] == "nan%"
 
 
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
+        (["--schedule", "linear"], "invalid choice: 'linear' (choose from"),
+        (["--clip", "0"], "0 is not a finite number above zero"),
+        (["--stop", "accuracy=1"], "'accuracy=1' is none of iterations=NUMBER, change=NUMBER"),
+        (["--stop", "loss=low"], "'loss=low': 'low' is no float"),
+        (["--stop", "loss=0.1", "iterations=0"], "Invalid number: 0; give at least 1"),
+        (["--stop", "change=nan"], "Invalid tolerance: nan"),
+        (["paths", "--steps", "0"], "0 is not a finite number above zero"),
+        (["paths", "--out", "."], "Is a directory"),
         (["--optimizer", "Adm"], "invalid choice: 'Adm' (choose from"),
         (["--device", "gpu"], "invalid choice: 'gpu' (choose from"),
         (["--epochs", "0"], "0 is not a finite number above zero"),
@@ -169,11 +190,12 @@ def test_wrong_arguments_are_refused(capsys, argv, message):
 
 @pytest.mark.parametrize("package", EXTRA)
 def test_missing_extra_says_what_to_install(monkeypatch, capsys, package):
+    modules = ("demo", "lessons", "plots")
     for name in [*sys.modules]:
-        if name.partition(".")[0] == package or name in ("fusedopt.demo", "fusedopt.lessons"):
+        if name.partition(".")[0] == package or name in [f"fusedopt.{module}" for module in modules]:
             monkeypatch.delitem(sys.modules, name)
-    for module in ("demo", "lessons"):
-        monkeypatch.delattr(fusedopt, module)
+    for module in modules:
+        monkeypatch.delattr(fusedopt, module, raising=False)
     monkeypatch.setitem(sys.modules, package, None)  # an import of it now raises ModuleNotFoundError
     message = refused(capsys)
     assert message.count("\n") == 1
@@ -203,7 +225,8 @@ def test_info_needs_no_extra():
 @pytest.mark.parametrize("name", TORCH_NAMES)
 def test_every_optimizer_learns_as_torch_does(name):
     lesson = lessons.classification(dtype=torch.float64)
-    result = demo.compare(lesson, name, epochs=2, device=DEVICE, lr=demo.LEARNING_RATES.get(name))
+    regime = demo.Regime(2, demo.LEARNING_RATES.get(name))
+    result = demo.compare(lesson, name, regime, device=DEVICE)
     assert result.difference < 1e-9  # as for CLOSE
     theirs, ours = result.runs.values()
     assert len(theirs.seconds) == len(ours.seconds) == 2 * 17  # 1079 training images in batches of 64
@@ -212,7 +235,7 @@ def test_every_optimizer_learns_as_torch_does(name):
 
 def test_seed_decides_everything():
     curves = [
-        demo.compare(lessons.classification(seed=seed), "SGD", epochs=2, device=DEVICE, seed=seed)
+        demo.compare(lessons.classification(seed=seed), "SGD", demo.Regime(2), device=DEVICE, seed=seed)
         .runs["fusedopt"]
         .losses
         for seed in (3, 3, 4)
@@ -229,7 +252,7 @@ def test_the_two_take_turns_on_the_same_batch(monkeypatch):
         return learn(run, lesson, x, y)
 
     monkeypatch.setattr(demo.Run, "learn", spy)
-    demo.compare(lessons.classification(), "SGD", epochs=1, device=DEVICE)
+    demo.compare(lessons.classification(), "SGD", demo.Regime(1), device=DEVICE)
     assert [ours for ours, _ in seen[:6]] == [False, True, True, False, False, True]
     assert all(first[1] is second[1] for first, second in zip(seen[::2], seen[1::2]))
 
@@ -254,3 +277,75 @@ def test_difference_and_ratio_are_what_the_table_says():
 def test_divergence_is_shown_not_hidden(tmp_path, capsys):
     printed = run(tmp_path, capsys, "--lr", "1e30", "--optimizer", "SGD")
     assert table(printed)["digits", "SGD lr=1e+30"]["fusedopt"]["difference"] == "nan"
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_schedules_of_the_demo(schedule):
+    """Both sides get the same learning rates, the first one's peak is the given, and clipping binds at the start."""
+    regime = demo.Regime(6, 0.05, clip=0.5, schedule=schedule)
+    result = demo.compare(lessons.classification(dtype=torch.float64), "SGD", regime, device=DEVICE)
+    theirs, ours = result.runs.values()
+    assert theirs.rates == ours.rates and len(ours.rates) == 6 * 17
+    assert max(ours.rates) == pytest.approx(0.05, rel=0.03) and (len(set(ours.rates)) > 2) == (schedule != "plateau")
+    assert result.difference < 1e-9
+    norms, clipped = torch.stack(ours.norms), torch.tensor(ours.clipped_norms(), dtype=torch.float64)
+    assert norms.max() > 0.5 >= clipped.max() and (clipped <= norms).all()
+
+
+def test_plateau_looks_at_the_epochs():
+    regime = demo.Regime(14, 1e-6, schedule="plateau")
+    result = demo.compare(lessons.classification(), "SGD", regime, device=DEVICE)
+    assert result.runs["fusedopt"].rates[-1] < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("stop", "epochs", "reason"),
+    [
+        (["iterations=3"], 3, "3 iterations"),
+        (["loss=1.5", "iterations=100"], None, "the loss reached 1."),
+        (["change=1e9"], 10, "the parameters changed by"),
+    ],
+)
+def test_criteria_of_the_demo(stop, epochs, reason):
+    regime = demo.Regime(40, 0.1, stop=tuple(criterion(text) for text in stop))
+    result = demo.compare(lessons.classification(), "SGD", regime, device=DEVICE)
+    assert result.stopped.startswith(reason)
+    found = len(result.runs["fusedopt"].losses)
+    assert found == epochs or (epochs is None and 1 < found < 40)
+    assert result.runs["torch.optim"].scores
+
+
+def test_everything_at_once(tmp_path, capsys):
+    printed = run(tmp_path, capsys, "--schedule", "warmup", "--clip", "0.5", "--stop", "iterations=4", "divergence=3")
+    assert printed.count("stopped after 4 epochs: 4 iterations") == 3
+
+
+def test_paths(tmp_path, capsys):
+    out = tmp_path / "new" / "paths.png"
+    assert main(["paths", "--out", str(out), "--steps", "10"]) == 0
+    assert capsys.readouterr().out == f"plot: {out}\n"
+    with Image.open(out) as image:
+        assert min(image.size) > 800 and np.asarray(image.convert("L")).std() > 10
+
+
+def test_paths_are_those_of_the_formulas():
+    """Every rule of the table, F1 to F13, ends nearer to a minimum than it began, none leaves the picture."""
+    assert {rule.label.split()[0] for rules in paths.FAMILIES.values() for rule in rules} == {
+        f"F{number}" for number in range(1, 14)
+    }
+    for rules in paths.FAMILIES.values():
+        for rule in rules:
+            for surface in paths.SURFACES.values():
+                points = paths.path(rule.optimizer, surface, 40, lr=rule.rates[surface.name], **rule.options)
+                assert points.shape == (41, 2) and points[0].tolist() == list(surface.start)
+                left, right, bottom, top = surface.box
+                assert ((points[:, 0] > left) & (points[:, 0] < right)).all()
+                assert ((points[:, 1] > bottom) & (points[:, 1] < top)).all()
+                ends = [
+                    (points[k] - torch.tensor(goal, dtype=points.dtype)).norm()
+                    for goal in surface.goals
+                    for k in (0, -1)
+                ]
+                assert min(ends[1::2]) < 0.25 * max(ends[::2])
+    x1, x2 = paths.path("SGD", paths.SURFACES["quadratic"], 3, lr=0.4)[-1].tolist()
+    assert (x1, x2) == pytest.approx((-5 * (1 - 0.08) ** 3, -2 * (1 - 1.6) ** 3))

@@ -1,0 +1,138 @@
+"""One norm over all ranks: which sums of squares are added up over which ranks.
+
+A parameter's elements may be spread over some dimensions of a device mesh and be replicated over the others. Parameters
+spread over the same process groups share one local sum of squares; it is added up over each of those groups, so
+that every element counts once, however many replicas there are: no group for DistributedDataParallel, one for FSDP,
+hybrid FSDP and tensor parallelism, two for FSDP with tensor parallelism.
+
+Which sums there are follows from the parameters, not from this step's gradients: every rank takes part in every
+all_reduce, also one that has no gradient at all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .shards import is_distributed, refuse_partial
+
+Groups = tuple[Any, ...]
+"""The process groups over which a tensor's elements are spread, in the order of its mesh's dimensions."""
+
+
+class Reduction:
+    """What makes sums over this rank's gradients into sums over all.
+
+    Args:
+        params: all parameters of the optimizer.
+        clip_group: the setting.
+
+    Raises:
+        RuntimeError: for parameters that are sums still to be taken, and for a ``clip_group`` that cannot be meant.
+    """
+
+    def __init__(self, params: Sequence[Tensor], clip_group: Any):
+        self._spread: dict[Any, Groups] = {}
+        distributed = [p for p in params if is_distributed(p)]
+        meshes = list({id(p.device_mesh): p.device_mesh for p in distributed}.values())
+        self.keys: list[Groups] = list(dict.fromkeys(self.spread(p) if is_distributed(p) else () for p in params))
+        """The different spreads; none for what lies on this rank alone, or on every rank."""
+        self.clip_groups = _groups_of(clip_group)
+        for group in self.clip_groups:
+            _check_disjoint(group, meshes, clip_group)
+        self.device = _device([mesh.device_type for mesh in meshes], self.clip_groups)
+        self.stages = [(group, self._members(group)) for group in dict.fromkeys(g for key in self.keys for g in key)]
+        """The groups, and which sums each of them adds up: their positions, or None for all."""
+        self.flat_parameter = not self.clip_groups and any(hasattr(p, "_fsdp_flattened") for p in params)
+
+    @property
+    def communicates(self) -> bool:
+        return bool(self.stages or self.clip_groups)
+
+    def _members(self, group: Any) -> Tensor | None:
+        members = [i for i, key in enumerate(self.keys) if group in key]
+        # The last sum is found_inf's.
+        return None if len(members) == len(self.keys) else torch.tensor([*members, len(self.keys)], device=self.device)
+
+    def check(self) -> None:
+        """Refuse to take a part of the norm for the whole."""
+        if self.flat_parameter:
+            raise RuntimeError(
+                "max_grad_norm, skip_nonfinite and clip_grad_norm_() would judge by this rank's part of the gradients: "
+                "the parameters are shards of FullyShardedDataParallel. Call model.clip_grad_norm_() before step() "
+                "instead, or give clip_group='world' (with hybrid sharding, the process group over which one copy of "
+                "the model is spread)"
+            )
+
+    def spread(self, p: Any) -> Groups:
+        """The groups over which a DTensor's elements are spread."""
+        mesh, placements = p._spec.mesh, p._spec.placements
+        found = self._spread.get((mesh, placements))
+        if found is None:
+            refuse_partial(p)
+            spread = (d for d, placement in enumerate(placements) if not placement.is_replicate() and mesh.size(d) > 1)
+            found = self._spread[mesh, placements] = tuple(map(mesh.get_group, spread))
+        return found
+
+    def total(self, squares: Tensor, found_inf: Tensor | None) -> Tensor:
+        """[sum of squares over all ranks, not 0 if any of them found an inf]. Nobody waits for a GPU.
+
+        Args:
+            squares: float64 on ``device``, this rank's sum for each of ``keys``.
+            found_inf: 1-element tensor of a GradScaler, or None.
+        """
+        found = squares.new_zeros(1) if found_inf is None else found_inf.to(squares, non_blocking=True).reshape(1)
+        sums = torch.cat([squares, found])
+        for group, members in self.stages:
+            part = sums if members is None else sums[members]
+            dist.all_reduce(part, group=group)
+            if members is not None:
+                sums[members] = part
+        total = torch.stack([sums[:-1].sum(), sums[-1]])
+        for group in self.clip_groups:
+            dist.all_reduce(total, group=group)
+        return total
+
+
+def _groups_of(clip_group: Any) -> list[Any]:
+    """The process groups that a ``clip_group`` stands for."""
+    if clip_group is None:
+        return []
+    if not (dist.is_available() and dist.is_initialized()):
+        raise RuntimeError(
+            f"clip_group={clip_group!r} needs a process group: call torch.distributed.init_process_group() first, "
+            "or leave it away"
+        )
+    if clip_group == "world":
+        return [dist.group.WORLD]
+    if isinstance(clip_group, dist.ProcessGroup):
+        return [clip_group]
+    return [clip_group.get_group(d) for d in range(clip_group.ndim) if clip_group.size(d) > 1]
+
+
+def _check_disjoint(group: Any, meshes: Iterable[Any], clip_group: Any) -> None:
+    """Ranks that a mesh already connects would be counted several times."""
+    ranks = set(dist.get_process_group_ranks(group))
+    for mesh in meshes:
+        for d in range(mesh.ndim):
+            if len(ranks.intersection(dist.get_process_group_ranks(mesh.get_group(d)))) > 1:
+                raise RuntimeError(
+                    f"clip_group={clip_group!r} connects ranks over which the parameters are distributed already "
+                    f"({mesh}): their norm needs no clip_group; give one only for ranks with other parameters, "
+                    "such as pipeline stages"
+                )
+
+
+def _device(mesh_types: list[str], clip_groups: list[Any]) -> torch.device:
+    """Where the groups can communicate: with CPU offload not where the gradients are."""
+    kinds = mesh_types or [kind for group in clip_groups for kind in _kinds(group)] or ["cpu"]
+    kind = next((kind for kind in kinds if kind != "cpu"), "cpu")
+    return torch.device(kind) if kind == "cpu" else torch.device(kind, torch.get_device_module(kind).current_device())
+
+
+def _kinds(group: Any) -> list[str]:
+    return [device.type for device in group._device_types]

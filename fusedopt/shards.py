@@ -1,0 +1,91 @@
+"""Distributed parameters (DTensor), and what of them lies on this rank.
+
+A step works on the local parts, in place: FSDP gathers weights from the memory behind them, not from the
+parameters, so a part that is moved is silently no longer trained. A state is distributed like its parameter and has
+memory of its own, since torch.distributed.checkpoint takes a DTensor over part of a larger storage for a plain tensor.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from operator import attrgetter, is_
+from typing import Any
+
+import torch
+from torch import Tensor
+
+PLAIN = (Tensor, torch.nn.Parameter)
+
+# Not to_local(), which costs five times as much and returns the same tensor.
+get_local = attrgetter("_local_tensor")
+
+
+def is_distributed(tensor: Any) -> bool:
+    if type(tensor) in PLAIN:
+        return False
+    # A program that has not imported it, which takes a second, has no DTensor.
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+def local(tensor: Any) -> Any:
+    """The part of a DTensor on this rank; anything else as it is."""
+    return get_local(tensor) if is_distributed(tensor) else tensor
+
+
+def alike(a: Any, b: Any) -> bool:
+    """Whether two DTensors are distributed in the same way, so that their local parts belong together."""
+    return a._spec is b._spec or (a._spec.placements == b._spec.placements and a._spec.mesh == b._spec.mesh)
+
+
+def local_grads(params: list[Tensor], grads: list[Tensor | None]) -> list[Tensor | None]:
+    """Each gradient's local part, distributed like its parameter. Sequence parallelism leaves sums to be taken
+    (Partial): every rank takes part in that, and ``p.grad`` stays as it was."""
+    found = []
+    for position, (p, g) in enumerate(zip(params, grads)):
+        if is_distributed(g) and is_distributed(p):
+            g = get_local(g if alike(p, g) else _like(p, g, position))
+            # What a collective operation of torch's has not delivered yet.
+            g = g.wait() if type(g) is not Tensor and hasattr(g, "wait") else g
+        elif g is not None and is_distributed(p) != is_distributed(g):
+            raise RuntimeError(
+                f"parameter {position} is a {type(p).__name__} and its gradient a {type(g).__name__}: "
+                "both must be distributed, or neither"
+            )
+        found.append(g)
+    return found
+
+
+def refuse_partial(p: Any) -> None:
+    if any(placement.is_partial() for placement in p._spec.placements):
+        raise RuntimeError(
+            f"a parameter of shape {tuple(p.shape)} has the placements {p.placements}: a sum that is still to be taken "
+            "cannot be updated; redistribute the parameter"
+        )
+
+
+def _like(p: Any, g: Any, position: int) -> Any:
+    refuse_partial(p)
+    if g.device_mesh != p.device_mesh:
+        raise RuntimeError(
+            f"the gradient of parameter {position} lies on {g.device_mesh}, the parameter on {p.device_mesh}; "
+            "bring the gradient to the parameter's mesh before step()"
+        )
+    return g.redistribute(placements=p.placements)
+
+
+class Shards:
+    """The distributed tensors of a plan: whether their local parts still are the ones that it was made for."""
+
+    def __init__(self, params: list[Any], states: Iterable[Any]):
+        self.params = params
+        self.wholes = [*params, *states]
+        self.parts = list(map(get_local, self.wholes))
+        self.addresses = list(map(Tensor.data_ptr, self.parts))
+
+    def hold(self) -> bool:
+        return (
+            all(map(is_, map(get_local, self.wholes), self.parts))
+            and list(map(Tensor.data_ptr, self.parts)) == self.addresses
+        )

@@ -1,0 +1,329 @@
+"""fully_shard: parameters are DTensors over one mesh; shards are even, uneven and empty."""
+
+import contextlib
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
+from training import (
+    Net,
+    clip,
+    close,
+    full,
+    loss_of,
+    moved,
+    net,
+    ours,
+    same_on_all_ranks,
+    single_process,
+    theirs,
+    train,
+    weights,
+)
+
+import fusedopt
+
+
+def sharded(build=Net, **options):
+    model = net(build)
+    for layer in (model.first, model.second, model.last):
+        fully_shard(layer, **options)
+    return fully_shard(model, **options)
+
+
+@contextlib.contextmanager
+def counted(optimizer):
+    """The sizes of all all_reduces that the optimizer's steps make."""
+    calls, stepping = [], []
+    optimizer.register_step_pre_hook(lambda *_: stepping.append(True))
+    optimizer.register_step_post_hook(lambda *_: stepping.clear())
+    real = dist.all_reduce
+
+    def all_reduce(tensor, *args, **kwargs):
+        if stepping:
+            calls.append(tensor.numel())
+        return real(tensor, *args, **kwargs)
+
+    with mock.patch.object(dist, "all_reduce", all_reduce):
+        yield calls
+
+
+@pytest.mark.ranks(2)
+@pytest.mark.parametrize("set_to_none", [True, False], ids=["none", "zero"])
+@pytest.mark.parametrize("accumulate", [1, 3])
+@pytest.mark.parametrize("reshard", [True, False], ids=["reshard", "keep"])
+def test_trains_as_one_process_does(reshard, accumulate, set_to_none):
+    model = sharded(reshard_after_forward=reshard)
+    parts = [p._local_tensor.numel() for p in model.parameters()]
+    assert 0 in parts or dist.get_rank() == 0
+    optimizer = ours(model)
+    with counted(optimizer) as calls:
+        train(model, optimizer, accumulate=accumulate, set_to_none=set_to_none)
+    assert calls == [2] * 5  # one sum of squares, one found_inf
+    # float32 sums over the batch are taken in another order: 1e-7 of a gradient, of which Adam makes 1e-2 at most.
+    close(weights(model), weights(single_process(accumulate=accumulate)))
+    assert moved(model)
+    same_on_all_ranks([*weights(model), optimizer.grad_norm])
+
+
+@pytest.mark.ranks(2)
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("name", sorted(fusedopt.registry))
+def test_every_optimizer(name, backend):
+    models = sharded(), sharded()
+    arguments = {"lr": 1e-2, "weight_decay": 0.1} | ({"momentum": 0.9} if name == "SGD" else {})
+    optimizer = fusedopt.registry[name](models[0].parameters(), **arguments, max_grad_norm=0.5, backend=backend)
+    reference = getattr(torch.optim, name)(models[1].parameters(), **arguments, foreach=False)
+    train(models[0], optimizer, steps=3)
+    train(models[1], reference, steps=3, before_step=clip)
+    # RMSprop and Adagrad divide by the root of few squares, so that roundings of small gradients show in the update.
+    close(weights(models[0]), weights(models[1]), 2e-6)
+    assert moved(models[0])
+    for p, q in zip(models[0].parameters(), models[1].parameters()):
+        ours_state, their_state = optimizer.state[p], reference.state[q]
+        assert list(ours_state) == list(their_state)
+        for key, value in ours_state.items():
+            assert type(value) is type(their_state[key])
+            if key != "step":
+                assert (value.shape, value.placements) == (their_state[key].shape, their_state[key].placements)
+                assert value._local_tensor.storage_offset() == 0
+        close(map(full, ours_state.values()), map(full, their_state.values()), 2e-6, "states")
+
+
+@pytest.mark.ranks(2)
+def test_fsdp_still_gathers_from_the_updated_memory():
+    model = sharded()
+    train(model, ours(model), steps=3)
+    for module in (model, model.first, model.second, model.last):
+        for param in module._get_fsdp_state()._fsdp_param_group.fsdp_params:
+            shard = param.sharded_param._local_tensor
+            assert not shard.numel() or shard.data_ptr() == param._sharded_param_data.data_ptr()
+    reference = single_process(steps=3)
+    loss = loss_of(model, 9).detach()
+    dist.all_reduce(loss)
+    close([loss / 2], [loss_of(reference, 9, split=lambda x: x)])
+
+
+@pytest.mark.ranks(2)
+def test_mixed_precision():
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    model, reference = sharded(mp_policy=policy), sharded(mp_policy=policy)
+    train(model, ours(model))
+    train(reference, theirs(reference), before_step=clip)
+    close(weights(model), weights(reference))
+    assert all(p.dtype is torch.float32 for p in model.parameters())
+
+
+@pytest.mark.ranks(2)
+def test_cpu_offload():
+    model = sharded(offload_policy=CPUOffloadPolicy(pin_memory=False))
+    train(model, ours(model))
+    close(weights(model), weights(single_process()))
+
+
+@pytest.mark.ranks(2)
+def test_bfloat16_parameters():
+    """torch's clip_grad_norm_ takes the norm of bfloat16 gradients in bfloat16; ours is that of float32."""
+    models = [fully_shard(net().bfloat16()) for _ in range(2)]
+    optimizer = ours(models[0], max_grad_norm=None)
+    to_bfloat16 = lambda x: x.chunk(2)[dist.get_rank()].bfloat16()  # noqa: E731
+    train(models[0], optimizer, split=to_bfloat16)
+    train(models[1], theirs(models[1]), split=to_bfloat16)
+    # States are bfloat16 in both; torch rounds after each operation, ours once: a bfloat16 rounding or two.
+    close(weights(models[0]), weights(models[1]), 2**-6)
+    loss_of(models[0], 7, to_bfloat16).backward()
+    exact = torch.cat([full(p.grad).double().flatten() for p in models[0].parameters()]).norm()
+    optimizer.max_grad_norm = 0.5
+    optimizer.step()
+    torch.testing.assert_close(optimizer.grad_norm.double(), exact, rtol=1e-6, atol=0)
+
+
+@pytest.mark.ranks(2)
+def test_ignored_parameters_stay_plain():
+    """A mix of plain and distributed parameters, over which torch's clip_grad_norm_ raises."""
+    model = net()
+    ignored = [model.norm.weight, model.norm.bias, model.gain]
+    fully_shard(model, ignored_params=set(ignored))
+
+    def average_the_plain(model):
+        for p in ignored:
+            dist.all_reduce(p.grad)
+            p.grad /= 2
+
+    optimizer = ours(model)
+    with counted(optimizer) as calls:
+        train(model, optimizer, before_step=average_the_plain)
+    assert calls == [2] * 5  # the plain ones' sum stays at home
+    close(weights(model), weights(single_process()))
+    same_on_all_ranks([*weights(model), optimizer.grad_norm])
+
+
+@pytest.mark.ranks(2)
+def test_a_rank_without_gradients():
+    model = sharded()
+    optimizer = ours(model, skip_nonfinite=True)
+    train(model, optimizer, steps=2)
+    loss_of(model, 3).backward()
+    squares = sum(p.grad._local_tensor.double().square().sum() for p in model.parameters())
+    if dist.get_rank() == 1:
+        optimizer.zero_grad()
+        squares.zero_()
+    dist.all_reduce(squares)
+    optimizer.step()
+    torch.testing.assert_close(optimizer.grad_norm.double(), squares.sqrt(), rtol=1e-6, atol=0)
+    same_on_all_ranks([optimizer.grad_norm])
+
+
+@pytest.mark.ranks(2)
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("settings", [{"max_grad_norm": None}, {}], ids=["skip", "skip and clip"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_nonfinite_on_one_rank_skips_on_all(value, settings, backend):
+    model = sharded()
+    optimizer = ours(model, skip_nonfinite=True, backend=backend, **settings)
+    train(model, optimizer, steps=2)
+    states = [{key: full(x).clone() for key, x in optimizer.state[p].items()} for p in model.parameters()]
+    before = [w.clone() for w in weights(model)]
+    optimizer.zero_grad()
+    loss_of(model, 3).backward()
+    if dist.get_rank() == 1:
+        model.first.weight.grad._local_tensor[0, 0] = value
+    optimizer.step()
+    assert optimizer.skipped_steps == 1
+    assert not optimizer.grad_norm.isfinite()
+    assert all(map(torch.equal, before, weights(model)))
+    optimizer.state_dict()  # has heard of the skipped step
+    for p, state in zip(model.parameters(), states):
+        assert all(torch.equal(full(optimizer.state[p][key]), x) for key, x in state.items())
+    train(model, optimizer, steps=1, start=3)
+    assert not all(map(torch.equal, before, weights(model)))
+    same_on_all_ranks(weights(model))
+
+
+@pytest.mark.ranks(2)
+@pytest.mark.parametrize("kind", ["torch", "fused", "ours", "ours, unscaled before"])
+def test_grad_scaler_with_inf_on_one_rank(kind):
+    scaler_class = fusedopt.GradScaler if "ours" in kind else torch.amp.GradScaler
+    scaler = scaler_class("cpu", init_scale=64.0, growth_interval=2)
+    reference_scaler = torch.amp.GradScaler("cpu", init_scale=64.0, growth_interval=2)
+    model, reference = sharded(), sharded()
+    optimizer = ours(model, fused=True) if kind == "fused" else ours(model)
+    opt = theirs(reference)
+    for number in range(6):
+        for m, s, o in ((model, scaler, optimizer), (reference, reference_scaler, opt)):
+            o.zero_grad()
+            s.scale(loss_of(m, number)).backward()
+            if dist.get_rank() == 1 and number in (2, 4):
+                m.last.weight.grad._local_tensor[0, 0] = float("inf")
+            if o is opt or kind == "torch" or "before" in kind:
+                s.unscale_(o)
+            if o is opt:
+                clip(m)
+            s.step(o)
+            s.update()
+    assert scaler.get_scale() == reference_scaler.get_scale()
+    close(weights(model), weights(reference))
+    steps = {int(optimizer.state_dict()["state"][k]["step"]) for k in range(3)}
+    assert steps == {4}
+    same_on_all_ranks(weights(model))
+
+
+@pytest.mark.ranks(2)
+def test_built_before_sharding_warns_once():
+    model = net()
+    optimizer = ours(model)
+    fully_shard(model)
+    for number in range(2):
+        loss_of(model, number).backward()
+        with pytest.warns(UserWarning, match="before fully_shard") if number == 0 else contextlib.nullcontext():
+            optimizer.step()
+    assert not moved(model)
+
+
+@pytest.mark.ranks(2)
+def test_parameters_swapped_between_steps():
+    """As Accelerate does it: the optimizer is built on the plain model, its groups then get the sharded parameters."""
+    model = net()
+    optimizer = ours(model)
+    train(model, optimizer, steps=1, split=lambda x: x)
+    optimizer.state.clear()
+    names = {p: name for name, p in model.named_parameters()}
+    fully_shard(model)
+    found = dict(model.named_parameters())
+    for group in optimizer.param_groups:
+        group["params"] = [found[names[p]] for p in group["params"]]
+    reference = net()
+    train(reference, theirs(reference), steps=1, split=lambda x: x, before_step=clip)
+    fresh = theirs(reference)
+    train(model, optimizer, steps=3, start=1)
+    train(reference, fresh, steps=3, start=1, split=lambda x: x, before_step=clip)
+    close(weights(model), weights(reference))
+
+
+@pytest.mark.ranks(2)
+def test_state_of_another_layout_is_refused():
+    model = sharded()
+    optimizer = ours(model)
+    train(model, optimizer, steps=1)
+    p = model.first.weight
+    before = [w.clone() for w in weights(model)]
+    optimizer.state[p]["exp_avg"] = torch.zeros(p._local_tensor.shape)
+    loss_of(model, 1).backward()
+    with pytest.raises(RuntimeError, match=r"'exp_avg' of parameter 0 .* must be distributed as the parameter is"):
+        optimizer.step()
+    assert all(map(torch.equal, before, weights(model)))
+
+
+@pytest.mark.ranks(2)
+def test_means_over_whole_parameters_are_refused():
+    model = sharded()
+    optimizer = ours(model, cautious=True)
+    loss_of(model, 0).backward()
+    with pytest.raises(RuntimeError, match="cautious of AdamW needs a mean over each whole parameter"):
+        optimizer.step()
+    assert not moved(model)
+
+
+@pytest.mark.ranks(2)
+def test_clip_group_over_ranks_that_share_the_parameters_is_refused():
+    """Every square would be counted twice."""
+    model = sharded()
+    optimizer = ours(model, clip_group="world")
+    loss_of(model, 0).backward()
+    with pytest.raises(RuntimeError, match="clip_group='world' connects ranks over which the parameters"):
+        optimizer.step()
+    assert not moved(model)
+
+
+@pytest.mark.ranks(2)
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_deferred_clipping(backend):
+    """optimizer.clip_grad_norm_() returns the norm over all ranks, and communicates once."""
+    model = sharded()
+    optimizer = ours(model, max_grad_norm=None, backend=backend)
+    norms = []
+    with counted(optimizer) as calls:
+        train(model, optimizer, steps=3, before_step=lambda model: norms.append(optimizer.clip_grad_norm_(0.5)))
+    assert calls == []
+    close(weights(model), weights(single_process(steps=3)))
+    same_on_all_ranks([*weights(model), *norms])
+
+
+@pytest.mark.ranks(2)
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_averages(backend):
+    model = sharded()
+    optimizer = ours(model, ema_decay=0.9, backend=backend)
+    expected = [full(p).clone() for p in optimizer.param_groups[0]["params"]]
+    for number in range(3):
+        train(model, optimizer, steps=1, start=number)
+        expected = [a + 0.1 * (full(p) - a) for a, p in zip(expected, optimizer.param_groups[0]["params"])]
+    averages = optimizer.ema_parameters()
+    assert averages[0].placements == model.first.weight.placements
+    close(map(full, averages[:3]), expected)
+    trained = [w.clone() for w in weights(model)]
+    with optimizer.ema_parameters():
+        close([full(model.first.weight)], [expected[0]])
+    assert all(map(torch.equal, trained, weights(model)))
