@@ -44,7 +44,7 @@ class Reduction:
         self.clip_groups = _groups_of(clip_group)
         for group in self.clip_groups:
             _check_disjoint(group, meshes, clip_group)
-        self.device = _device([mesh.device_type for mesh in meshes], self.clip_groups)
+        self.device = _device(params, meshes, self.clip_groups)
         self.stages = [(group, self._members(group)) for group in dict.fromkeys(g for key in self.keys for g in key)]
         """The groups, and which sums each of them adds up: their positions, or None for all."""
         self.flat_parameter = not self.clip_groups and any(hasattr(p, "_fsdp_flattened") for p in params)
@@ -127,12 +127,10 @@ def _check_disjoint(group: Any, meshes: Iterable[Any], clip_group: Any) -> None:
                 )
 
 
-def _device(mesh_types: list[str], clip_groups: list[Any]) -> torch.device:
+def _device(params: Sequence[Tensor], meshes: Sequence[Any], clip_groups: Sequence[Any]) -> torch.device:
     """Where the groups can communicate: with CPU offload not where the gradients are."""
-    kinds = mesh_types or [kind for group in clip_groups for kind in _kinds(group)] or ["cpu"]
-    kind = next((kind for kind in kinds if kind != "cpu"), "cpu")
+    kind = next((mesh.device_type for mesh in meshes), params[0].device.type if params else "cpu")
+    for group in clip_groups:
+        possible = [device.type for device in group._device_types]
+        kind = kind if kind in possible else possible[0]
     return torch.device(kind) if kind == "cpu" else torch.device(kind, torch.get_device_module(kind).current_device())
-
-
-def _kinds(group: Any) -> list[str]:
-    return [device.type for device in group._device_types]

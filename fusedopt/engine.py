@@ -110,7 +110,8 @@ class Engine:
 
     def _begin(self) -> None:
         self.began = True
-        if not self.executors and torch.distributed.is_available() and torch.distributed.is_initialized():
+        idle = not self.executors and not self.released
+        if idle and torch.distributed.is_available() and torch.distributed.is_initialized():
             warnings.warn(
                 "no parameter of this optimizer has a gradient at its first step. Was it built before fully_shard(), "
                 "which replaces a model's parameters? Build it afterwards, or it will never change anything.",
