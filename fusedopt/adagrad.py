@@ -41,8 +41,10 @@ def fused(params, grads, states, t, group, scale):
     )  # fmt: skip
 
 
-ADAGRAD = Rule("adagrad", ("sum",), adagrad, fused, frozenset((torch.float32, torch.float64)), list_threads=1)
-EPS_INSIDE = Rule("adagrad_eps_inside", ("sum",), adagrad_eps_inside)
+ADAGRAD = Rule(
+    "adagrad", ("sum",), adagrad, fused, frozenset((torch.float32, torch.float64)), list_threads=1, squares=("sum",)
+)
+EPS_INSIDE = Rule("adagrad_eps_inside", ("sum",), adagrad_eps_inside, squares=("sum",))
 
 
 class Adagrad(FusedOptimizer, torch.optim.Adagrad):

@@ -86,10 +86,11 @@ def _fused(params, grads, states, steps, group, scale):
 DTYPES = frozenset((torch.float32, torch.float64))
 STATES = ("exp_avg", "exp_avg_sq")
 MAX_STATES = (*STATES, "max_exp_avg_sq")
-ADAM = Rule("adam", STATES, adam, fused, DTYPES, list_threads=1)
-AMSGRAD = Rule("amsgrad", MAX_STATES, amsgrad, fused, DTYPES, list_threads=1)
-ADAM_EPS_INSIDE = Rule("adam_eps_inside", STATES, adam_eps_inside)
-AMSGRAD_EPS_INSIDE = Rule("amsgrad_eps_inside", MAX_STATES, amsgrad_eps_inside)
+SQUARES = MAX_STATES[1:]
+ADAM = Rule("adam", STATES, adam, fused, DTYPES, list_threads=1, squares=SQUARES)
+AMSGRAD = Rule("amsgrad", MAX_STATES, amsgrad, fused, DTYPES, list_threads=1, squares=SQUARES)
+ADAM_EPS_INSIDE = Rule("adam_eps_inside", STATES, adam_eps_inside, squares=SQUARES)
+AMSGRAD_EPS_INSIDE = Rule("amsgrad_eps_inside", MAX_STATES, amsgrad_eps_inside, squares=SQUARES)
 UNCORRECTED = {rule.name: rule._replace(fused=fused_uncorrected) for rule in (ADAM, AMSGRAD)}
 
 

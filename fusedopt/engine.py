@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import clipping, torch_backend
+from . import clipping, torch_backend, torch_forms
 from .plan import Bucket, Cohort, Place, Plan
 from .rule import Update
 from .settings import CLIP, Settings
@@ -193,7 +193,7 @@ class Engine:
         for bucket in self.plan.buckets:
             for member in bucket.members:
                 if bucket.cohorts[member.cohort].t == 0:
-                    for key in bucket.rule.keys:
+                    for key in bucket.stored.state_keys:
                         optimizer.state[member.owner].pop(key, None)
         self.plan = None
 
@@ -223,7 +223,8 @@ class Engine:
 
 def _executor(bucket: Bucket, settings: Settings) -> Any:
     if bucket.backend.name == "torch":
-        return torch_backend.Executor(bucket, settings)
+        executor = torch_backend.Executor if bucket.stored.plain else torch_forms.Executor
+        return executor(bucket, settings)
     from . import triton_backend
 
     return triton_backend.Executor(bucket, settings)

@@ -55,19 +55,26 @@ class Space:
                 self.packed_size = end
         self.size = -(-end // ALIGNMENT) * ALIGNMENT
         self.buffers: dict[str, Tensor] = {}
+        self.per: dict[str, int] = {}
         self.copies: dict[tuple[str, torch.dtype], Tensor] = {}
 
-    def allocate(self, role: str, dtype: torch.dtype) -> None:
-        """Step counts are one number per tensor, on the host as in torch; all else has the full layout."""
+    def allocate(self, role: str, dtype: torch.dtype, per: int = 1) -> None:
+        """Step counts are one number per tensor, on the host as in torch; all else has the full layout, with one
+        number ``per`` so many elements."""
         if role == "step":
             self.buffers[role] = torch.zeros(len(self.sizes), dtype=dtype, device="cpu")
         else:
-            self.buffers[role] = torch.zeros(self.size, dtype=dtype, device=self.device)
+            self.buffers[role] = torch.zeros(self.size // per, dtype=dtype, device=self.device)
+            self.per[role] = per
 
     def view(self, role: str, index: int) -> Tensor:
         """The ``index``-th tensor in that role, with its parameter's shape and strides."""
         if role == "step":
             return self.buffers[role][index]
+        if self.per[role] > 1:
+            # Of tensors that are not packed, and so start at multiples of ALIGNMENT.
+            first, last = self.offsets[index] // self.per[role], -(-self.end(index) // self.per[role])
+            return self.buffers[role][first:last]
         return self.part_like(self.buffers[role], index)
 
     def packed_copies(self, role: str, dtype: torch.dtype) -> Tensor:

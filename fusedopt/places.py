@@ -7,6 +7,7 @@ tensor of their own) is copied in; only memory shared between processes is used 
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,8 +15,8 @@ from torch import Tensor
 from torch.optim.optimizer import _get_scalar_dtype
 
 from .flat import Space, alias, is_dense
-from .rule import Rule
 from .shards import local
+from .storage import Part, Storage, converted, part_key, state_keys, superseded
 
 
 @dataclasses.dataclass(slots=True, eq=False)
@@ -24,12 +25,11 @@ class Place:
 
     space: Space
     index: int
-    dtypes: dict[str, torch.dtype]
     packed: bool
     views: dict[str, Tensor] = dataclasses.field(default_factory=dict)
     addresses: dict[str, int] = dataclasses.field(default_factory=dict)
     """Where the views lay when they were made."""
-    parts: dict[tuple[str, torch.dtype], Tensor] = dataclasses.field(default_factory=dict)
+    copies: dict[tuple[str, torch.dtype], Tensor] = dataclasses.field(default_factory=dict)
     """Views of the space's packed copies."""
     flattened: int | None = None
     """The address to which ``flatten`` moved the parameter, until somebody else moves it."""
@@ -38,17 +38,20 @@ class Place:
     like: Tensor | None = None
     """The distributed parameter: its states are distributed like it, each in memory of its own."""
 
-    def open(self, key: str, dtype: torch.dtype) -> Tensor:
-        """A view of this parameter's part of the buffer ``key``, with storage of its own; or a distributed tensor."""
-        if self.like is not None and key != "step":
-            self.dtypes.setdefault(key, dtype)
+    @property
+    def strides(self) -> tuple[int, ...]:
+        return self.space.strides[self.index]
+
+    def open(self, key: str, dtype: torch.dtype, per: int = 1) -> Tensor:
+        """A view of this parameter's part of the buffer ``key``, with storage of its own; or a distributed tensor.
+        ``per``: how many elements share one number."""
+        if self.like is not None and key != "step" and per == 1:
             whole = torch.zeros_like(self.like, dtype=dtype)
             self.keep(key, local(whole))
             return whole
         space = self.space
         if key not in space.buffers:
-            space.allocate(key, dtype)
-        self.dtypes.setdefault(key, dtype)
+            space.allocate(key, dtype, per)
         return self.keep(key, alias(space.view(key, self.index)))
 
     def keep(self, key: str, view: Tensor) -> Tensor:
@@ -62,13 +65,13 @@ class Place:
         return part is not None and part is self.views.get(key) and part.data_ptr() == self.addresses[key]
 
     def packed_copy(self, role: str, dtype: torch.dtype) -> Tensor:
-        part = self.parts.get((role, dtype))
-        if part is None:
-            part = self.space.part_like(self.space.packed_copies(role, dtype), self.index)
-            self.parts[role, dtype] = part
-        return part
+        copy = self.copies.get((role, dtype))
+        if copy is None:
+            copy = self.space.part_like(self.space.packed_copies(role, dtype), self.index)
+            self.copies[role, dtype] = copy
+        return copy
 
-    def fits(self, p: Tensor, dtypes: dict[str, torch.dtype], packed: bool) -> bool:
+    def fits(self, p: Tensor, parts: dict[str, Part], packed: bool) -> bool:
         space, i = self.space, self.index
         if (space.device, space.dtype, space.sizes[i]) != (p.device, p.dtype, p.size()) or packed < self.packed:
             return False
@@ -77,40 +80,51 @@ class Place:
                 return False
         elif packed and not self.packed:
             return False
-        return all(self.dtypes.get(key, dtype) == dtype for key, dtype in dtypes.items())
+        return all(key not in space.buffers or space.buffers[key].dtype == part.dtype for key, part in parts.items())
 
 
 def has_shared_state(optimizer: Any, p: Tensor, place: Place | None) -> bool:
     """Whether a state lies in memory shared between processes, as Adagrad.share_memory() puts it."""
     return any(
-        isinstance(value, Tensor) and value.is_cpu and value.is_shared()
+        is_shared(value)
         for key, value in optimizer.state.get(p, {}).items()
         if place is None or not place.holds(key, value) or not place.packed
     )
 
 
+def is_shared(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_cpu and value.is_shared()
+
+
 def adopt_states(
-    optimizer: Any, p: Tensor, group: dict, place: Place, rule: Rule, dtypes: dict[str, torch.dtype], taken: int
+    optimizer: Any, p: Tensor, group: dict, place: Place, stored: Storage, taken: int
 ) -> list[tuple[Tensor, Tensor | float]]:
     """Make ``optimizer.state[p]`` hold views of the place. Returns what has to be written into them."""
-    if not rule.keys:
+    keys = state_keys(optimizer, stored)
+    if not keys:
         return []
     state = optimizer.state[p]
     writes = []
-    keys = ("step", *rule.keys) if optimizer.counts_steps else rule.keys
-    for key in keys:
-        value = state.get(key)
-        if place.holds(key, value):
+    if "step" in keys and not place.holds("step", state.get("step")):
+        view = state["step"] = place.open("step", _get_scalar_dtype())
+        writes.append((view, float(taken)))
+    for role, form in (("", stored.param), *stored.kept):
+        parts = {part_key(role, part): part for part in form.parts}
+        parts.pop("", None)
+        if parts and all(place.holds(key, state.get(key)) for key in parts):
             continue
-        part = local(value)
-        if isinstance(part, Tensor) and key != "step" and part.is_cpu and part.is_shared() and not place.packed:
-            place.keep(key, part)
+        here = {key: local(value) for key, value in state.items()}
+        value = here.get(role)
+        if form.plain and is_shared(value) and not place.packed:
+            place.keep(role, value)
             continue
-        view = state[key] = place.open(key, _get_scalar_dtype() if key == "step" else dtypes[key])
-        if key == "step":
-            writes.append((view, float(taken)))
-        else:
-            writes.append((local(view), optimizer.initial_value(group, key) if value is None else part.detach()))
+        initial = partial(optimizer.initial_value, group, role)
+        values = converted(role, form, here, local(p), place.strides, initial)
+        for (key, part), value in zip(parts.items(), values):
+            state[key] = place.open(key, part.dtype, part.per)
+            writes.append((local(state[key]), value))
+        for key in superseded(role, form, here, local(p)):
+            del state[key]
     return writes
 
 

@@ -23,6 +23,7 @@ from .flat import Space, is_dense
 from .places import Place, adopt_states, flatten, has_shared_state, write
 from .rule import Rule
 from .shards import Shards, is_distributed, local
+from .storage import Storage, state_keys
 from .survey import Entry, NotFusable, survey
 
 SMALL = 16384
@@ -48,6 +49,8 @@ class Member:
     """Its gradient's position among this step's gradients."""
     cohort: int
     place: Place
+    first_draw: int
+    """The number of its first eight elements among all eights of the optimizer: see philox.py."""
 
 
 @dataclasses.dataclass(slots=True, eq=False)
@@ -72,6 +75,7 @@ class Bucket:
     backend: Backend
     flat: bool
     """Whether all parameters lie in one flat buffer."""
+    stored: Storage
     averages: tuple[str, ...]
     """Roles in the members' places that follow the new parameter, in the order of ``Update.averages``."""
     fused: bool
@@ -115,7 +119,7 @@ class Plan:
         self.steps = [space.buffers["step"] for space in self.spaces if "step" in space.buffers]
         self.stepped = [_stepped(space, members) for space in self.spaces if "step" in space.buffers]
         self.identities = _identities(optimizer, self.params)
-        self.views = [_views(optimizer, bucket) for bucket in self.buckets if bucket.rule.keys]
+        self.views = [_views(optimizer, bucket) for bucket in self.buckets if state_keys(optimizer, bucket.stored)]
         owners = [m.owner for m in members if is_distributed(m.owner)]
         states = (value for _, views in self.views for value in views if is_distributed(value))
         self.shards = Shards(owners, states) if owners else None
@@ -175,7 +179,7 @@ class Plan:
 
 def _views(optimizer: Any, bucket: Bucket) -> tuple[Callable[[], Iterable[Tensor]], list[Tensor]]:
     """How to read all states of a bucket's parameters, and which they are now."""
-    keys = ("step", *bucket.rule.keys) if optimizer.counts_steps else bucket.rule.keys
+    keys = state_keys(optimizer, bucket.stored)
     dicts = [optimizer.state[m.owner] for m in bucket.members]
     get = itemgetter(*keys)
 
@@ -205,22 +209,24 @@ def _stepped(space: Space, members: list[Member]) -> Tensor:
 
 def _settle(optimizer: Any, key: tuple, entries: list[Entry], places: dict[Tensor, Place]) -> Bucket:
     """Give every parameter of a bucket its place, and its state the place's memory."""
-    device, dtype, grad_dtype, rule, choice, state_dtypes, spread = key
+    device, dtype, grad_dtype, rule, choice, stored, spread = key
     distributed = spread is not None
     owners, params = [entry.owner for entry in entries], [entry.param for entry in entries]
     overlapping = _overlapping(params)
     if overlapping and (choice.name == "triton" or any(id(p) in overlapping and not is_dense(p) for p in params)):
         raise NotFusable("parameters that share memory, or whose elements lie between each other's")
-    irregular = [choice.name == "torch" and not is_dense(p) for p in params]
-    if distributed and any(irregular):
+    if distributed and choice.name == "torch" and not all(map(is_dense, params)):
         raise NotFusable("distributed parameters with gaps in memory")
-    gathers = choice.name == "torch" and device.type == "cpu" and not distributed
+    # Blocks of quantized values, and random bits, go by tensor.
+    joins = choice.name == "torch" and stored.plain
+    irregular = [joins and not is_dense(p) for p in params]
+    gathers = joins and device.type == "cpu" and not distributed
     small = [
         gathers and p.numel() < SMALL and id(p) not in overlapping and not has_shared_state(optimizer, p, places.get(p))
         for p in params
     ]
     settings = optimizer._settings
-    fused = rule.fuses(device, {dtype, grad_dtype, *state_dtypes}) and not settings.cautious
+    fused = stored.plain and rule.fuses(device, {dtype, grad_dtype, *stored.dtypes}) and not settings.cautious
     listed = fused and torch.get_num_threads() <= rule.list_threads
     # One call serves a list already; a list costs more than its calls only where it is longer.
     enough = sum(small) >= (FEW_LISTED if fused and rule.list_threads else FEW)
@@ -231,7 +237,7 @@ def _settle(optimizer: Any, key: tuple, entries: list[Entry], places: dict[Tenso
     homeless = [
         (entry, pack)
         for entry, pack in zip(entries, packed)
-        if entry.owner not in places or not places[entry.owner].fits(entry.param, entry.dtypes, pack)
+        if entry.owner not in places or not places[entry.owner].fits(entry.param, stored.parts, pack)
     ]
     if homeless:
         # Small ones first, and group by group, so that each cohort's lie side by side; within a group by shape, so
@@ -242,25 +248,24 @@ def _settle(optimizer: Any, key: tuple, entries: list[Entry], places: dict[Tenso
             owner = entry.owner
             earlier = places.get(owner)
             owned = earlier is not None and earlier.flattened == owner.data_ptr()
-            like = owner if distributed else None
-            places[owner] = Place(space, index, dict(entry.dtypes), pack, owned=owned, like=like)
+            places[owner] = Place(space, index, pack, owned=owned, like=owner if distributed else None)
 
     flattened = flatten([places[p] for p in owners], params, settings.flatten and not distributed)
     cohorts: dict[tuple[int, int], Cohort] = {}
     members, writes = [], []
-    for owner, p, position, number, group, taken, dtypes in entries:
+    for owner, p, position, number, group, taken, first_draw in entries:
         place = places[owner]
-        writes += adopt_states(optimizer, owner, group, place, rule, dtypes, taken)
+        writes += adopt_states(optimizer, owner, group, place, stored, taken)
         if settings.ema_decay is not None:
             writes += ema.adopt(optimizer._ema, owner, place)
         cohort = cohorts.setdefault((number, taken), Cohort(len(cohorts), group, taken))
-        member = Member(owner, p, position, cohort.number, place)
+        member = Member(owner, p, position, cohort.number, place, first_draw)
         cohort.members.append(member)
         members.append(member)
     write(optimizer, writes)
     averages = rule.averages if settings.ema_decay is None else (*rule.averages, ema.ROLE)
     return Bucket(
-        rule, device, dtype, grad_dtype, choice, flattened, averages, fused, listed, spread or (),
+        rule, device, dtype, grad_dtype, choice, flattened, stored, averages, fused, listed, spread or (),
         list(cohorts.values()), members,
     )  # fmt: skip
 

@@ -174,15 +174,21 @@ def _adamw_on_buffer(b, grads, m, v, *, beta1=0.0, beta2, group):
 
 
 DTYPES = frozenset((torch.float32, torch.float64))
-PLAIN = Rule("rmsprop", ("square_avg",), rmsprop, fused, DTYPES)
-MOMENTUM = Rule("rmsprop_momentum", ("square_avg", "momentum_buffer"), rmsprop_momentum, fused_momentum, DTYPES)
-CENTERED = Rule("rmsprop_centered", ("square_avg", "grad_avg"), rmsprop_centered, fused_centered, DTYPES)
+SQUARES = ("square_avg",)
+# A root of a difference of states: rounded ones could make it negative.
+EXACT = ("square_avg", "grad_avg")
+PLAIN = Rule("rmsprop", SQUARES, rmsprop, fused, DTYPES, squares=SQUARES)
+MOMENTUM = Rule(
+    "rmsprop_momentum", (*SQUARES, "momentum_buffer"), rmsprop_momentum, fused_momentum, DTYPES, squares=SQUARES
+)
+CENTERED = Rule("rmsprop_centered", EXACT, rmsprop_centered, fused_centered, DTYPES, exact=EXACT)
 BOTH = Rule(
     "rmsprop_centered_momentum",
     ("square_avg", "momentum_buffer", "grad_avg"),
     rmsprop_centered_momentum,
     fused_centered_momentum,
     DTYPES,
+    exact=EXACT,
 )
 
 
@@ -190,7 +196,7 @@ BOTH = Rule(
 WITHOUT_FUSED = {rule.name: rule._replace(fused=None) for rule in (PLAIN, MOMENTUM, CENTERED, BOTH)}
 
 EPS_INSIDE = {
-    rule.name: Rule(f"{rule.name}_eps_inside", rule.states, twin)
+    rule.name: Rule(f"{rule.name}_eps_inside", rule.states, twin, squares=rule.squares, exact=rule.exact)
     for rule, twin in (
         (PLAIN, rmsprop_eps_inside),
         (MOMENTUM, rmsprop_momentum_eps_inside),

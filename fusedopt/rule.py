@@ -35,6 +35,11 @@ class Rule(NamedTuple):
     kernel: Callable | None = None
     """``kernel(g, state, h) -> (u, new_state)``, the same formula as a Triton function (``fusedopt.custom.jit``): for
     rules outside the package. None: the function of that name in ``kernels/rules.py``."""
+    squares: tuple[str, ...] = ()
+    """Keys of states that are never negative, such as averages of squares: in 8 bits their roots are stored."""
+    exact: tuple[str, ...] = ()
+    """Keys of states that stay float32 where others are stored in fewer bits, since the formula breaks with rounded
+    ones."""
 
     @property
     def keys(self) -> tuple[str, ...]:

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 BACKENDS = ("torch", "triton")
+MASTERS = ("stochastic", "kahan", "split", "split8", "fp32")
 
 CLIP = (1e-6, 1.0)
 """epsilon and the largest factor of g <- g min(largest, S / (norm + epsilon)), as torch.nn.utils.clip_grad_norm_ has
@@ -73,6 +74,26 @@ def _backend(name: str, value: Any) -> str | None:
     if value is not None and value not in BACKENDS:
         raise ValueError(f"Invalid {name}: {value!r}; choose one of {', '.join(map(repr, BACKENDS))} or None")
     return value
+
+
+def _master(name: str, value: Any) -> str | None:
+    if value is not None and value not in MASTERS:
+        raise ValueError(f"Invalid {name}: {value!r}; choose one of {', '.join(map(repr, MASTERS))} or None")
+    return value
+
+
+def _state_dtype(name: str, value: Any) -> Any:
+    if value is None or value in (torch.float32, torch.bfloat16) or value == "8bit":
+        return value
+    raise ValueError(f"Invalid {name}: {value!r}; choose torch.float32, torch.bfloat16, '8bit' or None")
+
+
+def _seed(name: str, value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise TypeError(f"{name} must be a whole number, got {value!r}")
+    if not 0 <= value < 2**63:
+        raise ValueError(f"Invalid {name}: {value}; give a number from 0 to 2**63 - 1")
+    return int(value)
 
 
 def flag(name: str, value: Any) -> bool:
@@ -144,7 +165,7 @@ class Settings:
         arXiv 2411.16085 calls C-AdamW for Adam: u <- u mask / max(mean mask, 1e-3), where mask = [u g > 0] and the
         mean is over each parameter, before decoupled decay.""",
     )
-    clip_group: Any = setting(  # noqa: RUF009  a process group is no default
+    clip_group: Any = setting(
         None,
         _group,
         """("world" | ProcessGroup | DeviceMesh | None): further ranks whose gradients belong to the same norm,
@@ -156,6 +177,27 @@ class Settings:
         False,
         flag,
         """(bool): move plain dense parameters that alone own their memory into one flat buffer.""",
+    )
+    master: str | None = setting(
+        None,
+        _master,
+        """("stochastic" | "kahan" | "split" | "split8" | "fp32" | None): how bfloat16 and float16 parameters keep
+        what rounding would take from them. None rounds to the nearest; "stochastic" up or down at random, right in
+        the mean; "kahan" remembers what was rounded off in the parameter's dtype; "split" (bfloat16) the lower 16
+        bits of an exact float32, "split8" 8 of them; "fp32" a float32 copy. Wider parameters need none.""",
+    )
+    state_dtype: Any = setting(
+        None,
+        _state_dtype,
+        """(torch.float32 | torch.bfloat16 | "8bit" | None): how states are stored; arithmetic is float32 all the
+        same. None is the parameter's dtype, as in torch; torch.float32 is better for 16-bit parameters.
+        torch.bfloat16 is rounded stochastically. "8bit" keeps 256 elements of a state to a float32 scale, the roots
+        of averages of squares, and states of fewer than 4096 elements in float32.""",
+    )
+    seed: int = setting(
+        0,
+        _seed,
+        """(int): of stochastic rounding, which depends on it, the step and the element's number only.""",
     )
     backend: str | None = setting(
         None,
@@ -210,8 +252,8 @@ class Settings:
     @property
     def layout(self) -> tuple:
         """What decides where tensors are put: a plan holds as long as it stays the same."""
-        ema = self.ema_decay is None
-        return self.flatten, self.backend, self.needs_norm, ema, self.cautious, self.clip_group
+        where = self.flatten, self.backend, self.needs_norm, self.ema_decay is None, self.cautious, self.clip_group
+        return *where, self.master, self.state_dtype
 
     def active(self) -> list[str]:
         """The names of the settings that ask for more than torch.optim does."""

@@ -15,6 +15,7 @@ from .backends import Backend, backend
 from .distributed import Reduction
 from .rule import Rule
 from .shards import PLAIN, alike, is_distributed, local
+from .storage import Storage, quantization_problem, storage
 
 
 class NotFusable(Exception):
@@ -38,8 +39,8 @@ class Entry(NamedTuple):
     group: dict[str, Any]
     taken: int
     """Steps taken."""
-    dtypes: dict[str, torch.dtype]
-    """Its states'."""
+    first_draw: int
+    """See plan.Member."""
 
 
 def survey(
@@ -51,11 +52,12 @@ def survey(
     active = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     if len(set(active)) != len(active):
         raise NotFusable("a parameter that is listed twice")
-    position = 0
+    position = eights = 0
     for number, (group, rule) in enumerate(zip(optimizer.param_groups, rules)):
         for owner in group["params"]:
             p, g = local(owner), grads[position]
             position += 1
+            first_draw, eights = eights, eights - (-owner.numel() // 8)
             if g is None:
                 continue
             where = f"parameter {position - 1} (group {number}, shape {tuple(owner.shape)})"
@@ -66,16 +68,17 @@ def survey(
             if g.shape != p.shape:
                 raise RuntimeError(f"the gradient of {where} has shape {tuple(g.shape)}")
             state = optimizer.state.get(owner, {})
-            dtypes = {key: _state_dtype(owner, state.get(key), key, where) for key in rule.keys}
-            taken = _steps_taken(optimizer, rule, state, where)
+            _look_at_state(owner, rule, state, where)
+            stored = storage(owner, rule, optimizer._settings, state)
+            taken = _steps_taken(optimizer, rule, stored, state, where)
             if p.device not in choices:
                 choices[p.device] = backend(p.device, optimizer.backend)
             choice = choices[p.device]
             spread = reduction.spread(owner) if is_distributed(owner) else None
             if spread or hasattr(owner, "_fsdp_flattened"):
                 _refuse_means(optimizer, group, taken, where)
-            key = (p.device, p.dtype, g.dtype, rule, choice, tuple(dtypes.values()), spread)
-            entry = Entry(owner, p, position - 1, number, group, taken, dtypes)
+            key = (p.device, p.dtype, g.dtype, rule, choice, stored, spread)
+            entry = Entry(owner, p, position - 1, number, group, taken, first_draw)
             buckets.setdefault(key, []).append(entry)
     return buckets
 
@@ -107,32 +110,37 @@ def _refuse_means(optimizer: Any, group: dict[str, Any], taken: int, where: str)
         )
 
 
-def _state_dtype(owner: Tensor, value: Any, key: str, where: str) -> torch.dtype:
+def _look_at_state(owner: Tensor, rule: Rule, state: dict[str, Any], where: str) -> None:
     p = local(owner)
-    if value is None:
-        return p.dtype
-    if not isinstance(value, Tensor):
-        raise RuntimeError(f"the state {key!r} of {where} must be a tensor, got {type(value).__name__}")
-    if is_distributed(value) != is_distributed(owner) or (is_distributed(owner) and not alike(owner, value)):
-        raise RuntimeError(
-            f"the state {key!r} of {where} must be distributed as the parameter is; load states of distributed "
-            "parameters with torch.distributed.checkpoint.state_dict.set_optimizer_state_dict"
-        )
-    value = local(value)
-    if value.shape != p.shape:
-        raise RuntimeError(f"the state {key!r} of {where} has shape {tuple(value.shape)}")
-    if value.device != p.device:
-        raise RuntimeError(
-            f"the state {key!r} of {where} is on {value.device}, the parameter on {p.device}; "
-            "move the model before the first step, or load the state_dict again after moving it"
-        )
-    return value.dtype
+    for key in rule.keys:
+        value = state.get(key)
+        if value is None:
+            continue
+        if not isinstance(value, Tensor):
+            raise RuntimeError(f"the state {key!r} of {where} must be a tensor, got {type(value).__name__}")
+        if is_distributed(value) != is_distributed(owner) or (is_distributed(owner) and not alike(owner, value)):
+            raise RuntimeError(
+                f"the state {key!r} of {where} must be distributed as the parameter is; load states of distributed "
+                "parameters with torch.distributed.checkpoint.state_dict.set_optimizer_state_dict"
+            )
+        value = local(value)
+        if value.shape != p.shape:
+            raise RuntimeError(f"the state {key!r} of {where} has shape {tuple(value.shape)}")
+        if value.device != p.device:
+            raise RuntimeError(
+                f"the state {key!r} of {where} is on {value.device}, the parameter on {p.device}; "
+                "move the model before the first step, or load the state_dict again after moving it"
+            )
+        if problem := quantization_problem(key, value, state.get(f"{key}_scale")):
+            raise RuntimeError(f"{problem} ({where})")
 
 
-def _steps_taken(optimizer: Any, rule: Rule, state: dict[str, Any], where: str) -> int:
+def _steps_taken(optimizer: Any, rule: Rule, stored: Storage, state: dict[str, Any], where: str) -> int:
     if not optimizer.counts_steps:
-        # Only whether the buffers were ever written matters.
-        return int(all(state.get(key) is not None for key in rule.keys)) if rule.keys else 0
+        # Only whether the buffers were ever written matters, except for random bits.
+        written = all(state.get(key) is not None for key in rule.keys)
+        if not written or not stored.draws or "step" not in state:
+            return int(written and bool(rule.keys))
     step = state.get("step", 0)
     try:
         return int(step)

@@ -83,7 +83,7 @@ class Executor:
         self.settings = settings
         rule = bucket.rule
         self.keys = (*rule.states, *bucket.averages)
-        dtypes = {m.place.dtypes[key] for m in bucket.members for key in self.keys}
+        dtypes = {form.parts[0].dtype for _, form in bucket.stored.roles}
         self.compute_dtype = torch.promote_types(bucket.dtype, torch.float32)
         self.computes_in_place = dtypes | {bucket.dtype} == {self.compute_dtype}
         self.block = BLOCK if bucket.device.type == "cpu" else max(m.param.numel() for m in bucket.members) or 1
@@ -100,7 +100,7 @@ class Executor:
         self.runs = [self._run(cohort) for cohort in bucket.cohorts]
         self.direct = [m for run in self.runs for m in run.direct]
         self.positions = [m.position for m in self.direct]
-        self.strides = [m.place.space.strides[m.place.index] for m in self.direct]
+        self.strides = [m.place.strides for m in self.direct]
 
     def _stages(self, m: Member) -> bool:
         """Whether the parameter is updated in a copy: side by side with others, or because it has gaps in memory."""
@@ -221,7 +221,7 @@ class Executor:
 
     def _direction(self, tensors: Sequence[Tensor], g: Tensor, update: Update, factor: float) -> tuple:
         """What the rule makes of one block: (u, g, p, states and averages), in the dtype of arithmetic."""
-        p, *kept = tensors if self.computes_in_place else (t.to(self.compute_dtype) for t in tensors)
+        p, *kept = self._load(tensors)
         g = g.to(self.compute_dtype)
         g = through(update.on_grad, g if factor == 1 else g * factor, p)
         return self.bucket.rule.twin(g, kept[: len(self.bucket.rule.states)], update.h), g, p, kept
@@ -235,8 +235,15 @@ class Executor:
         p.sub_(through(update.on_update, u, p, g, found), alpha=update.lr)
         for average, weight in zip(kept[len(self.bucket.rule.states) :], update.averages):
             follow([average], [p], weight)
+        self._store(tensors, [p, *kept])
+
+    def _load(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+        """A block's parameter, states and averages in the dtype of arithmetic."""
+        return tensors if self.computes_in_place else [t.to(self.compute_dtype) for t in tensors]
+
+    def _store(self, tensors: Sequence[Tensor], values: list[Tensor]) -> None:
         if not self.computes_in_place:
-            torch._foreach_copy_(tensors, [p, *kept])
+            torch._foreach_copy_(tensors, values)
 
 
 def _neighbours(members: list[Member]) -> list[tuple[Member, Member]]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ from .backends import interpreting
 from .clipping import Skips, Terms, Verdict
 from .distributed import Reduction
 from .flat import is_dense
+from .forms import QUANTIZED
 from .kernels import address, means, norm, rounding, rules, stages
 from .kernels import step as step_kernel
 from .launch import Launches
@@ -27,6 +29,7 @@ from .means import Chunks
 from .plan import Bucket, Member
 from .rule import Rule, Update
 from .settings import Settings
+from .storage import part_key
 from .upload import Upload
 
 BLOCK = 1024
@@ -40,6 +43,9 @@ TYPES = {
     torch.float32: tl.float32,
     torch.bfloat16: tl.bfloat16,
     torch.float16: tl.float16,
+    torch.int16: tl.int16,
+    torch.int8: tl.int8,
+    torch.uint8: tl.uint8,
 }
 
 
@@ -48,10 +54,9 @@ class Executor:
 
     def __init__(self, bucket: Bucket, settings: Settings):
         self.bucket = bucket
+        self.settings = settings
         self.kernel = rule_kernel(bucket.rule)
         self.compute_dtype = torch.promote_types(bucket.dtype, torch.float32)
-        keys = (*bucket.rule.states, *bucket.averages)
-        count = len(bucket.rule.states)
         members = bucket.members
         # A parameter with gaps in memory is updated in a dense copy.
         self.copied = [(m, _dense_like(m)) for m in members if not is_dense(m.param)]
@@ -60,32 +65,40 @@ class Executor:
         self.positions = [m.position for m in members]
         self.in_place = [m.param for m in members if id(m) not in copies]
 
-        dtypes = [members[0].place.dtypes[key] for key in keys]
-        param, grad = address.PARAM.value, address.GRAD.value
+        parts = {part_key(role, part): part for role, form in bucket.stored.roles for part in form.parts}
+        self.forms = _of_roles([rounding.FORMS[form.name] for _, form in bucket.stored.roles], bucket, rounding.Forms)
+        param, grad = address.PARAM.value, _role(address.GRAD.value, bucket.grad_dtype)
         if bucket.flat:
-            buffers = members[0].place.space.buffers
-            kept = tuple(buffers[key] for key in keys)
-            roles = address.Tensors(buffers["param"], _role(grad, bucket.grad_dtype), kept[:count], kept[count:])
+            buffers = {"": members[0].place.space.buffers["param"], **members[0].place.space.buffers}
+            found = {key: address.Base(buffers[key], tl.constexpr(part.per)) for key, part in parts.items()}
             self.address, self.fields = address.flat, param + 1
         else:
-            kept = tuple(_role(param + 1 + i, dtype) for i, dtype in enumerate(dtypes))
-            pair = _role(param, bucket.dtype), _role(grad, bucket.grad_dtype)
-            roles = address.Tensors(*pair, kept[:count], kept[count:])
-            self.address, self.fields = address.scattered, param + 1 + len(keys)
-        self.roles = roles
-        widest = max(dtype.itemsize for dtype in (bucket.dtype, bucket.grad_dtype, *dtypes))
+            found = {key: _role(param + i, part.dtype, part.per) for i, (key, part) in enumerate(parts.items())}
+            self.address, self.fields = address.scattered, param + len(parts)
+        by_role = [tuple(found[part_key(role, part)] for part in form.parts) for role, form in bucket.stored.roles]
+        self.roles = _of_roles(by_role, bucket, partial(address.Tensors, grad))
+        # Threads hold 16 bytes of the widest part, and a warp whole blocks of quantized ones.
+        quantizes = bucket.stored.quantizes
+        widest = (
+            2 if quantizes else max(dtype.itemsize for dtype in (bucket.grad_dtype, *(x.dtype for x in parts.values())))
+        )
         self.num_warps, self.norm_warps = _warps(16 // widest), _warps(16 // bucket.grad_dtype.itemsize)
+        self.granule = QUANTIZED if quantizes else 8
 
         self.records = np.zeros((len(members), self.fields), dtype=np.int64)
         self.records[:, address.NUMEL.value] = sizes = [p.numel() for p in self.params]
         self.records[:, address.ROW.value] = [m.cohort for m in members]
+        self.records[:, address.DRAW.value] = [m.first_draw for m in members]
+        dense = [param]
         if bucket.flat:
             self.records[:, param] = [m.place.space.offsets[m.place.index] for m in members]
         else:
             self.records[:, param] = [p.data_ptr() for p in self.params]
-            for i, key in enumerate(keys):
-                self.records[:, param + 1 + i] = [m.place.views[key].data_ptr() for m in members]
-        self.in_line = np.bitwise_or.reduce(self.records[:, param:], axis=1) & 15 == 0
+            for i, key in enumerate(list(parts)[1:], start=param + 1):
+                self.records[:, i] = [m.place.views[key].data_ptr() for m in members]
+            # A scale for many elements may lie anywhere.
+            dense = [param + i for i, part in enumerate(parts.values()) if part.per == 1]
+        self.in_line = np.bitwise_or.reduce(self.records[:, dense], axis=1) & 15 == 0
         self.tile_counts = counts = -(-np.asarray(sizes) // BLOCK)
         tiles = np.stack([np.repeat(np.arange(len(sizes)), counts), _ranges(counts)], axis=1)
         self.tile_count = len(tiles)
@@ -161,6 +174,9 @@ class Executor:
         updates = [update(cohort, skipped) for cohort in self.bucket.cohorts for skipped in range(variants)]
         used, h, on_grad, on_update, terms, averages, columns = self._chains(updates)
         rows = np.array([columns(u) for u in updates], dtype=np.float64)
+        if self.bucket.stored.draws:
+            steps = [cohort.t + 1 - skipped for cohort in self.bucket.cohorts for skipped in range(variants)]
+            rows = np.column_stack([rows, steps])
         self.rows.send(rows.astype(np.float64 if self.compute_dtype == torch.float64 else np.float32))
         for member, copy in self.copied:
             copy.copy_(member.param)
@@ -168,7 +184,8 @@ class Executor:
         variant = used, judged[0] is None
         common = {
             "RULE": self.kernel, "ADDRESS": self.address, "COMPUTE": TYPES[self.compute_dtype], "FIELDS": self.fields,
-            "WIDTH": rows.shape[1], "BLOCK": BLOCK, "num_warps": self.num_warps, "enable_fp_fusion": False,
+            "WIDTH": rows.shape[1], "GRANULE": self.granule, "BLOCK": BLOCK,
+            "num_warps": self.num_warps, "enable_fp_fusion": False,
         }  # fmt: skip
         if terms:
             if self.chunks is None or self.chunks.means.shape[1] != len(terms):
@@ -176,13 +193,14 @@ class Executor:
             self.launch(
                 means.means_of_terms, variant, self.chunks.programs,
                 self.table.device_copy, self.chunks.table, self.rows.device_copy, self.chunks.partials,
-                self.chunks.tickets, self.chunks.means, *judged, self.roles, h, on_grad, terms, **common,
+                self.chunks.tickets, self.chunks.means, *judged, self.roles, self.forms,
+                h, on_grad, terms, **common,
             )  # fmt: skip
         self.launch(
             step_kernel.step, variant, self.tile_count,
             self.table.device_copy, self.tiles, self.rows.device_copy, self.chunks.means if terms else None,
-            *judged, self.roles, h, on_grad, on_update, averages,
-            ROUND=rounding.nearest, MEANS=len(terms), **common,
+            *judged, self.settings.seed, self.roles, self.forms, h, on_grad, on_update, averages,
+            DRAWS=self.bucket.stored.draws, MEANS=len(terms), **common,
         )  # fmt: skip
         for member, copy in self.copied:
             member.param.copy_(copy)
@@ -311,8 +329,14 @@ def _columns(start: int, count: int) -> tuple[tuple, int]:
     return tuple(tl.constexpr(c) for c in range(start, start + count)), start + count
 
 
-def _role(field: int, dtype: torch.dtype) -> address.Role:
-    return address.Role(tl.constexpr(field), tl.constexpr(TYPES[dtype]))
+def _role(field: int, dtype: torch.dtype, per: int = 1) -> address.Role:
+    return address.Role(tl.constexpr(field), tl.constexpr(TYPES[dtype]), tl.constexpr(per))
+
+
+def _of_roles(found: list, bucket: Bucket, make: Callable) -> tuple:
+    """What belongs to the parameter, to the states and to the averages."""
+    end = 1 + len(bucket.rule.states)
+    return make(found[0], tuple(found[1:end]), tuple(found[end:]))
 
 
 def _dense_like(member: Member) -> Tensor:

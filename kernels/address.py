@@ -2,10 +2,11 @@
 
 The table has one record of int64 fields per tensor::
 
-    numel, row of hyperparameters, aligned or not, gradient, parameter, states ..., averages ...
+    numel, row of hyperparameters, aligned or not, first draw, gradient, parameter, states ..., averages ...
 
-Gradients always are addresses, since autograd owns them. With ``scattered`` every other role is an
-address too; with ``flat`` the parameter's field holds the position in flat buffers, one per role.
+A role is stored in one part or more, as its form needs (rounding.py); each part has a field, in that order. Gradients
+always are addresses, since autograd owns them. With ``scattered`` every other part is an address too; with ``flat``
+the parameter's field holds the position in flat buffers, one per part.
 """
 
 from typing import NamedTuple
@@ -16,31 +17,40 @@ import triton.language as tl
 NUMEL = tl.constexpr(0)
 ROW = tl.constexpr(1)
 IS_ALIGNED = tl.constexpr(2)
-GRAD = tl.constexpr(3)
-PARAM = tl.constexpr(4)
+DRAW = tl.constexpr(3)
+GRAD = tl.constexpr(4)
+PARAM = tl.constexpr(5)
 
 
 class Tensors(NamedTuple):
-    param: object
     grad: object
-    states: tuple
+    param: tuple  # of parts
+    states: tuple  # of tuples of parts
     averages: tuple
 
 
 class Role(NamedTuple):
-    """One role of ``scattered`` tensors: the field of its address, and its dtype."""
+    """One part of ``scattered`` tensors: the field of its address, and its dtype."""
 
     field: object
     dtype: object
+    per: object  # elements of the parameter for each of its own
+
+
+class Base(NamedTuple):
+    """One part of ``flat`` tensors: the whole buffer."""
+
+    pointer: object
+    per: object
 
 
 @triton.jit
 def scattered(record, roles, ALIGNED: tl.constexpr):
     return Tensors(
-        at(record, roles.param, ALIGNED),
         at(record, roles.grad, ALIGNED),
-        tl.tuple([at(record, role, ALIGNED) for role in roles.states]),
-        tl.tuple([at(record, role, ALIGNED) for role in roles.averages]),
+        tl.tuple([at(record, part, ALIGNED) for part in roles.param]),
+        tl.tuple([tl.tuple([at(record, part, ALIGNED) for part in parts]) for parts in roles.states]),
+        tl.tuple([tl.tuple([at(record, part, ALIGNED) for part in parts]) for parts in roles.averages]),
     )
 
 
@@ -49,16 +59,22 @@ def flat(record, roles, ALIGNED: tl.constexpr):
     # Tensors start at multiples of 256 elements, so one hint serves every dtype.
     position = tl.multiple_of(tl.load(record + PARAM), 256)
     return Tensors(
-        roles.param + position,
         at(record, roles.grad, ALIGNED),
-        tl.tuple([base + position for base in roles.states]),
-        tl.tuple([base + position for base in roles.averages]),
+        tl.tuple([behind(part, position) for part in roles.param]),
+        tl.tuple([tl.tuple([behind(part, position) for part in parts]) for parts in roles.states]),
+        tl.tuple([tl.tuple([behind(part, position) for part in parts]) for parts in roles.averages]),
     )
+
+
+@triton.jit
+def behind(base, position):
+    return base.pointer + position // base.per
 
 
 @triton.jit
 def at(record, role, ALIGNED: tl.constexpr):
     pointer = tl.load(record + role.field).to(tl.pointer_type(role.dtype))
-    if ALIGNED:
+    # One number for many elements may lie anywhere.
+    if ALIGNED and role.per == 1:
         pointer = tl.multiple_of(pointer, 16)
     return pointer

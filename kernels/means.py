@@ -10,6 +10,7 @@ import triton.language as tl
 
 from .address import IS_ALIGNED, NUMEL
 from .norm import FACTOR, NONFINITE
+from .rounding import Span
 from .stages import columns
 from .step import direction, row_of
 
@@ -36,6 +37,7 @@ def means_of_terms(
     known_skips: tl.int64,
     variants: tl.int64,
     roles,
+    forms,
     h,
     on_grad,
     terms,
@@ -44,6 +46,7 @@ def means_of_terms(
     COMPUTE: tl.constexpr,
     FIELDS: tl.constexpr,
     WIDTH: tl.constexpr,
+    GRANULE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     program = tl.program_id(0).to(tl.int64)
@@ -58,7 +61,7 @@ def means_of_terms(
     if verdict is not None:
         factor = tl.load(verdict + FACTOR).to(COMPUTE)
 
-    SMALL: tl.constexpr = BLOCK // 8
+    SMALL: tl.constexpr = max(BLOCK // 8, GRANULE)
     numel = tl.load(record + NUMEL)
     is_aligned = tl.load(record + IS_ALIGNED) != 0
     first = tl.load(chunk + 1)
@@ -67,20 +70,18 @@ def means_of_terms(
         start = tl.multiple_of(tl.cast(tile, tl.int64) * BLOCK, BLOCK)
         valid = tl.minimum(numel - start, BLOCK).to(tl.int32)
         # As in step.py.
-        vectors = tl.where(is_aligned, valid // 8 * 8, 0)
+        vectors = tl.where(is_aligned, valid // GRANULE * GRANULE, 0)
         if vectors > 0:
             t = ADDRESS(record, roles, True)
-            lanes = tl.arange(0, BLOCK)
-            mask = lanes < tl.multiple_of(vectors, 8)
-            u, p, g, state = direction(t, start + lanes, mask, row, factor, h, on_grad, RULE, COMPUTE)
-            sums = added(sums, terms, u, p, g, state, row, mask)
+            span = Span(start, vectors, tl.arange(0, BLOCK) < tl.multiple_of(vectors, GRANULE))
+            u, p, g, state = direction(t, span, row, factor, forms, h, on_grad, RULE, COMPUTE)
+            sums = added(sums, terms, u, p, g, state, row, span.mask)
         if vectors < valid:
             t = ADDRESS(record, roles, False)
             for at in tl.range(vectors, valid, SMALL):
-                lanes = at + tl.arange(0, SMALL)
-                mask = lanes < valid
-                u, p, g, state = direction(t, start + lanes, mask, row, factor, h, on_grad, RULE, COMPUTE)
-                rest = added(rest, terms, u, p, g, state, row, mask)
+                span = Span(start + at, valid - at, at + tl.arange(0, SMALL) < valid)
+                u, p, g, state = direction(t, span, row, factor, forms, h, on_grad, RULE, COMPUTE)
+                rest = added(rest, terms, u, p, g, state, row, span.mask)
     for k in tl.static_range(len(terms)):
         tl.store(partials + program * len(terms) + k, tl.sum(sums[k]) + tl.sum(rest[k]))
 

@@ -8,8 +8,10 @@ arguments, the averages' weights. Nothing that changes during training is a comp
 import triton
 import triton.language as tl
 
-from .address import IS_ALIGNED, NUMEL, ROW
+from .address import DRAW, IS_ALIGNED, NUMEL, ROW
 from .norm import FACTOR, NONFINITE, SKIPPED
+from .philox import Draw
+from .rounding import Span, read
 from .stages import columns, through, through_with_means
 
 
@@ -17,7 +19,7 @@ def named_after_rule(specialization):
     return f"step_{specialization.constants['RULE'].__name__}"
 
 
-@triton.jit(repr=named_after_rule, do_not_specialize=["known_skips", "variants"])
+@triton.jit(repr=named_after_rule, do_not_specialize=["known_skips", "variants", "seed"])
 def step(
     table,  # int64 [tensors, FIELDS]: see address.py
     tiles,  # int32 [programs, 2]: tensor, tile within the tensor
@@ -26,18 +28,21 @@ def step(
     verdict,  # float64 [4] of norm.judge, or None: nothing scales or skips
     known_skips: tl.int64,  # skipped steps that the host knew of when it wrote the rows
     variants: tl.int64,  # rows per cohort, one per number of skips that it may not know of
+    seed: tl.int64,  # of the random bits
     roles,
+    forms,  # how each role is stored: see rounding.py
     h,
     on_grad,
     on_update,
     averages,  # the columns of the averages' weights
     RULE: tl.constexpr,
     ADDRESS: tl.constexpr,
-    ROUND: tl.constexpr,
     COMPUTE: tl.constexpr,
     FIELDS: tl.constexpr,
     MEANS: tl.constexpr,
     WIDTH: tl.constexpr,
+    GRANULE: tl.constexpr,  # elements that must be updated together
+    DRAWS: tl.constexpr,  # whether a form needs random bits; the row's last number is then the step
     BLOCK: tl.constexpr,
 ):
     program = tl.program_id(0).to(tl.int64)
@@ -56,23 +61,24 @@ def step(
         factor = tl.load(verdict + FACTOR).to(COMPUTE)
     if means is not None:
         means += tensor * MEANS
+    draw = None
+    if DRAWS:
+        draw = Draw(seed, tl.load(row + WIDTH - 1).to(tl.int32), tl.load(record + DRAW))
 
     # Only whole groups of 8 elements of aligned tensors can be loaded as vectors: a mask at an
     # arbitrary element, or an address that is no multiple of 16 bytes, would make every load scalar.
     # The rest goes one element per thread, which at least keeps neighbours together.
-    vectors = tl.where(tl.load(record + IS_ALIGNED) != 0, valid // 8 * 8, 0)
+    vectors = tl.where(tl.load(record + IS_ALIGNED) != 0, valid // GRANULE * GRANULE, 0)
     if vectors > 0:
         t = ADDRESS(record, roles, True)
-        lanes = tl.arange(0, BLOCK)
-        mask = lanes < tl.multiple_of(vectors, 8)
-        update(t, start + lanes, mask, row, factor, means, h, on_grad, on_update, averages, RULE, ROUND, COMPUTE)
+        span = Span(start, vectors, tl.arange(0, BLOCK) < tl.multiple_of(vectors, GRANULE))
+        update(t, span, row, factor, means, draw, forms, h, on_grad, on_update, averages, RULE, COMPUTE)
     if vectors < valid:
         t = ADDRESS(record, roles, False)
-        SMALL: tl.constexpr = BLOCK // 8
+        SMALL: tl.constexpr = max(BLOCK // 8, GRANULE)
         for at in tl.range(vectors, valid, SMALL):
-            lanes = at + tl.arange(0, SMALL)
-            places, mask = start + lanes, lanes < valid
-            update(t, places, mask, row, factor, means, h, on_grad, on_update, averages, RULE, ROUND, COMPUTE)
+            span = Span(start + at, valid - at, at + tl.arange(0, SMALL) < valid)
+            update(t, span, row, factor, means, draw, forms, h, on_grad, on_update, averages, RULE, COMPUTE)
 
 
 @triton.jit
@@ -85,11 +91,13 @@ def row_of(record, rows, verdict, known_skips, variants, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def direction(t, places, mask, row, factor, h, on_grad, RULE: tl.constexpr, COMPUTE: tl.constexpr):
+def direction(t, span, row, factor, forms, h, on_grad, RULE: tl.constexpr, COMPUTE: tl.constexpr):
     """What the rule makes of one tile: (u, p, g, new states); nothing is stored."""
-    g = load(t.grad, places, mask, COMPUTE)
-    p = load(t.param, places, mask, COMPUTE)
-    state = tl.tuple([load(pointer, places, mask, COMPUTE) for pointer in t.states])
+    g = read(t.grad, span).to(COMPUTE)
+    p = forms.param.load(t.param, span, COMPUTE)
+    state = ()
+    for k in tl.static_range(len(t.states)):
+        state += (forms.states[k].load(t.states[k], span, COMPUTE),)
     if factor is not None:
         g = g * factor
     g = through(on_grad, g, p, row)
@@ -100,32 +108,22 @@ def direction(t, places, mask, row, factor, h, on_grad, RULE: tl.constexpr, COMP
 
 @triton.jit
 def update(
-    t, places, mask, row, factor, means, h, on_grad, on_update, averages,
-    RULE: tl.constexpr, ROUND: tl.constexpr, COMPUTE: tl.constexpr,
+    t, span, row, factor, means, draw, forms, h, on_grad, on_update, averages,
+    RULE: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
-    u, p, g, state = direction(t, places, mask, row, factor, h, on_grad, RULE, COMPUTE)
+    u, p, g, state = direction(t, span, row, factor, forms, h, on_grad, RULE, COMPUTE)
     u = through(on_update, u, p, row) if means is None else through_with_means(on_update, u, p, g, row, means)
     p = p - tl.load(row) * u
     for k in tl.static_range(len(t.states)):
-        store(t.states[k], places, state[k], mask, ROUND)
-    store(t.param, places, p, mask, ROUND)
+        forms.states[k].store(t.states[k], span, state[k], draw, 1 + k)
+    forms.param.store(t.param, span, p, draw, 0)
     for k in tl.static_range(len(t.averages)):
-        average = load(t.averages[k], places, mask, COMPUTE)
-        store(t.averages[k], places, follow(average, p, tl.load(row + averages[k])), mask, ROUND)
+        average = forms.averages[k].load(t.averages[k], span, COMPUTE)
+        average = follow(average, p, tl.load(row + averages[k]))
+        forms.averages[k].store(t.averages[k], span, average, draw, 1 + len(t.states) + k)
 
 
 @triton.jit
 def follow(average, p, weight):
     """a <- a + weight (p - a), with the new p as it was before rounding; a copy where the weight is 1"""
     return tl.where(weight == 1, p, average + weight * (p - average))
-
-
-@triton.jit
-def load(pointer, places, mask, COMPUTE: tl.constexpr):
-    return tl.load(pointer + places, mask=mask, other=0.0, eviction_policy="evict_first").to(COMPUTE)
-
-
-@triton.jit
-def store(pointer, places, x, mask, ROUND: tl.constexpr):
-    rounded = ROUND(x, pointer.dtype.element_ty)
-    tl.store(pointer + places, rounded, mask=mask, eviction_policy="evict_first")

@@ -1,0 +1,223 @@
+"""Which form each role of a parameter has, under which keys its parts stand, and conversions between forms."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import ema, forms
+from .flat import is_dense, memory_order
+from .forms import Form, Part, nearest, stochastic
+from .rule import Rule
+from .settings import Settings
+
+SMALL = 4096
+"""Elements below which a state stays float32 where larger ones have 8 bits: it is where precision costs nothing."""
+
+NARROW = (torch.bfloat16, torch.float16)
+"""Parameter dtypes that lose updates to rounding, and so have uses for a master form."""
+
+
+class Storage(NamedTuple):
+    """The forms of one parameter's roles."""
+
+    param: Form
+    kept: tuple[tuple[str, Form], ...]
+    """Of its states and averages in ``optimizer.state[p]``, by key."""
+    beside: tuple[tuple[str, Form], ...] = ()
+    """Of what stands elsewhere."""
+
+    @property
+    def roles(self) -> tuple[tuple[str, Form], ...]:
+        return (("", self.param), *self.kept, *self.beside)
+
+    @property
+    def dtypes(self) -> set[torch.dtype]:
+        """Of what everybody sees: the parameter, the states."""
+        return {form.parts[0].dtype for _, form in (("", self.param), *self.kept)}
+
+    @property
+    def plain(self) -> bool:
+        return all(form.plain for _, form in self.roles)
+
+    @property
+    def draws(self) -> bool:
+        return any(form.draws for _, form in self.roles)
+
+    @property
+    def quantizes(self) -> bool:
+        return any(part.per > 1 for _, form in self.roles for part in form.parts)
+
+    @property
+    def parts(self) -> dict[str, Part]:
+        """Everything in ``optimizer.state[p]`` besides the step."""
+        return _parts(self)
+
+    @property
+    def state_keys(self) -> list[str]:
+        """The keys of everything but the parameter's own parts."""
+        return [part_key(role, part) for role, form in self.kept for part in form.parts]
+
+
+@functools.cache
+def _parts(storage: Storage) -> dict[str, Part]:
+    roles = (("", storage.param), *storage.kept)
+    found = {part_key(role, part): part for role, form in roles for part in form.parts}
+    del found[""]  # the parameter itself
+    return found
+
+
+def part_key(role: str, part: Part) -> str:
+    """Under which key of ``optimizer.state[p]`` a part stands: "exp_avg", "exp_avg_scale", "master"."""
+    return "_".join(filter(None, (role, part.suffix)))
+
+
+MASTERS = {
+    "stochastic": lambda dtype: stochastic(dtype),
+    "kahan": lambda dtype: Form("kahan", (Part("", dtype), Part("compensation", dtype))),
+    "split": lambda dtype: Form("split", (Part("", dtype), Part("master_low", torch.int16))),
+    "split8": lambda dtype: Form("split8", (Part("", dtype), Part("master_low", torch.int8))),
+    "fp32": lambda dtype: Form("fp32", (Part("", dtype), Part("master", torch.float32))),
+}
+"""The parameter's form for each choice of ``master``."""
+
+MASTER_KEYS = ("master", "master_low", "compensation")
+
+
+def state_keys(optimizer: Any, stored: Storage) -> list[str]:
+    """The keys of ``optimizer.state[p]``: a step count as in torch, and wherever random bits depend on it."""
+    counts = (optimizer.counts_steps and stored.parts) or stored.draws
+    return ["step", *stored.parts] if counts else list(stored.parts)
+
+
+def storage(p: Tensor, rule: Rule, settings: Settings, state: dict[str, Any]) -> Storage:
+    """How the settings want ``p`` and its states stored. Without a ``state_dtype`` a state keeps the dtype that
+    somebody gave it."""
+    return Storage(
+        param_form(p, settings.master),
+        tuple((key, _state_form(p, key, rule, settings.state_dtype, state.get(key))) for key in rule.keys),
+        () if settings.ema_decay is None else ((ema.ROLE, nearest(ema.dtype_of(p))),),
+    )
+
+
+def param_form(p: Tensor, master: str | None) -> Form:
+    if master is None or p.dtype not in NARROW:
+        return nearest(p.dtype)
+    if p.dtype is torch.float16 and master in ("split", "split8"):
+        raise ValueError(
+            f"master={master!r} joins the upper half of a float32, which is a bfloat16, with bits of its lower half, "
+            "and a parameter is float16; choose 'fp32', 'kahan' or 'stochastic'"
+        )
+    return MASTERS[master](p.dtype)
+
+
+def _state_form(p: Tensor, key: str, rule: Rule, state_dtype: Any, value: Any) -> Form:
+    if state_dtype is None:
+        return nearest(value.dtype if isinstance(value, Tensor) and value.is_floating_point() else p.dtype)
+    if state_dtype is torch.float32 or key in rule.exact:
+        return nearest(torch.float32)
+    if state_dtype is torch.bfloat16:
+        return stochastic(torch.bfloat16)
+    if p.numel() < SMALL or key in rule.averages:
+        return nearest(torch.float32)
+    return forms.ROOT8 if key in rule.squares else forms.SIGNED8
+
+
+def found(role: str, state: dict[str, Any], p: Tensor) -> tuple[Form, list[Tensor]] | None:
+    """The form in which a role is there, and its parts, whatever the settings say now; None if it is not there."""
+    if role == "":
+        return _found_master(state, p)
+    value = state.get(role)
+    if value is None:
+        return None
+    scale = state.get(f"{role}_scale")
+    if value.dtype in (torch.int8, torch.uint8) and scale is not None:
+        return forms.SIGNED8 if value.dtype is torch.int8 else forms.ROOT8, [value, scale]
+    return nearest(value.dtype), [value]
+
+
+def _found_master(state: dict[str, Any], p: Tensor) -> tuple[Form, list[Tensor]] | None:
+    for make in MASTERS.values():
+        form = make(p.dtype)
+        for part in form.parts[1:]:
+            value = state.get(part.suffix)
+            if isinstance(value, Tensor) and value.dtype is part.dtype and value.shape == p.shape:
+                same_layout = p.stride() == value.stride() and is_dense(p)
+                return form, [p.detach() if same_layout else torch.empty_like(value, dtype=p.dtype).copy_(p), value]
+    return None
+
+
+def decode(form: Form, parts: list[Tensor], dtype: torch.dtype) -> Tensor:
+    """The values that dense parts hold, in their layout."""
+    x = forms.TWINS[form.name].load([memory_order(part) for part in parts], dtype)
+    return torch.as_strided(x, parts[0].size(), parts[0].stride())
+
+
+def encode(form: Form, values: Tensor, strides: tuple[int, ...]) -> list[Tensor]:
+    """New parts that hold the values to the nearest, in a layout of those strides."""
+    x = torch.empty_strided(values.size(), strides, dtype=values.dtype, device=values.device).copy_(values)
+    x = memory_order(x)
+    parts = [torch.empty(-(-x.numel() // part.per), dtype=part.dtype, device=x.device) for part in form.parts]
+    name = "nearest" if form.draws else form.name
+    forms.TWINS[name].store(parts, x, None, 0)
+    return [x.as_strided(values.size(), strides) if part.per == 1 else x for x, part in zip(parts, form.parts)]
+
+
+def encode_master(form: Form, master: Tensor | None, p: Tensor, strides: tuple[int, ...]) -> list[Tensor]:
+    """New parts, the parameter aside, that make ``p`` the exact ``master`` where it is its rounded value. Elsewhere
+    somebody has given p another value, which then is the master, as everywhere where there was none."""
+    plain = p.detach().float()
+    rounded = plain if master is None else encode(form, master, strides)[0].float()
+    master = plain if master is None else torch.where(rounded == plain, master, plain)
+    return encode(form, master, strides)[1:]
+
+
+def converted(
+    role: str,
+    form: Form,
+    state: dict[str, Any],
+    p: Tensor,
+    strides: tuple[int, ...],
+    initial: Callable[[], float],
+) -> list[Tensor | float]:
+    """What the role's parts in ``optimizer.state[p]`` have to hold, so that the value stays what it is there, in
+    whatever form, or becomes the initial one."""
+    there = found(role, state, p)
+    if there is not None and there[0] == form and there[1][0].stride() == strides:
+        return there[1] if role else there[1][1:]
+    wide = torch.promote_types(p.dtype, torch.float32)
+    values = None if there is None else there[1][0] if there[0].plain else decode(*there, wide)
+    if role == "":
+        return encode_master(form, values, p, strides)
+    if values is None and (form.plain or form.draws):
+        return [initial()]
+    if values is None:
+        values = torch.full(p.size(), initial(), dtype=wide, device=p.device)
+    return [values.detach()] if form.plain or form.draws else encode(form, values.detach(), strides)
+
+
+def superseded(role: str, form: Form, state: dict[str, Any], p: Tensor) -> list[str]:
+    """The keys of parts that another form of this role needed, and this one does not."""
+    if role == "" and (p.dtype not in NARROW or _found_master(state, p) is None):
+        return []
+    keys = MASTER_KEYS if role == "" else (f"{role}_scale",)
+    return [key for key in keys if key in state and key not in {part_key(role, part) for part in form.parts}]
+
+
+def quantization_problem(key: str, value: Tensor, scale: Any) -> str | None:
+    """Why a state of integers cannot be read, or None."""
+    if value.dtype not in (torch.int8, torch.uint8):
+        return None
+    if not isinstance(scale, Tensor):
+        return f"the state {key!r} has 8 bits, but there is no {key + '_scale'!r} beside it"
+    blocks = -(-value.numel() // forms.QUANTIZED)
+    if scale.shape != (blocks,):
+        return (
+            f"the state {key!r} has {value.numel()} elements of 8 bits, hence {blocks} scales, one for every "
+            f"{forms.QUANTIZED}; {key + '_scale'!r} has shape {tuple(scale.shape)}"
+        )
+    return None

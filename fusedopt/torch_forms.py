@@ -1,0 +1,79 @@
+"""The fallback for parameters or states that are stored in other forms than plain numbers: tensor by tensor, in blocks
+that stay in the cache, read as float32, updated, and stored again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import torch_backend
+from .clipping import Skips, Verdict
+from .flat import is_dense, memory_order
+from .forms import QUANTIZED, TWINS
+from .philox import Draw
+from .plan import Bucket, Cohort, Member
+from .rule import Update
+from .settings import Settings
+from .storage import part_key
+from .torch_backend import Run
+
+
+class Block(NamedTuple):
+    """Some of one tensor's elements."""
+
+    first_draw: int
+    roles: tuple[tuple[Tensor, ...], ...]
+    """The parts of the parameter, of the states and of the averages."""
+
+
+class Executor(torch_backend.Executor):
+    """Runs one bucket."""
+
+    def __init__(self, bucket: Bucket, settings: Settings):
+        self.twins = [TWINS[form.name] for _, form in bucket.stored.roles]
+        # A parameter with gaps in memory is updated in a dense copy.
+        self.copied = {m.param: _dense_like(m) for m in bucket.members if not is_dense(m.param)}
+        self.t = 0
+        super().__init__(bucket, settings)
+
+    def _run(self, cohort: Cohort) -> Run:
+        # Quantized elements that share a scale stay together.
+        self.block = -(-self.block // QUANTIZED) * QUANTIZED
+        blocks = [self._blocks(m) for m in cohort.members]
+        sizes = [[m.param.numel()] for m in cohort.members]
+        return Run(cohort, [], [], [], [], cohort.members, blocks, sizes)
+
+    def _blocks(self, member: Member) -> list[Block]:
+        tensors = {"": self.copied.get(member.param, member.param), **member.place.views}
+        roles = []
+        for role, form in self.bucket.stored.roles:
+            parts = [memory_order(tensors[part_key(role, part)]) for part in form.parts]
+            roles.append(list(zip(*(x.split(self.block // part.per) for x, part in zip(parts, form.parts)))))
+        return [Block(member.first_draw + k * self.block // 8, parts) for k, parts in enumerate(zip(*roles))]
+
+    def step(self, update: Callable[[Cohort], Update], verdict: Verdict, skips: Skips) -> None:
+        for param, copy in self.copied.items():
+            copy.copy_(param)
+        super().step(update, verdict, skips)
+        for param, copy in self.copied.items():
+            param.copy_(copy)
+
+    def _step_in_blocks(self, run: Run, update: Update, factor: float) -> None:
+        self.t = run.cohort.t + 1
+        super()._step_in_blocks(run, update, factor)
+
+    def _load(self, block: Block) -> list[Tensor]:
+        return [twin.load(parts, self.compute_dtype) for twin, parts in zip(self.twins, block.roles)]
+
+    def _store(self, block: Block, values: list[Tensor]) -> None:
+        draw = Draw(self.settings.seed, self.t, block.first_draw)
+        for role, (twin, parts, x) in enumerate(zip(self.twins, block.roles, values)):
+            twin.store(parts, x, draw, role)
+
+
+def _dense_like(member: Member) -> Tensor:
+    p = member.param
+    return torch.empty_strided(p.size(), member.place.strides, dtype=p.dtype, device=p.device)
