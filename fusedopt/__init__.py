@@ -12,6 +12,7 @@ from .release import enable_gradient_release
 from .rmsprop import RMSprop
 from .rule import Rule
 from .sgd import SGD
+from .stable_adamw import StableAdamW
 
 __version__ = "0.1.0"
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "GradScaler",
     "RMSprop",
     "Rule",
+    "StableAdamW",
     "backend",
     "check_rule",
     "convert",

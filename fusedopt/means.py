@@ -5,7 +5,7 @@ The terms of which they are means have their twins here, under the names that th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
@@ -47,13 +47,19 @@ class Chunks:
         self.means = torch.zeros(len(tiles), count, dtype=torch.float64, device=device)
 
 
-def over_tensors(blocks: Sequence[Tensor], sizes: Sequence[int]) -> Sequence[Tensor]:
-    """For each block of tensors that lie side by side, each element's mean over its tensor. The blocks have one length,
-    but for the last; ``sizes`` are the tensors' elements."""
-    if len(sizes) == 1:
-        mean = sum(block.sum(dtype=torch.float64) for block in blocks) / sizes[0]
-        return [mean.to(blocks[0].dtype)] * len(blocks)
-    sizes = torch.tensor(sizes)
-    totals = torch.segment_reduce(torch.cat(list(blocks)).double(), "sum", lengths=sizes)
-    means = (totals / sizes).to(blocks[0].dtype)
-    return means.repeat_interleave(sizes).split(len(blocks[0]))
+def of_tensor(blocks: Iterable[Sequence[Tensor]], size: int) -> list[Tensor]:
+    """The mean of each term over a tensor of ``size`` elements, given for each of its blocks one after the other."""
+    totals = [sum(sums) for sums in zip(*([x.sum(dtype=torch.float64) for x in block] for block in blocks))]
+    return [total / size for total in totals]
+
+
+def of_neighbours(blocks: Sequence[Sequence[Tensor]], sizes: Sequence[int]) -> list[list[Tensor]]:
+    """For tensors of these sizes that lie side by side, cut into blocks of equal length but for the last: for each
+    block each term's mean at each element, over the tensor to which that belongs."""
+    lengths = torch.tensor(sizes, device=blocks[0][0].device)
+    found = []
+    for parts in zip(*blocks):
+        totals = torch.segment_reduce(torch.cat(parts).double(), "sum", lengths=lengths)
+        means = (totals / lengths).to(parts[0].dtype)
+        found.append(means.repeat_interleave(lengths).split(len(parts[0])))
+    return list(map(list, zip(*found)))

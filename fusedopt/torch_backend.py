@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -209,13 +209,15 @@ class Executor:
     def _step_in_blocks(self, run: Run, update: Update, factor: float) -> None:
         terms = [stage for stage in update.on_update if stage.term is not None]
         for blocks, sizes, g in zip(run.blocks, run.sizes, run.grads):
-            grads = memory_order(g).split(self.block)
-            directions = (self._direction(*block, update, factor) for block in zip(blocks, grads))
+            parts = list(zip(blocks, memory_order(g).split(self.block)))
+            directions = (self._direction(*part, update, factor) for part in parts)
             found = itertools.repeat(())
-            if terms:
-                # The means need all blocks' directions before the first is followed.
+            if terms and len(parts) == 1:
                 directions = list(directions)
-                found = zip(*(means.over_tensors([self._term(s, d) for d in directions], sizes) for s in terms))
+                found = self._means(terms, directions, sizes)
+            elif terms:
+                # All directions, before the first is followed: too much to keep, so they are computed twice.
+                found = self._means(terms, self._glimpses(parts, update, factor), sizes)
             for tensors, direction, block_means in zip(blocks, directions, found):
                 self._follow(tensors, direction, block_means, update)
 
@@ -226,9 +228,18 @@ class Executor:
         g = through(update.on_grad, g if factor == 1 else g * factor, p)
         return self.bucket.rule.twin(g, kept[: len(self.bucket.rule.states)], update.h), g, p, kept
 
-    def _term(self, stage: Stage, direction: tuple) -> Tensor:
-        u, g, p, kept = direction
-        return means.terms[stage.term](u, p, g, kept, *stage.args)
+    def _glimpses(self, parts: Sequence[tuple], update: Update, factor: float) -> Iterator[tuple]:
+        """The directions, one after the other, with the states left as they are."""
+        for (p, *kept), g in parts:
+            kept = [x.clone() for x in kept] if self.computes_in_place else kept
+            yield self._direction((p, *kept), g, update, factor)
+
+    def _means(self, stages: Sequence[Stage], directions: Iterable[tuple], sizes: Sequence[int]) -> Iterable[list]:
+        """For each block the means that these stages need."""
+        blocks = ([means.terms[s.term](u, p, g, kept, *s.args) for s in stages] for u, g, p, kept in directions)
+        if len(sizes) > 1:
+            return means.of_neighbours(list(blocks), sizes)
+        return itertools.repeat([mean.to(self.compute_dtype) for mean in means.of_tensor(blocks, sizes[0])])
 
     def _follow(self, tensors: Sequence[Tensor], direction: tuple, found: Sequence[Tensor], update: Update) -> None:
         u, g, p, kept = direction

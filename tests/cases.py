@@ -15,6 +15,8 @@ import fusedopt
 torch.set_num_threads(1)
 
 NAMES = sorted(fusedopt.registry)
+IN_TORCH = [name for name in NAMES if hasattr(torch.optim, name)]
+"""Those that can be exchanged with torch.optim's, and left to its step."""
 
 TENSOR_LR = torch.tensor(0.03, dtype=torch.float64)
 """float64, since torch's Adam computes its step size in the dtype of a tensor lr."""
@@ -80,6 +82,12 @@ OPTIONS = {
         {"maximize": True},
         {"betas": (0.5, 0.9), "eps": 1e-3, "amsgrad": True, "weight_decay": 0.05, "maximize": True},
     ],
+    "StableAdamW": [
+        {},
+        {"lr": TENSOR_LR},
+        {"betas": (0.5, 0.9), "eps": 1e-3, "weight_decay": 0.05, "maximize": True},
+        {"betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0},
+    ],
 }
 """Every option alone, and all that go together. Without ``lr`` a case runs at LR."""
 
@@ -91,6 +99,7 @@ STATEFUL = {
     "RMSprop": {"momentum": 0.9, "centered": True},
     "Adam": {"amsgrad": True},
     "AdamW": {"amsgrad": True},
+    "StableAdamW": {},
 }
 """One option set per optimizer, with as much state as it can have: for tests of what is kept and moved."""
 
@@ -128,6 +137,7 @@ every_option = pytest.mark.parametrize(
     [pytest.param(name, options, id=f"{name}-{label(options)}") for name in NAMES for options in OPTIONS.get(name, [])],
 )
 every_optimizer = pytest.mark.parametrize("name", NAMES)
+every_torch_optimizer = pytest.mark.parametrize("name", IN_TORCH)
 
 # In Triton's interpreter, a millisecond per program, these two stand for all where the subject is the plan and not the
 # formula: SGD keeps no step count and begins with a special step, RMSprop has three states.

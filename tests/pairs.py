@@ -6,6 +6,7 @@ faults of their own.
 
 import torch
 from cases import LR, STATEFUL, STEADY, give_gradients, in_two_groups, model
+from oracles import oracle_class
 
 import fusedopt
 
@@ -29,7 +30,7 @@ class Pair:
         self.ours, self.theirs = build(kind, dtype, device), build(kind, dtype, device)
         arrange = in_two_groups if groups else lambda params, options: params
         self.opt = fusedopt.registry[name](arrange(self.ours, options), **options, **settings)
-        self.oracle = getattr(torch.optim, name)(arrange(self.theirs, options), **options, foreach=False)
+        self.oracle = oracle_class(name)(arrange(self.theirs, options), **options, foreach=False)
         self.number = start
         self.clipped = False  # whether clipping ever changed a gradient
 
@@ -134,7 +135,7 @@ def both(name, build, **settings):
     ours, theirs = build(), build()
     return (
         (ours, fusedopt.registry[name](ours.parameters(), lr=0.1, **settings)),
-        (theirs, getattr(torch.optim, name)(theirs.parameters(), lr=0.1, foreach=False)),
+        (theirs, oracle_class(name)(theirs.parameters(), lr=0.1, foreach=False)),
     )
 
 

@@ -38,6 +38,7 @@ CASES = {
     "adam uncorrected": ("Adam", {"bias_correction": False}),
     "adam_eps_inside": ("Adam", {"eps": 0.1, "eps_inside_sqrt": True}),
     "amsgrad": ("AdamW", {"amsgrad": True}),
+    "adam limited": ("StableAdamW", {}),
     "amsgrad_eps_inside": ("AdamW", {"amsgrad": True, "eps": 0.1, "eps_inside_sqrt": True}),
 }  # fmt: skip
 """The class and the options that select a rule. The name's first word is the rule's."""
@@ -71,8 +72,8 @@ CHAINS = {
 }  # fmt: skip
 """What stands around the rule: settings of an optimizer, and ``decoupled`` for the place of the decay."""
 
-WITH_MEANS = ("amsgrad",)
-"""Cases that are also compiled with a stage that needs a mean: the rule with most states."""
+WITH_MEANS = {"amsgrad": {"cautious": True}, "adam limited": {}}
+"""Cases, and settings, in which a stage needs a mean. Those without settings always do."""
 
 ADDRESSES = ("scattered", "flat")
 

@@ -5,12 +5,11 @@ import math
 
 import pytest
 import torch
-from cases import LR, NAMES, STATEFUL, every_optimizer, every_optimizer_and_backend, give_gradients, model
+from cases import IN_TORCH, LR, STATEFUL, every_optimizer, every_optimizer_and_backend, give_gradients, model
+from oracles import oracle_class
 from pairs import Pair, assert_same, close, raised, snapshot
 
 import fusedopt
-
-IN_TORCH = [name for name in NAMES if hasattr(torch.optim, name)]
 
 
 def no_groups(saved):
@@ -205,11 +204,12 @@ def test_the_message_knows_the_names_of_parameters():
 
 def after_loading(name, saved, **options):
     """(optimizer's class, what loading and two steps with it raise, parameters) for ours and torch's."""
-    for cls in (fusedopt.registry[name], getattr(torch.optim, name)):
+    for cls in (fusedopt.registry[name], oracle_class(name)):
         params = model("tiny")
         middle = len(params) // 2
         groups = [{"params": params[:middle]}, {"params": params[middle:]}]
-        optimizer = cls(groups, lr=LR, **(options or STATEFUL[name]), foreach=False)
+        for_loop = {"foreach": False} if name in IN_TORCH else {}
+        optimizer = cls(groups, lr=LR, **(options or STATEFUL[name]), **for_loop)
         before = exactly(optimizer)
 
         def attempt(optimizer=optimizer, params=params, cls=cls):

@@ -212,7 +212,7 @@ def test_means_kernel(target, report):
 
 def test_numbers_never_recompile(report):
     """50 steps in which every hyperparameter and step count changes, with three groups and then with one."""
-    cases = [case for case in CASES if case.split()[0] not in VARIANTS]
+    cases = [case for case in CASES if case.split()[0] not in VARIANTS and WITH_MEANS.get(case) != {}]
     assert len(report["launches"]) == len(cases) * len(ADDRESSES) + len(WITH_MEANS)
     for case, compiles in report["launches"].items():
         rule, place = re.split("[ ,]", case)[0], case.split()[-1]

@@ -7,13 +7,12 @@ import warnings
 
 import pytest
 import torch
-from cases import LR, NAMES, STATEFUL, give_gradients, in_two_groups, model
+from cases import IN_TORCH, LR, STATEFUL, give_gradients, in_two_groups, model
 from pairs import assert_same, clip, close, snapshot
 from torch.optim import lr_scheduler
 
 import fusedopt
 
-IN_TORCH = [name for name in NAMES if hasattr(torch.optim, name)]
 every_class = pytest.mark.parametrize("name", IN_TORCH)
 
 

@@ -19,6 +19,7 @@ from cases import (
     model,
     options_of,
 )
+from oracles import oracle_class
 from pairs import Pair
 
 import fusedopt
@@ -125,7 +126,7 @@ def test_16_bit_parameters_are_computed_in_float32_and_rounded_once(name, option
         exact = [torch.nn.Parameter(p.detach().double()) for p in params]
         for p, q in zip(params, exact):
             q.grad = None if p.grad is None else p.grad.double()
-        oracle = getattr(torch.optim, name)(exact, **options, foreach=False)
+        oracle = oracle_class(name)(exact, **options, foreach=False)
         oracle.load_state_dict(deepcopy(optimizer.state_dict()))  # torch would share the step counts
         before = tensors(params, optimizer)
         optimizer.step()

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from cases import STATEFUL, every_optimizer, every_optimizer_and_backend, give_gradients, model
+from oracles import oracle_class
 from pairs import Pair, assert_same, close, raised, snapshot
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
@@ -12,7 +13,7 @@ import fusedopt
 
 
 def both_classes(name):
-    return fusedopt.registry[name], getattr(torch.optim, name)
+    return fusedopt.registry[name], oracle_class(name)
 
 
 @every_optimizer

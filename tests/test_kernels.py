@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from oracles import oracle_class
 from rule_cases import (
     ADDRESSES,
     CASES,
@@ -134,8 +135,8 @@ def test_fifty_steps_are_as_accurate_as_torch(case, device, monkeypatch):
             made.step()
         return p.detach().double()
 
-    exact = trajectory(getattr(torch.optim, name), torch.float64)
-    theirs = (trajectory(getattr(torch.optim, name), torch.float32) - exact).square().mean().sqrt()
+    exact = trajectory(oracle_class(name), torch.float64)
+    theirs = (trajectory(oracle_class(name), torch.float32) - exact).square().mean().sqrt()
     ours = (trajectory(fusedopt.registry[name], torch.float32, backend="triton") - exact).square().mean().sqrt()
     assert ours <= 1.05 * theirs
 
@@ -169,7 +170,7 @@ def test_overflow_and_nan_as_in_torch(case, device):
     name, options = CASES[case]
     ours, theirs = (torch.nn.Parameter(torch.ones(4, device=device)) for _ in range(2))
     made = optimizer(case, [ours], lr=0.01)
-    reference = getattr(torch.optim, name)([theirs], **{"lr": 0.01, "weight_decay": 0.0} | options)
+    reference = oracle_class(name)([theirs], **{"lr": 0.01, "weight_decay": 0.0} | options)
     for g in steps:
         ours.grad, theirs.grad = g.clone(), g.clone()
         made.step()

@@ -5,14 +5,12 @@ import math
 
 import pytest
 import torch
-from cases import KERNEL_NAMES, NAMES, clip_settings, every_optimizer, kinds, label, model, options_of
+from cases import IN_TORCH, KERNEL_NAMES, clip_settings, every_optimizer, kinds, label, model, options_of
 from pairs import Pair, assert_same, close, snapshot
 from rule_cases import optimizer, parameters, results, same_bits, set_gradients, tensors
 
 import fusedopt
 from fusedopt import means
-
-IN_TORCH = [name for name in NAMES if hasattr(torch.optim, name)]
 
 
 class Cautious:

@@ -9,7 +9,7 @@ import warnings
 
 import pytest
 import torch
-from cases import NAMES, give_gradients, model
+from cases import IN_TORCH, give_gradients, model
 from pairs import Pair, assert_same, close, raised, same_bits, snapshot
 
 import fusedopt
@@ -19,7 +19,6 @@ table = pytest.importorskip(
 )
 
 INFOS = {info.optim_cls.__name__: info for info in table.optim_db}
-IN_TORCH = [name for name in NAMES if hasattr(torch.optim, name)]
 FLAGS = ("foreach", "fused", "differentiable")
 
 

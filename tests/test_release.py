@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from cases import LR, STATEFUL, every_optimizer_and_backend
+from oracles import oracle_class
 from pairs import assert_same, close, raised, snapshot
 from torch.nn.parallel import DistributedDataParallel
 
@@ -34,7 +35,7 @@ def pair_of(name, device, **settings):
     nets = Net().to(device, torch.float64), Net().to(device, torch.float64)
     options = {"lr": LR, **STATEFUL[name]}
     ours = fusedopt.registry[name](groups_of(nets[0]), **options, **settings)
-    return nets, ours, getattr(torch.optim, name)(groups_of(nets[1]), **options, foreach=False)
+    return nets, ours, oracle_class(name)(groups_of(nets[1]), **options, foreach=False)
 
 
 def loss_of(net, number):

@@ -6,6 +6,7 @@ import warnings
 import pytest
 import torch
 from cases import LR, STATEFUL, TENSOR_LR, every_optimizer, every_optimizer_and_backend, model
+from oracles import oracle_class
 from pairs import Pair, close
 from torch.optim import lr_scheduler
 from torch.optim.swa_utils import SWALR, AveragedModel, get_ema_multi_avg_fn
@@ -120,7 +121,7 @@ def test_scheduler_and_optimizer_saved_together(name):
         return optimizer, SCHEDULERS["OneCycleLR"](optimizer)
 
     results = []
-    for cls, split in ((fusedopt.registry[name], 4), (getattr(torch.optim, name), STEPS)):
+    for cls, split in ((fusedopt.registry[name], 4), (oracle_class(name), STEPS)):
         params = model("tiny")
         optimizer, scheduler = build(cls, params)
         for number in range(STEPS - 1):
@@ -142,7 +143,7 @@ def test_scheduler_and_optimizer_saved_together(name):
 def test_stochastic_weight_averaging(name):
     """AveragedModel reads the parameters after each step, SWALR takes over the lr, also where they are flattened."""
     results = []
-    for cls, settings in ((fusedopt.registry[name], {"flatten": True}), (getattr(torch.optim, name), {})):
+    for cls, settings in ((fusedopt.registry[name], {"flatten": True}), (oracle_class(name), {})):
         torch.manual_seed(0)
         module = torch.nn.Sequential(torch.nn.Linear(5, 7), torch.nn.Tanh(), torch.nn.Linear(7, 1)).double()
         averaged = AveragedModel(module)

@@ -7,6 +7,7 @@ import pickle
 import pytest
 import torch
 from cases import LR, STATEFUL, every_optimizer, every_optimizer_and_backend, give_gradients, kinds, model
+from oracles import oracle_class
 from pairs import Pair, assert_same, close, snapshot
 
 import fusedopt
@@ -43,7 +44,7 @@ def continuation(cls, source, params, options, **settings):
 def test_checkpoints_go_both_ways_in_mid_training(name, carrier, flatten, backend, device):
     pair = Pair(name, None, "tiny", device=device, backend=backend, flatten=flatten)
     pair.step(3)
-    ours, theirs = fusedopt.registry[name], getattr(torch.optim, name)
+    ours, theirs = fusedopt.registry[name], oracle_class(name)
     carry, options = CARRIERS[carrier], {"lr": 9.0, **STATEFUL[name]}  # an lr that loading must replace
     saved, expected = carry(pair.opt.state_dict()), carry(pair.oracle.state_dict())
     copies = [
@@ -198,9 +199,9 @@ def test_state_edited_from_outside(name, edit, flatten, backend, device):
 def test_exchanged_states_in_a_loaded_checkpoint(name, device):
     """The state_dict's tensors are live ones; a loaded permutation of them reads each before it is written."""
     results = []
-    for cls in (fusedopt.registry[name], getattr(torch.optim, name)):
+    for cls in (fusedopt.registry[name], oracle_class(name)):
         params = [torch.nn.Parameter(torch.ones(6, dtype=torch.float64, device=device)) for _ in range(10)]
-        optimizer = cls(params, lr=LR, **STATEFUL[name], foreach=False)
+        optimizer = cls(params, lr=LR, **STATEFUL[name])
         for number in range(4):
             if number == 2:
                 saved = optimizer.state_dict()

@@ -7,14 +7,17 @@ import pickle
 import pytest
 import torch
 from cases import (
+    IN_TORCH,
     LR,
     STATEFUL,
     every_optimizer,
     every_optimizer_and_backend,
     every_option,
+    every_torch_optimizer,
     give_gradients,
     model,
 )
+from oracles import oracle_class
 from pairs import Pair, assert_same, close, raised, snapshot
 from torch.profiler import ProfilerActivity, profile
 
@@ -38,7 +41,7 @@ def test_mixed_dtypes_in_one_optimizer(name, backend, device):
     options = {"lr": LR, **STATEFUL[name], **({} if name == "SGD" else {"eps": 1e-4})}
     options = {key: value for key, value in options.items() if key in accepted(name)}
     optimizer = fusedopt.registry[name](mixed, **options, backend=backend)
-    oracle = getattr(torch.optim, name)(exact, **options, foreach=False)
+    oracle = oracle_class(name)(exact, **options, foreach=False)
     for number in range(4, 8):
         give_gradients(mixed, number)
         for p, q in zip(mixed, exact):
@@ -56,7 +59,7 @@ def test_mixed_dtypes_in_one_optimizer(name, backend, device):
 
 
 def accepted(name):
-    return getattr(torch.optim, name)(model("tiny")).defaults
+    return oracle_class(name)(model("tiny")).defaults
 
 
 @every_optimizer
@@ -99,14 +102,14 @@ def test_default_device(name):
     fresh.check()
 
 
-@every_optimizer
+@every_torch_optimizer
 @pytest.mark.parametrize("fused", [False, True])
 def test_model_from_meta(name, fused):
     """torch's words while the parameters are on the meta device; after ``to_empty`` they are ordinary ones."""
-    if fused and raised(lambda: getattr(torch.optim, name)(model("tiny"), fused=True)):
+    if fused and raised(lambda: oracle_class(name)(model("tiny"), fused=True)):
         pytest.skip("torch refuses fused=True")
     outcomes = []
-    for cls in (fusedopt.registry[name], getattr(torch.optim, name)):
+    for cls in (fusedopt.registry[name], oracle_class(name)):
         with torch.device("meta"):
             module = torch.nn.Sequential(*[torch.nn.Linear(3, 3, dtype=torch.float64) for _ in range(3)])
         optimizer = cls(module.parameters(), **({"fused": True} if fused else {"foreach": False}))
@@ -183,9 +186,9 @@ def test_saved_and_copied_whole(name):
 @every_optimizer
 def test_names_in_a_profile(name):
     """``Optimizer.step#AdamW.step`` once per step, also where torch's own step does the work."""
-    for differentiable in (False, True):
+    for options in ({}, {"differentiable": True}) if name in IN_TORCH else ({},):
         params = [p.detach().clone() for p in model("tiny")]
-        optimizer = fusedopt.registry[name](params, differentiable=differentiable)
+        optimizer = fusedopt.registry[name](params, **options)
         for p in params:
             p.grad = torch.ones_like(p)
         with profile(activities=[ProfilerActivity.CPU]) as record:

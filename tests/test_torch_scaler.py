@@ -8,6 +8,7 @@ import math
 import pytest
 import torch
 from cases import KERNEL_NAMES, NAMES, STATEFUL, every_optimizer, every_optimizer_and_backend, model
+from oracles import oracle_class
 from pairs import Pair, close, raised, same_bits
 
 import fusedopt
@@ -172,7 +173,7 @@ def test_several_optimizers_under_one_scaler(name, device):
         options = {"lr": 0.03, **STATEFUL[name]}
         params = [model("tiny", device=device), model("tiny", device=device)]
         optimizers = [
-            (fusedopt.registry[name] if library is fusedopt else getattr(torch.optim, name))(params[0], **options),
+            (fusedopt.registry[name] if library is fusedopt else oracle_class(name))(params[0], **options),
             library.SGD(params[1], lr=0.1),
         ]
         scaler, history = scaler_of(device), []

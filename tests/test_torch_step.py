@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from cases import LR, STATEFUL, every_optimizer, give_gradients, model
+from cases import LR, STATEFUL, every_torch_optimizer, give_gradients, model
 from pairs import both, close
 
 import fusedopt
@@ -26,7 +26,7 @@ def test_sparse_gradients(name):
     close(pairs[0][0].parameters(), pairs[1][0].parameters(), 1e-12)
 
 
-@every_optimizer
+@every_torch_optimizer
 def test_refused_gradients_are_refused_as_by_torch(name):
     if name in ("SGD", "Adagrad"):
         return
@@ -42,7 +42,7 @@ def test_refused_gradients_are_refused_as_by_torch(name):
     assert messages[0] == messages[1]
 
 
-@every_optimizer
+@every_torch_optimizer
 def test_complex_parameters(name, device):
     params = [
         [torch.nn.Parameter(p.detach() + 0.5j) for p in model("tiny", device=device)] + model("tiny", device=device)
@@ -58,7 +58,7 @@ def test_complex_parameters(name, device):
     close(*params, 1e-12)
 
 
-@every_optimizer
+@every_torch_optimizer
 def test_differentiable(name):
     """The step as a function of the gradient: its derivative is torch's."""
     results = []
@@ -75,7 +75,7 @@ def test_differentiable(name):
     assert results[0][2].any()
 
 
-@every_optimizer
+@every_torch_optimizer
 def test_parameter_listed_twice(name):
     """torch warns, and steps it twice."""
     pair = []
