@@ -18,6 +18,8 @@ from typing import Any
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
+from .shards import is_distributed
+
 ANOTHER = "was it saved by another optimizer, or cut off?"
 
 
@@ -148,6 +150,11 @@ def _check_entry(optimizer: Any, group: dict[str, Any], p: Tensor, entry: Any, w
             raise ValueError(f"{where} has no {key!r}, only {_listed(entry)}; {ANOTHER}")
         if not isinstance(value, Tensor):
             raise TypeError(f"{where}[{key!r}] must be a tensor, got {type(value).__name__}")
+        if is_distributed(value) != is_distributed(p):
+            raise ValueError(
+                f"{where}[{key!r}] is a {type(value).__name__} and the parameter a {type(p).__name__}; load states of "
+                "distributed parameters with torch.distributed.checkpoint.state_dict.set_optimizer_state_dict"
+            )
         if not is_lazy(p) and value.shape != p.shape:
             raise ValueError(f"{where}[{key!r}] has shape {tuple(value.shape)}, the parameter {tuple(p.shape)}")
 
