@@ -2,11 +2,12 @@
 
 import pytest
 import torch
+from cpu import MAIN
 from device import device
 from problem import Case
 from rivals import IMPLEMENTATIONS
 from shapes import GPU_ONLY, MODELS
-from step import FIRST, HEADER, LARGE, SMALL, USUAL, line
+from step import HEADER, USUAL, line
 from variants import VARIANTS
 
 pytest.importorskip("pytest_benchmark", reason="pytest bench/ needs pytest-benchmark: pip install 'fusedopt[bench]'")
@@ -44,18 +45,17 @@ def pytest_terminal_summary(terminalreporter, config):
             terminalreporter.write_line(line(row))
 
 
+QUICK = {"mlp": list(VARIANTS), "small1000": list(VARIANTS), "groups465": MAIN, "resnet50": MAIN}
+"""What a CPU measures unless asked for more: minutes instead of an hour."""
+
+
 def chosen_cases(options):
     """Every case that the command line selects."""
-    on_gpu = torch.cuda.is_available()
-    quick = (*SMALL, "resnet50") if not on_gpu else MODELS
-    models = options.models or [m for m in MODELS if options.everything or m in quick]
+    everything = options.everything or torch.cuda.is_available()
+    models = [m for m in MODELS if torch.cuda.is_available() or m not in GPU_ONLY] if everything else QUICK
     kinds = [(False, "float32"), *((name == "amp", "float32" if name == "amp" else name) for name in options.more)]
-    for model in models:
-        if model in GPU_ONLY and not on_gpu:
-            continue
-        few = LARGE.get(model, FIRST)
-        narrowed = not (on_gpu or options.everything or model in SMALL)
-        for label in options.optimizers or (few if narrowed else VARIANTS):
+    for model in options.models or models:
+        for label in options.optimizers or (VARIANTS if everything else QUICK.get(model, MAIN)):
             for clip in (False, True):
                 for amp, dtype in kinds:
                     yield Case(model, label, clip, amp, dtype)

@@ -14,8 +14,8 @@ from collections.abc import Callable
 import profiles
 import torch
 
-GAP = 20_000_000
-"""Cycles for which a GPU is kept busy, about 10 ms, while the host queues the steps that are then timed."""
+CYCLES = 2e9
+"""Per second, at most: for how long ``torch.cuda._sleep`` lasts."""
 
 COPY_BYTES = {"cuda": 2**30, "cpu": 2**26}
 """Per copy, several times any cache. (A CPU's copy of it takes some 10 ms.)"""
@@ -29,8 +29,9 @@ class Cpu:
     def settle(self) -> None:
         pass
 
-    def busy(self, step: Callable[[], None], repeats: int) -> float | None:
-        """Seconds per step that the device works, without the gaps between launches; None where nobody can tell."""
+    def busy(self, step: Callable[[], None], repeats: int, host: float = 0.0) -> float | None:
+        """Seconds per step that the device works, without the gaps between launches; None where nobody can tell.
+        ``host``: seconds that the host needs to queue one step."""
         return None
 
     def peak(self, action: Callable[[], None]) -> int:
@@ -62,10 +63,11 @@ class Cuda(Cpu):
     def settle(self) -> None:
         torch.cuda.synchronize()
 
-    def busy(self, step: Callable[[], None], repeats: int) -> float | None:
+    def busy(self, step: Callable[[], None], repeats: int, host: float = 0.0) -> float | None:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize()
-        torch.cuda._sleep(GAP)
+        # The device waits until the host has queued everything.
+        torch.cuda._sleep(int(CYCLES * (0.002 + 2 * host * repeats)))
         start.record()
         for _ in range(repeats):
             step()
@@ -92,7 +94,10 @@ class Cuda(Cpu):
             action()
 
     def clocks(self) -> str:
-        return _smi("clocks.sm,clocks.mem")
+        try:
+            return f"{torch.cuda.clock_rate()} MHz"
+        except Exception:  # it needs a package that may be missing
+            return ""
 
 
 def device(name: str | None = None) -> Cpu:
@@ -132,7 +137,7 @@ def surroundings(name: str) -> dict[str, str | int]:
     return {
         "date": datetime.date.today().isoformat(),
         "commit": commit,
-        "machine": torch.cuda.get_device_name() if name == "cuda" else processor(),
+        "machine": (_smi("name") or torch.cuda.get_device_name()) if name == "cuda" else processor(),
         "driver": _smi("driver_version") if name == "cuda" else "",
         "device": name,
         "threads": torch.get_num_threads(),

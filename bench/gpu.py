@@ -13,6 +13,7 @@ import argparse
 import multiprocessing
 import os
 import pathlib
+import signal
 import sys
 import time
 import traceback
@@ -70,8 +71,8 @@ def main() -> int:
     run = Run(options.out, options.dry)
     for name, part in PARTS.items():
         if name in options.only:
-            seconds = min(part.seconds, end - time.monotonic())
-            if seconds < 5:
+            seconds = run.limit = min(part.seconds, end - time.monotonic())
+            if seconds < 15:
                 print(f"=== {name}: no time left; run it with --only {name}", flush=True)
             else:
                 print(f"=== {name} (at most {seconds:.0f} s)", flush=True)
@@ -93,7 +94,7 @@ def within(seconds: float, name: str, run: Run) -> None:
     process.join(seconds)
     took = f"{time.monotonic() - begin:.0f} s"
     if process.is_alive():
-        process.kill()
+        os.killpg(process.pid, signal.SIGKILL)
         process.join()
         run.result(name, "all of it", "failed", f"cut off after {took}; its rows up to then stand")
     elif process.exitcode != 0:
@@ -103,6 +104,7 @@ def within(seconds: float, name: str, run: Run) -> None:
 
 
 def inside(name: str, run: Run) -> None:
+    os.setsid()  # whatever it starts is ended with it
     try:
         PARTS[name].run(run)
     except Exception as problem:

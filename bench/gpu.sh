@@ -8,11 +8,15 @@ cd "$(dirname "$0")/.."
 FUSEDOPT_COMMIT=${FUSEDOPT_COMMIT:-$(git describe --always --dirty 2>/dev/null || echo unknown)}
 export FUSEDOPT_COMMIT PYTHONUNBUFFERED=1
 
-# A checkout that is not installed: a copy of it in which "import fusedopt" finds the kernels.
-if ! (cd / && python3 -c "import fusedopt.kernels") 2>/dev/null; then
+# A checkout that is not installed, or another one that is: run in a copy in which "import fusedopt" finds this one.
+if ! (cd / && python3 - "$OLDPWD" <<'END') 2>/dev/null; then
+import pathlib, sys
+import fusedopt.kernels
+sys.exit(pathlib.Path(fusedopt.__file__).resolve().parent != pathlib.Path(sys.argv[1]).resolve() / "fusedopt")
+END
     copy=$(mktemp -d)
     trap 'rm -rf "$copy"' EXIT
-    tar --exclude=./.git -cf - . | tar -xf - -C "$copy"
+    tar --exclude=./.git --exclude=./.venv --exclude=__pycache__ -cf - . | tar -xf - -C "$copy"
     cp -r kernels "$copy/fusedopt/kernels"
     cd "$copy"
     export PYTHONPATH="$copy${PYTHONPATH:+:$PYTHONPATH}"

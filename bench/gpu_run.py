@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import pathlib
+import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -18,13 +19,25 @@ from step import run as run_cases
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 
+def repair_interpreter() -> None:
+    """What Triton's interpreter needs to compute what GPUs do; the tests' modules are found from then on."""
+    sys.path.insert(0, str(ROOT / "tests"))
+    import interpreter
+
+    interpreter.repair()
+
+
 class Run:
     """One run of gpu.py. Nothing here touches a GPU before a part does."""
 
     def __init__(self, out: pathlib.Path, dry: bool):
         self.out, self.dry = out, dry
+        if dry:
+            repair_interpreter()
         self.history = out / "history.csv"
         self.backend = "triton" if dry else None
+        self.limit = 0.0
+        """Seconds after which the part that runs is ended."""
         self.models = {name: tiny(groups) for name, groups in MODELS.items()} if dry else MODELS
 
     @functools.cached_property
@@ -50,6 +63,5 @@ class Run:
     def result(self, part: str, name: str, status: str, note: str) -> None:
         """A row of a check: ``status`` "ok", "failed" or "skipped", and what was seen."""
         # Asking for the GPU's name would start it, which the process that only starts others must not.
-        row = Row(**surroundings("cpu"), part=part, implementation=name, status=status, note=note)
-        row.device = "cpu" if self.dry else "cuda"
-        self.write(row)
+        where = surroundings("cpu" if self.dry else "cuda")
+        self.write(Row(**where, part=part, implementation=name, status=status, note=note))

@@ -73,7 +73,8 @@ def sweep(run: Run) -> None:
             case = Case("gpt2", "AdamW", dtype=dtype)
             problem = Problem(case, run.models["gpt2"], run.on.name, run.backend)
             for block in run.few((512, 1024, 2048, 4096)):
-                for warps in run.few((2, 4, 8, 16)):
+                for elements in run.few((4, 8, 16)):
+                    warps = block // (32 * elements)
                     run.write(_tuned(run, problem, block, warps, "fusedopt flatten" if flatten else "fusedopt"))
 
 

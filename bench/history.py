@@ -58,7 +58,7 @@ class Row:
     host_us: float | None = None
     device_us: float | None = None
     first_ms: float | None = None
-    """The first step: states, plans, compilation."""
+    """The first step: states, plans and, in rows of part "cold", compilation."""
     # How much, per step
     launches: float | None = None
     waits: float | None = None

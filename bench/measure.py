@@ -51,9 +51,8 @@ def measure(
     seconds: float,
     models: Models = shapes.MODELS,
     backend: str | None = None,
-    details: bool = True,
 ) -> list[Result]:
-    """One result per implementation; ``details``: memory, launches and device time too.
+    """One result per implementation.
 
     Five rounds at least, or two if ``seconds`` is 0 and no number matters. Who cannot run or does not agree with torch
     gets a result that says so, and is not timed.
@@ -65,7 +64,7 @@ def measure(
     for name, result in results.items():
         try:
             check(case, groups, on.name, name, backend)
-            steps[name] = _begin(problem, on, result, details)
+            steps[name] = _begin(problem, on, result)
         except Missing as problem_:
             result.status, result.note = "skipped", str(problem_)
         except Unequal as problem_:
@@ -74,7 +73,7 @@ def measure(
             # A rival's error is a line of the table, not the end of the run.
             result.status, result.note = "failed", f"{type(problem_).__name__}: {problem_}".splitlines()[0]
     _rounds(steps, results, on, seconds)
-    if details and on.name == "cuda":
+    if on.name == "cuda":
         for name, step in steps.items():
             results[name].seen = watch(step)
         _device_rounds(steps, results, on)
@@ -83,8 +82,9 @@ def measure(
     return list(results.values())
 
 
-def _begin(problem: Problem, on: Cpu, result: Result, details: bool) -> Callable[[], None]:
-    """Make the optimizer and take its first step, which builds states and plans and compiles."""
+def _begin(problem: Problem, on: Cpu, result: Result) -> Callable[[], None]:
+    """Make the optimizer and take its first step, which builds states and plans. (Kernels were compiled by the check;
+    first_step.py times that.)"""
     made = problem.parameters()
     step: Callable[[], None] | None = None
 
@@ -99,10 +99,7 @@ def _begin(problem: Problem, on: Cpu, result: Result, details: bool) -> Callable
         result.first = time.perf_counter() - begin
 
     optimizers: list = []
-    if details:
-        result.memory = on.peak(first)
-    else:
-        first()
+    result.memory = on.peak(first)
     result.bytes = problem.bytes_needed(optimizers[0][0])
     result.gradient_bytes = sum(g.nbytes for group in problem.grads for g in group)
     return step
@@ -130,10 +127,11 @@ def _device_rounds(steps: dict[str, Callable[[], None]], results: dict[str, Resu
             on.settle()
             begin = time.perf_counter()
             steps[name]()
-            results[name].host.append(time.perf_counter() - begin)
+            host = time.perf_counter() - begin
+            results[name].host.append(host)
             on.settle()
             if results[name].seen.launches < LAUNCH_QUEUE:
-                results[name].busy.append(on.busy(steps[name], 1))
+                results[name].busy.append(on.busy(steps[name], 1, host))
         names.append(names.pop(0))
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -76,7 +77,10 @@ class Problem:
             optimizer = IMPLEMENTATIONS[name].make(self.variant, groups, inside)
         except (RuntimeError, ValueError) as problem:
             raise Missing(f"{type(problem).__name__}: {problem}") from problem
-        update = torch.compile(optimizer.step, fullgraph=False) if name == "compiled" else optimizer.step
+        update = optimizer.step
+        if name == "compiled":
+            torch.compiler.reset()  # or it would compile for any shapes, having seen others
+            update = torch.compile(update)
         params = [p for group in groups for p in group["params"]]
         clip_before = self.case.clip and not clips_inside
         if not self.case.amp:
@@ -127,37 +131,51 @@ def check(case: Case, groups: Groups, device: str, name: str, backend: str | Non
         Unequal: if that is more than the implementation promises.
         Missing: if it cannot run here.
     """
-    groups = cut(groups, 5000)
-    problem = Problem(case, groups, device, backend)
-    ours_only = not hasattr(torch.optim, problem.variant.name)
-    oracle = Problem(case._replace(dtype="float64", amp=False), groups, device, "torch")
-    for g in (g for group in problem.grads for g in group):
-        g.mul_(1000)
-    oracle.initial, oracle.grads = (
-        [[x.to(torch.float64) for x in group] for group in groups] for groups in (problem.initial, problem.grads)
-    )
-    limit = 0.7 * sum(g.double().square().sum().item() for group in oracle.grads for g in group) ** 0.5
-    ended = []
-    for this, which in ((oracle, "fusedopt" if ours_only else "forloop"), (problem, name)):
-        made = this.parameters()
-        for group in made:
-            group["lr"] = group["lr"] * 1000  # far enough to see, and out of the rounding of the parameters
-        _, step = this.made(which, made, limit)
-        params = [p for group in made for p in group["params"]]
-        pristine = [g for group in this.grads for g in group]
-        for scale in SCALES:
-            for p, g in zip(params, pristine):
-                p.grad = g * scale
-            step()
-        ended.append([p.detach().to(torch.float64) for p in params])
-    start = [x for group in oracle.initial for x in group]
-    way, error = (_norm(b - a for a, b in zip(ended[0], others)) for others in (start, ended[1]))
-    apart = error / way
+    small = tuple(map(tuple, cut(groups, 5000)))
+    way, expected, limit = _oracle(case._replace(amp=False), small, device)
+    problem = _far(Problem(case, small, device, backend))
+    ended = _walk(problem, name, limit)
+    apart = _norm(a - b for a, b in zip(ended, expected)) / way
     promise = IMPLEMENTATIONS[name].promise + (0.1 if problem.initial[0][0].element_size() < 4 else 0.0)
     if not apart <= promise:
         raise Unequal(f"after {len(SCALES)} steps it is off by {apart:.2%} of the way, and promises {promise:.2%}")
     return apart
 
 
-def _norm(tensors: Any) -> float:
+@functools.lru_cache(maxsize=2)
+def _oracle(case: Case, groups: Groups, device: str) -> tuple[float, list[Tensor], float]:
+    """How long the way is, where it ends, and a limit for the norm that binds at some steps."""
+    problem = _far(Problem(case, groups, device))
+    exact = Problem(case._replace(dtype="float64"), groups, device, "torch")
+    exact.initial, exact.grads = (
+        [[x.to(torch.float64) for x in group] for group in tensors] for tensors in (problem.initial, problem.grads)
+    )
+    limit = 0.7 * _norm(g for group in exact.grads for g in group)
+    ended = _walk(exact, "forloop" if hasattr(torch.optim, problem.variant.name) else "fusedopt", limit)
+    start = [x for group in exact.initial for x in group]
+    return _norm(a - b for a, b in zip(start, ended)), ended, limit
+
+
+def _far(problem: Problem) -> Problem:
+    """With gradients about as large as what they are gradients of."""
+    for g in (g for group in problem.grads for g in group):
+        g.mul_(1000)
+    return problem
+
+
+def _walk(problem: Problem, name: str, limit: float) -> list[Tensor]:
+    """Where a few large steps lead, in float64."""
+    groups = problem.parameters()
+    for group in groups:
+        group["lr"] = group["lr"] * 1000  # out of the rounding of the parameters
+    _, step = problem.made(name, groups, limit)
+    params = [p for group in groups for p in group["params"]]
+    for scale in SCALES:
+        for p, g in zip(params, (g for group in problem.grads for g in group)):
+            p.grad = g * scale
+        step()
+    return [p.detach().to(torch.float64) for p in params]
+
+
+def _norm(tensors: Iterable[Tensor]) -> float:
     return sum(x.square().sum().item() for x in tensors) ** 0.5

@@ -181,6 +181,17 @@ def summary(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
+def write(history: pathlib.Path = HISTORY, readme: pathlib.Path = README, out: pathlib.Path = HISTORY.parent) -> None:
+    """README's table, results.md and the plots in ``out``."""
+    import plots
+
+    rows, _ = read(history)
+    readme.write_text(with_section(readme.read_text(), readme_section(rows)))
+    (out / "results.md").write_text(results(rows))
+    for path in plots.draw(steps(rows), out / "plots"):
+        print(path)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--history", type=pathlib.Path, default=HISTORY)
@@ -191,18 +202,13 @@ def main() -> int:
     rows, problems = read(options.history)
     for problem in problems:
         print(f"not used: {problem}", file=sys.stderr)
-    wanted = with_section(options.readme.read_text(), readme_section(rows))
     if options.check:
-        same = options.readme.read_text() == wanted
+        text = options.readme.read_text()
+        same = text == with_section(text, readme_section(rows))
         print("README's table is what the rows say" if same else "README's table is not what the rows say: run this")
         return 0 if same and not problems else 1
-    options.readme.write_text(wanted)
-    (options.out / "results.md").write_text(results(rows))
     print(readme_section(rows))
-    import plots
-
-    for path in plots.draw(steps(rows), options.out / "plots"):
-        print(path)
+    write(options.history, options.readme, options.out)
     return 0
 
 

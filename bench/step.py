@@ -1,7 +1,8 @@
 """Time the optimizers' step against torch.optim and other packages, in one process, as ratios of interleaved rounds.
 
-    python bench/step.py --save                     all cases of this machine, most important first, in 12 minutes
-    python bench/step.py --models mlp --optimizers AdamW --clip
+    python bench/step.py --models mlp --optimizers AdamW --clip [--save]
+
+cpu.py and gpu.py choose the cases for a whole machine.
 
 torch's candidates are its for-loop, foreach and fused implementations, each with ``clip_grad_norm_`` where clipping is
 on; the best of them by median is what a ratio compares with. Who is not timed stands in the table with the reason.
@@ -14,7 +15,7 @@ import argparse
 import json
 import pathlib
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -29,41 +30,17 @@ from variants import VARIANTS
 USUAL = ("fusedopt", "fusedopt flatten", "forloop", "foreach", "fused")
 """Compiling the step takes torch seconds to minutes per case, and most packages run on GPUs only: ask for them."""
 
-SMALL = "mlp", "small1000", "groups465"
-FIRST = "AdamW", "SGD", "SGD-momentum", "RMSprop", "Adam", "Adagrad", "RMSprop-centered-momentum"
-LARGE = {"gpt2": ("AdamW", "RMSprop", "SGD"), "one50m": ("AdamW", "RMSprop", "SGD-momentum")}
-"""A step of these takes a tenth of a second and more on a CPU: there, of each kind of formula one."""
-
 HEADER = (
     f"{'model':10} {'optimizer':25} {'case':13} {'implementation':17} {'wall us':>9} {'host us':>9} {'device us':>9}   "
     f"{'best of torch':19} ratio (quartiles)"
 )
 
 
-def plan(on: Cpu) -> Iterator[Case]:
-    """Every case of this machine, most important first."""
-    order = [*FIRST, *(label for label in VARIANTS if label not in FIRST)]
-    labels = [label for label in order if label in VARIANTS]
-    clips = False, True
-    if on.name == "cuda":
-        yield from (Case(model, label, clip) for label in labels for model in ("gpt2", "small1000") for clip in clips)
-        rest = (model for model in MODELS if model not in ("gpt2", "small1000"))
-        yield from (Case(model, label, clip) for model in rest for label in labels for clip in clips)
-        return
-    yield from (Case(model, label, clip) for label in FIRST for model in (*SMALL, "resnet50") for clip in clips)
-    yield from (Case(model, label, clip) for model, few in LARGE.items() for label in few for clip in clips)
-    others = [label for label in labels if label not in FIRST]
-    yield from (Case(model, label, clip) for label in others for model in (*SMALL, "resnet50") for clip in clips)
-    yield from (Case(model, "AdamW", True, amp=True) for model in (*SMALL, "resnet50"))
-    yield from (
-        Case(model, label, clip) for model in LARGE for label in FIRST for clip in clips if label not in LARGE[model]
-    )
-
-
 def case_seconds(case: Case, on: Cpu) -> float:
+    """How long the rounds of a case should last: longer where a step takes a tenth of a second."""
     if on.name == "cuda":
         return 0.5
-    return 5.0 if case.model in LARGE else 1.0
+    return 4.0 if case.model in ("gpt2", "one50m") else 1.0
 
 
 def line(row: Row) -> str:
@@ -125,24 +102,19 @@ def main() -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: a GPU where there is one")
     parser.add_argument("--threads", type=int, default=1, help="of the CPU (default: %(default)s)")
     parser.add_argument("--seconds", type=float, help="per case, at least five rounds (default: by the case)")
-    parser.add_argument("--minutes", type=float, default=12, help="after which no case is begun (default: %(default)s)")
     parser.add_argument("--save", action="store_true", help="append the rows to --out")
     parser.add_argument("--out", type=pathlib.Path, default=HISTORY, help="default: bench/history.csv")
     options = parser.parse_args()
-    deadline = time.monotonic() + 60 * options.minutes
     on = device(options.device)
     torch.set_num_threads(options.threads)
-    if options.models or options.optimizers or options.amp or options.dtype != "float32":
-        models = options.models or [model for model in MODELS if on.name == "cuda" or model not in GPU_ONLY]
-        cases: Iterable[Case] = (
-            Case(model, label, clip, options.amp, options.dtype)
-            for model in models for label in options.optimizers or VARIANTS for clip in (False, True)
-        )  # fmt: skip
-    else:
-        cases = plan(on)
-    cases = [case for case in cases if options.clip is None or case.clip == options.clip]
+    models = options.models or [model for model in MODELS if on.name == "cuda" or model not in GPU_ONLY]
+    clips = (False, True) if options.clip is None else (options.clip,)
+    cases = [
+        Case(model, label, clip, options.amp, options.dtype)
+        for model in models for label in options.optimizers or VARIANTS for clip in clips
+    ]  # fmt: skip
     print(HEADER)
-    run(cases, options.implementations, on, options.seconds, deadline, options.out if options.save else None)
+    run(cases, options.implementations, on, options.seconds, out=options.out if options.save else None)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,11 @@
 """The benchmarks themselves: rivals who do less are not timed, rows survive, and the script for GPUs runs from its
 first line to its last, here in the interpreter."""
 
+import os
 import sys
+import time
 
+import gpu
 import history
 import problem
 import profiles
@@ -209,6 +212,29 @@ def test_dry_run_of_the_gpu_script(tmp_path):
     assert (tmp_path / "history.jsonl").stat().st_size > 0
     assert len(list(tmp_path.iterdir())) <= 8
     assert f"{sum(row.status == 'ok' for row in history.latest(rows))} ok, 0 not" in done.stdout
+
+
+ENDS = {
+    "hangs": (lambda run: time.sleep(60), "failed", "cut off after"),
+    "dies": (lambda run: os._exit(3), "failed", "ended with exit code 3"),
+    "raises": (lambda run: [][1], "failed", "IndexError: list index out of range"),
+    "works": (lambda run: run.result("works", "this", "ok", "seen"), "ok", "seen"),
+}
+
+
+@CPU_ONLY
+def test_a_part_that_ends_badly_leaves_a_row(tmp_path, monkeypatch):
+    """And takes no other part along."""
+    monkeypatch.setattr(gpu, "PARTS", {name: gpu.Part(part, 2) for name, (part, *_) in ENDS.items()})
+    run = gpu.Run(tmp_path, dry=True)
+    for name in ENDS:
+        gpu.within(2, name, run)
+    rows, problems = history.read(run.history)
+    assert problems == []
+    assert [row.part for row in rows] == list(ENDS)
+    for row in rows:
+        _, status, note = ENDS[row.part]
+        assert row.status == status and row.note.startswith(note)
 
 
 def test_pytest_bench(tmp_path):
