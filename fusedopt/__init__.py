@@ -3,10 +3,13 @@
 from . import schedules, stopping
 from .adagrad import Adagrad
 from .adam import Adam, AdamW
+from .adan import Adan
+from .ademamix import AdEMAMix
 from .amp import GradScaler
 from .backends import Backend, backend
 from .check import check_rule
 from .convert import convert
+from .lion import Lion
 from .optimizer import FusedOptimizer, registry
 from .release import enable_gradient_release
 from .rmsprop import RMSprop
@@ -17,12 +20,15 @@ from .stable_adamw import StableAdamW
 __version__ = "0.1.0"
 __all__ = [
     "SGD",
+    "AdEMAMix",
     "Adagrad",
     "Adam",
     "AdamW",
+    "Adan",
     "Backend",
     "FusedOptimizer",
     "GradScaler",
+    "Lion",
     "RMSprop",
     "Rule",
     "StableAdamW",

@@ -33,6 +33,7 @@ stages = {
     "clip_value": lambda g, p, low, high: g.clamp(low, high),
     "maximize": lambda g, p, sign: g * sign,
     "decay": lambda x, p, weight: x.add(p, alpha=weight),
+    "damp": lambda u, p, factor: u * factor,
     "cautious": lambda u, p, g, mean: u * means.agreement(u, p, g, ()).div_(mean.clamp(min=1e-3)),
     "limit_rms": lambda u, p, g, mean, eps_squared: u / mean.sqrt().clamp_(min=1.0),
 }

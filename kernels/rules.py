@@ -147,6 +147,45 @@ def amsgrad(g, state, h):
     return divide(m_hat, root_v_hat + eps), (m, v, v_max)
 
 
+@triton.jit
+def lion(g, state, h):
+    """u = sign(beta1 m + (1 - beta1) g);  m <- beta2 m + (1 - beta2) g"""
+    m = state[0]
+    weight1, weight2 = h
+    ahead = ema(m, g, weight1)
+    u = tl.where(ahead > 0, 1.0, tl.where(ahead < 0, -1.0, 0.0)).to(g.dtype)
+    return u, (ema(m, g, weight2),)
+
+
+@triton.jit
+def adan(g, state, h):
+    """d = g - g_before, d_1 = 0        m <- beta1 m + (1 - beta1) g        b <- beta2 b + (1 - beta2) d
+    v <- beta3 v + (1 - beta3) (g + beta2 d)^2        u = (m_hat + beta2 b_hat) / (sqrt(v_hat) + eps)
+    """
+    m, v, b, before = state
+    weight1, weight2, weight3, beta2, eps, correction1, correction2, correction3, first = h
+    d = tl.where(first != 0, 0.0, g + before)
+    m = ema(m, g, weight1)
+    b = ema(b, d, weight2)
+    v = ema_of_squares(v, g + beta2 * d, weight3)
+    m_hat = m * correction1
+    b_hat = b * correction2
+    root_v_hat = sqrt(v) * correction3
+    return divide(m_hat + beta2 * b_hat, root_v_hat + eps), (m, v, b, -g)
+
+
+@triton.jit
+def ademamix(g, state, h):
+    """m1, v of adam        m2 <- beta3 m2 + (1 - beta3) g        u = (m1_hat + alpha m2) / (sqrt(v_hat) + eps)"""
+    fast, slow, v = state
+    weight1, weight2, weight3, eps, correction1, correction2, alpha = h
+    fast = ema(fast, g, weight1)
+    slow = ema(slow, g, weight3)
+    v = ema_of_squares(v, g, weight2)
+    root_v_hat = sqrt(v) * correction2
+    return divide(fast * correction1 + alpha * slow, root_v_hat + eps), (fast, slow, v)
+
+
 # Textbook variants. What only the formula named first needs, its root and division, the compiler leaves out.
 
 

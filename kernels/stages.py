@@ -76,6 +76,12 @@ def decay(x, p, weight):
 
 
 @triton.jit
+def damp(u, p, factor):
+    """u factor"""
+    return u * factor
+
+
+@triton.jit
 def agreement(u, p, g, state):
     """1 where u and g have the same sign, else 0"""
     # u g > 0 without the product, which may underflow.

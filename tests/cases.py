@@ -82,6 +82,29 @@ OPTIONS = {
         {"maximize": True},
         {"betas": (0.5, 0.9), "eps": 1e-3, "amsgrad": True, "weight_decay": 0.05, "maximize": True},
     ],
+    "Lion": [
+        {},
+        {"lr": TENSOR_LR},
+        {"betas": (0.5, 0.9), "weight_decay": 0.05, "maximize": True},
+    ],
+    "Adan": [
+        {},
+        {"lr": TENSOR_LR, "weight_decay": 0.05},
+        {"betas": (0.5, 0.8, 0.9), "eps": 1e-3, "weight_decay": 0.05, "no_prox": True, "maximize": True},
+    ],
+    "AdEMAMix": [
+        {},
+        {"lr": TENSOR_LR, "alpha_warmup": 6},
+        {
+            "betas": (0.5, 0.9, 0.99),
+            "alpha": 5.0,
+            "beta3_warmup": 20,
+            "alpha_warmup": 10,
+            "eps": 1e-3,
+            "weight_decay": 0.05,
+            "maximize": True,
+        },
+    ],
     "StableAdamW": [
         {},
         {"lr": TENSOR_LR},
@@ -99,6 +122,9 @@ STATEFUL = {
     "RMSprop": {"momentum": 0.9, "centered": True},
     "Adam": {"amsgrad": True},
     "AdamW": {"amsgrad": True},
+    "Lion": {"weight_decay": 0.05},
+    "Adan": {"weight_decay": 0.05},
+    "AdEMAMix": {"beta3_warmup": 10, "alpha_warmup": 10},
     "StableAdamW": {},
 }
 """One option set per optimizer, with as much state as it can have: for tests of what is kept and moved."""

@@ -1,6 +1,8 @@
 """What an optimizer must equal: torch.optim's class of the same name or, where torch lacks it, its paper's algorithm,
 written here line by line in torch's protocol."""
 
+import math
+
 import torch
 
 
@@ -55,4 +57,73 @@ class StableAdamW(Paper):
         p.copy_(p - lr * group["weight_decay"] * p - lr * m / (torch.sqrt(v) + eps))
 
 
-PAPERS = {"StableAdamW": StableAdamW}
+class Lion(Paper):
+    """Chen et al., arXiv 2302.06675, algorithm 2."""
+
+    states = ("exp_avg",)
+
+    def __init__(self, params, lr=1e-4, betas=(0.9, 0.99), weight_decay=0.0, *, maximize=False, foreach=None):
+        super().__init__(params, dict(lr=lr, betas=betas, weight_decay=weight_decay, maximize=maximize))
+
+    def move(self, p, g, state, group):
+        (beta1, beta2), m = group["betas"], state["exp_avg"]
+        update = torch.sign(beta1 * m + (1 - beta1) * g)
+        p.copy_(p - group["lr"] * (update + group["weight_decay"] * p))
+        m.copy_(beta2 * m + (1 - beta2) * g)
+
+
+class Adan(Paper):
+    """Xie et al., arXiv 2208.06677, algorithm 1, with the betas and the bias corrections of the authors' code."""
+
+    states = ("exp_avg", "exp_avg_sq", "exp_avg_diff", "neg_pre_grad")
+
+    def __init__(
+        self, params, lr=1e-3, betas=(0.98, 0.92, 0.99), eps=1e-8, weight_decay=0.0, no_prox=False, *,
+        maximize=False, foreach=None,
+    ):  # fmt: skip
+        options = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, no_prox=no_prox, maximize=maximize)
+        super().__init__(params, options)
+
+    def move(self, p, g, state, group):
+        t, (beta1, beta2, beta3) = int(state["step"]), group["betas"]
+        m, v, b, before = (state[key] for key in self.states)
+        difference = g + before if t > 1 else torch.zeros_like(g)
+        m.copy_(beta1 * m + (1 - beta1) * g)
+        b.copy_(beta2 * b + (1 - beta2) * difference)
+        v.copy_(beta3 * v + (1 - beta3) * (g + beta2 * difference) ** 2)
+        before.copy_(-g)
+        lr, decay = group["lr"], group["weight_decay"]
+        step = lr / (torch.sqrt(v / (1 - beta3**t)) + group["eps"])
+        move = step * (m / (1 - beta1**t) + beta2 * b / (1 - beta2**t))
+        p.copy_(p * (1 - lr * decay) - move if group["no_prox"] else (p - move) / (1 + lr * decay))
+
+
+class AdEMAMix(Paper):
+    """Pagliardini, Ablin and Grangier, arXiv 2409.03137, equations (AdEMAMix) and appendix A.1 for the schedules."""
+
+    states = ("exp_avg_fast", "exp_avg_slow", "exp_avg_sq")
+
+    def __init__(
+        self, params, lr=1e-3, betas=(0.9, 0.999, 0.9999), alpha=2.0, beta3_warmup=None, alpha_warmup=None,
+        eps=1e-8, weight_decay=0.0, *, maximize=False, foreach=None,
+    ):  # fmt: skip
+        options = dict(lr=lr, betas=betas, alpha=alpha, beta3_warmup=beta3_warmup, alpha_warmup=alpha_warmup)
+        super().__init__(params, {**options, "eps": eps, "weight_decay": weight_decay, "maximize": maximize})
+
+    def move(self, p, g, state, group):
+        t, (beta1, beta2, beta3), alpha = int(state["step"]), group["betas"], group["alpha"]
+        fast, slow, v = (state[key] for key in self.states)
+        if group["alpha_warmup"]:
+            alpha = min(t * alpha / group["alpha_warmup"], alpha)
+        if group["beta3_warmup"] and t < group["beta3_warmup"]:
+            share = t / group["beta3_warmup"]
+            first, last = (math.log(0.5) / math.log(beta + 1e-8) - 1 for beta in (beta1, beta3))
+            beta3 = math.exp(math.log(0.5) / ((1 - share) * first + share * last + 1))
+        fast.copy_(beta1 * fast + (1 - beta1) * g)
+        slow.copy_(beta3 * slow + (1 - beta3) * g)
+        v.copy_(beta2 * v + (1 - beta2) * g**2)
+        update = (fast / (1 - beta1**t) + alpha * slow) / (torch.sqrt(v / (1 - beta2**t)) + group["eps"])
+        p.copy_(p - group["lr"] * (update + group["weight_decay"] * p))
+
+
+PAPERS = {cls.__name__: cls for cls in (StableAdamW, Lion, Adan, AdEMAMix)}

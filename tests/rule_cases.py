@@ -38,6 +38,9 @@ CASES = {
     "adam uncorrected": ("Adam", {"bias_correction": False}),
     "adam_eps_inside": ("Adam", {"eps": 0.1, "eps_inside_sqrt": True}),
     "amsgrad": ("AdamW", {"amsgrad": True}),
+    "lion": ("Lion", {}),
+    "adan": ("Adan", {}),
+    "ademamix": ("AdEMAMix", {"alpha_warmup": 10, "beta3_warmup": 10}),
     "adam limited": ("StableAdamW", {}),
     "amsgrad_eps_inside": ("AdamW", {"amsgrad": True, "eps": 0.1, "eps_inside_sqrt": True}),
 }  # fmt: skip

@@ -1,0 +1,81 @@
+"""Adan: Nesterov's momentum from differences of gradients.
+
+    d = g - g_before, 0 at the first step
+    m <- beta1 m + (1 - beta1) g                        m_hat = m / (1 - beta1^t)
+    b <- beta2 b + (1 - beta2) d                        b_hat = b / (1 - beta2^t)
+    v <- beta3 v + (1 - beta3) (g + beta2 d)^2          v_hat = v / (1 - beta3^t)
+    u = (m_hat + beta2 b_hat) / (sqrt(v_hat) + eps)     p <- (p - lr u) / (1 + lr weight_decay)
+
+With ``no_prox`` the decay is AdamW's instead, p <- p - lr (u + weight_decay p). The betas are those of the
+authors' code; the paper writes 1 - beta for them. The gradient is remembered as the rule received it, clipped, and
+with its sign changed, as in the authors' state.
+
+Sources: Xie et al., arXiv 2208.06677; state and defaults of the authors' Adan.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from .arguments import check_betas, check_nonnegative
+from .optimizer import FusedOptimizer
+from .rule import Rule, Stage, divisible
+
+
+def adan(g, state, h):
+    m, v, b, before = state
+    weight1, weight2, weight3, beta2, eps, correction1, correction2, correction3, first = h
+    d = torch.zeros_like(g) if first else g + before
+    m.lerp_(g, weight1)
+    b.lerp_(d, weight2)
+    ahead = torch.add(g, d, alpha=beta2)
+    v.mul_(1 - weight3).addcmul_(ahead, ahead, value=weight3)
+    torch.neg(g, out=before)
+    root_v_hat = v.sqrt().mul_(correction3)
+    return m.mul(correction1).add_(b, alpha=beta2 * correction2).div_(root_v_hat.add_(eps))
+
+
+ADAN = Rule("adan", ("exp_avg", "exp_avg_sq", "exp_avg_diff", "neg_pre_grad"), adan)
+
+
+class Adan(FusedOptimizer):
+    """Adan.
+
+    Args:
+        params: parameters, named parameters, or groups of them.
+        lr (float or 1-element tensor): the learning rate.
+        betas: how much of the averages of g, of d and of the squares is kept at each step.
+        eps (float): added to the root of v.
+        weight_decay (float): the strength of the decay.
+        no_prox (bool): decay as in AdamW instead of the paper's proximal one.
+        maximize (bool): ascend instead of descend.
+    """
+
+    def __init__(
+        self, params, lr=1e-3, betas=(0.98, 0.92, 0.99), eps=1e-8, weight_decay=0.0, no_prox=False, *,
+        maximize=False, **settings,
+    ):  # fmt: skip
+        check_nonnegative(lr=lr, eps=eps, weight_decay=weight_decay)
+        check_betas(betas, 3)
+        defaults = {
+            "lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "no_prox": no_prox,
+            "maximize": maximize,
+        }  # fmt: skip
+        super().__init__(params, defaults, **settings)
+
+    def rule(self, group):
+        return ADAN
+
+    def hyper(self, group, t):
+        beta1, beta2, beta3 = map(float, group["betas"])
+        corrections = 1 / (1 - beta1**t), 1 / (1 - beta2**t), (1 - beta3**t) ** -0.5
+        return 1 - beta1, 1 - beta2, 1 - beta3, beta2, divisible(group["eps"]), *corrections, float(t == 1)
+
+    def decoupled(self, group):
+        return True
+
+    def update(self, group, t):
+        update = super().update(group, t)
+        strength = 0.0 if group["no_prox"] else update.lr * float(group["weight_decay"])
+        # (p - lr u) / (1 + lr weight_decay) = p - lr (u + weight_decay p) / (1 + lr weight_decay)
+        return update._replace(on_update=(*update.on_update, Stage("damp", (1 / (1 + strength),), (1.0,))))

@@ -1,0 +1,93 @@
+"""AdEMAMix: Adam with a second, slow average of the gradient.
+
+    m1 <- beta1 m1 + (1 - beta1) g        m1_hat = m1 / (1 - beta1^t)
+    m2 <- beta3 m2 + (1 - beta3) g
+    v  <- beta2 v + (1 - beta2) g^2       v_hat = v / (1 - beta2^t)
+    u  = (m1_hat + alpha m2) / (sqrt(v_hat) + eps)        p <- p - lr (u + weight_decay p)
+
+Over the first ``alpha_warmup`` steps alpha grows linearly from 0, and over the first ``beta3_warmup`` steps the
+half-life of m2 grows linearly from that of beta1 to that of beta3.
+
+Sources: Pagliardini, Ablin and Grangier, arXiv 2409.03137; state and defaults of the authors' code.
+"""
+
+from __future__ import annotations
+
+import math
+import numbers
+
+from .arguments import check_betas, check_nonnegative
+from .optimizer import FusedOptimizer
+from .rule import Rule, divisible
+
+
+def ademamix(g, state, h):
+    fast, slow, v = state
+    weight1, weight2, weight3, eps, correction1, correction2, alpha = h
+    fast.lerp_(g, weight1)
+    slow.lerp_(g, weight3)
+    v.mul_(1 - weight2).addcmul_(g, g, value=weight2)
+    root_v_hat = v.sqrt().mul_(correction2)
+    return fast.mul(correction1).add_(slow, alpha=alpha).div_(root_v_hat.add_(eps))
+
+
+ADEMAMIX = Rule("ademamix", ("exp_avg_fast", "exp_avg_slow", "exp_avg_sq"), ademamix)
+
+
+class AdEMAMix(FusedOptimizer):
+    """AdEMAMix.
+
+    Args:
+        params: parameters, named parameters, or groups of them.
+        lr (float or 1-element tensor): the learning rate.
+        betas: how much of the fast average, of the squares' and of the slow average is kept at each step.
+        alpha (float): how much the slow average counts.
+        beta3_warmup, alpha_warmup (int, optional): the lengths of the two warm-ups in steps; the paper takes the
+            length of the training.
+        eps (float): added to the root of v.
+        weight_decay (float): decoupled.
+        maximize (bool): ascend instead of descend.
+    """
+
+    def __init__(
+        self, params, lr=1e-3, betas=(0.9, 0.999, 0.9999), alpha=2.0, beta3_warmup=None, alpha_warmup=None,
+        eps=1e-8, weight_decay=0.0, *, maximize=False, **settings,
+    ):  # fmt: skip
+        check_nonnegative(lr=lr, alpha=alpha, eps=eps, weight_decay=weight_decay)
+        check_betas(betas, 3)
+        for name, steps in (("beta3_warmup", beta3_warmup), ("alpha_warmup", alpha_warmup)):
+            if steps is not None and not (isinstance(steps, numbers.Integral) and steps >= 0):
+                raise ValueError(f"Invalid {name}: {steps!r}; give a number of steps, or None")
+        defaults = {
+            "lr": lr, "betas": betas, "alpha": alpha, "beta3_warmup": beta3_warmup, "alpha_warmup": alpha_warmup,
+            "eps": eps, "weight_decay": weight_decay, "maximize": maximize,
+        }  # fmt: skip
+        super().__init__(params, defaults, **settings)
+
+    def rule(self, group):
+        return ADEMAMIX
+
+    def hyper(self, group, t):
+        beta1, beta2, beta3 = map(float, group["betas"])
+        alpha = float(group["alpha"]) * _share(t, group["alpha_warmup"])
+        beta3 = _between(beta1, beta3, _share(t, group["beta3_warmup"]))
+        corrections = 1 / (1 - beta1**t), (1 - beta2**t) ** -0.5
+        return 1 - beta1, 1 - beta2, 1 - beta3, divisible(group["eps"]), *corrections, alpha
+
+    def decoupled(self, group):
+        return True
+
+
+def _share(t: int, steps: int | None) -> float:
+    """How much of a warm-up is done at the ``t``-th step."""
+    return min(t / steps, 1.0) if steps else 1.0
+
+
+def _between(start: float, end: float, share: float) -> float:
+    """The beta whose half-life lies that share of the way from one's to the other's."""
+    return end if share == 1 else 0.5 ** (1 / ((1 - share) * _half_life(start) + share * _half_life(end) + 1))
+
+
+def _half_life(beta: float) -> float:
+    # The authors' small number keeps a beta of 0 out of the logarithm.
+    return math.log(0.5) / math.log(beta + 1e-8) - 1
