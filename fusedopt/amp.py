@@ -30,6 +30,10 @@ class GradScaler(torch.amp.GradScaler):
     gradients are allowed; a step with a non-finite gradient runs the optimizer's step hooks, changes nothing else, and
     is counted in ``optimizer.skipped_steps``; on a GPU the host does not wait for the verdict. Other optimizers are
     stepped as by torch.
+
+    Formula: g <- g / scale, unless some g is inf or NaN; then nothing changes, and ``update`` halves the scale.
+    Shapes and dtypes: gradients of any shape, in float64, float32, bfloat16 or float16. Errors: torch's, see ``step``
+    and ``unscale_``. Source: torch.amp.GradScaler of torch 2.13; Micikevicius et al., arXiv 1710.03740.
     """
 
     def step(self, optimizer: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> Any:

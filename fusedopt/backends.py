@@ -10,7 +10,7 @@ import torch
 
 
 class Backend(NamedTuple):
-    """The answer of ``backend``: ``name`` is "torch" or "triton", ``reason`` a sentence."""
+    """The answer of ``backend``, which raises the errors: ``name`` is "torch" or "triton", ``reason`` a sentence."""
 
     name: str
     reason: str

@@ -43,9 +43,17 @@ CAUTIOUS = Stage("cautious", (), None, term="agreement")
 
 
 class FusedOptimizer(torch.optim.Optimizer):
-    """Base of the optimizers. A subclass names its rule and computes the group's numbers:
-    ``rule(group)``, ``hyper(group, t)`` and, where they differ from the defaults, ``lr``,
-    ``decoupled``, ``initial_value``."""
+    """Base of the optimizers.
+
+        g <- clip, negate, decay (g)      u, states <- rule(g, states, h)      p <- p - lr decay (u)
+
+    A subclass names its rule and computes the group's numbers: ``rule(group)``, ``hyper(group, t)`` and, where they
+    differ from the defaults, ``lr``, ``decoupled``, ``initial_value``.
+
+    Shapes: gradients and states have their parameter's, which may be any, with any strides. Dtypes: parameters are
+    float64, float32, bfloat16 or float16; arithmetic is float32, in float64 for float64. Errors: torch's own where
+    torch raises, else ValueError, TypeError or RuntimeError, before anything is changed. Source: the protocol of
+    torch.optim 2.13."""
 
     counts_steps = True
     """Whether torch keeps ``state[p]["step"]``."""

@@ -4,13 +4,13 @@ quadratic   f(x) = 0.1 x1^2 + 2 x2^2: twenty times as steep in one direction as 
 saddle      f(x) = x1^2 - x2^2 + x2^4 / 2: level at 0, two valleys beyond it
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure, FigureBase
 from torch import Tensor
 
 import fusedopt
@@ -68,7 +68,7 @@ def momentum(**options: Any) -> dict[str, Any]:
 
 
 FAMILIES: dict[str, list[Rule]] = {
-    "momentum": [
+    "Momentum": [
         Rule("F1 gradient descent", "SGD", {}, GENTLE),
         Rule("F2 momentum, accumulated", "SGD", momentum(), GENTLE),
         Rule("F3 velocity (F2 while η is constant)", "SGD", momentum(momentum_form="velocity"), GENTLE),
@@ -97,7 +97,16 @@ FAMILIES: dict[str, list[Rule]] = {
 }
 """The textbook's formulas, F1 to F13."""
 
-COLORS = ("#e8a33d", "#1f4e9c", "#2a8a4a", "#b03060")
+OWN_PATHS = {
+    "SGD": Rule("SGD, μ = 0.5", "SGD", {"momentum": 0.5}, GENTLE),
+    "Adagrad": Rule("Adagrad", "Adagrad", {}, {"quadratic": 2.0, "saddle": 0.3}),
+    "RMSprop": Rule("RMSprop", "RMSprop", {"alpha": 0.9}, GENTLE),
+    "Adam": Rule("Adam", "Adam", BETAS, GENTLE),
+    "AdamW": Rule("AdamW", "AdamW", {**BETAS, "weight_decay": 0.1}, GENTLE),
+}
+"""One path for each registered optimizer, for its page in the documentation."""
+
+COLORS = ("#e8a33d", "#3b7dd8", "#2fa05a", "#d04a7a")
 WIDTHS = (3.4, 1.6, 1.6, 1.6)
 DASHES = ("-", "-", "--", "-")
 
@@ -118,21 +127,23 @@ def path(name: str, surface: Surface, steps: int, **options: Any) -> Tensor:
 def picture(file: Path, steps: int = 40) -> None:
     """Save a PNG with a row per family of rules and a column per surface."""
     figure = Figure(figsize=(11, 3.3 * len(FAMILIES)), layout="constrained")
-    panels = figure.subplots(len(FAMILIES), len(SURFACES), squeeze=False)
-    for (family, rules), row in zip(FAMILIES.items(), panels):
-        for surface, axes in zip(SURFACES.values(), row):
-            landscape(axes, surface)
-            for k, rule in enumerate(rules):
-                points = path(rule.optimizer, surface, steps, lr=rule.rates[surface.name], **rule.options)
-                draw(axes, points, rule.label, k)
-            axes.set_title(
-                f"{family[0].upper()}{family[1:]} on f(x) = {surface.formula}, η = {rules[0].rates[surface.name]:g}",
-                fontsize=10,
-            )
-            axes.legend(loc="lower right", fontsize=7, framealpha=0.9)
+    for (family, rules), row in zip(FAMILIES.items(), figure.subfigures(len(FAMILIES), 1)):
+        draw_family(row, family, rules, steps)
     figure.suptitle(f"{steps} steps of each rule by fusedopt; a dot per step, a cross at each minimum")
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, format="png", dpi=130)
+
+
+def draw_family(figure: FigureBase, family: str, rules: Sequence[Rule], steps: int = 40) -> None:
+    """The paths of some rules, a panel per surface."""
+    for surface, axes in zip(SURFACES.values(), figure.subplots(1, len(SURFACES))):
+        landscape(axes, surface)
+        for k, rule in enumerate(rules):
+            points = path(rule.optimizer, surface, steps, lr=rule.rates[surface.name], **rule.options)
+            draw(axes, points, rule.label, k if len(rules) > 1 else 1)
+        axes.set_title(f"{family} on {surface.formula}, η = {rules[0].rates[surface.name]:g}", fontsize=10)
+        if len(rules) > 1:
+            axes.legend(loc="lower right", fontsize=7, framealpha=0.9)
 
 
 def landscape(axes: Axes, surface: Surface) -> None:
@@ -142,10 +153,10 @@ def landscape(axes: Axes, surface: Surface) -> None:
     values = surface.value(torch.stack([x1, x2]))
     # Denser towards the lowest point, where the surface is flat.
     levels = values.min() + (values.max() - values.min()) * torch.linspace(0, 1, 16) ** 2
-    axes.contour(x1, x2, values, levels=levels.tolist(), colors="0.8", linewidths=0.7)
+    axes.contour(x1, x2, values, levels=levels.tolist(), colors="0.6", alpha=0.5, linewidths=0.7)
     for goal in surface.goals:
-        axes.plot(*goal, "x", color="0.3", markersize=7)
-    axes.plot(*surface.start, "s", color="0.3", markersize=5)
+        axes.plot(*goal, "x", color="0.5", markersize=7)
+    axes.plot(*surface.start, "s", color="0.5", markersize=5)
     axes.set(xlim=(left, right), ylim=(bottom, top), xlabel="x₁", ylabel="x₂")
 
 

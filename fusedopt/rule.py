@@ -12,7 +12,12 @@ Numbers = tuple[float, ...]
 
 
 class Rule(NamedTuple):
-    """One update formula. The package's own have in ``kernels/rules.py`` the same name."""
+    """One update formula: u, states <- rule(g, states, h). The package's own stand in ``kernels/rules.py`` too.
+
+    Shapes: g, u and every state have the parameter's, or are blocks of their elements: a rule treats each element
+    alike. Dtypes: all are float32, or float64 for float64 parameters. Errors: ``check_rule`` raises AssertionError
+    where the two functions differ. Source: the contract is described in ``kernels/rules.py``.
+    """
 
     name: str
     states: tuple[str, ...]
