@@ -82,7 +82,8 @@ class Executor:
         widest = (
             2 if quantizes else max(dtype.itemsize for dtype in (bucket.grad_dtype, *(x.dtype for x in parts.values())))
         )
-        self.num_warps, self.norm_warps = _warps(16 // widest), _warps(16 // bucket.grad_dtype.itemsize)
+        self.vector = 16 // widest
+        self.num_warps, self.norm_warps = _warps(self.vector), _warps(16 // bucket.grad_dtype.itemsize)
         self.granule = QUANTIZED if quantizes else 8
 
         self.records = np.zeros((len(members), self.fields), dtype=np.int64)
@@ -194,7 +195,7 @@ class Executor:
                 means.means_of_terms, variant, self.chunks.programs,
                 self.table.device_copy, self.chunks.table, self.rows.device_copy, self.chunks.partials,
                 self.chunks.tickets, self.chunks.means, *judged, self.roles, self.forms,
-                h, on_grad, terms, **common,
+                h, on_grad, terms, VECTOR=self.vector, **common,
             )  # fmt: skip
         self.launch(
             step_kernel.step, variant, self.tile_count,

@@ -47,6 +47,7 @@ def means_of_terms(
     FIELDS: tl.constexpr,
     WIDTH: tl.constexpr,
     GRANULE: tl.constexpr,
+    VECTOR: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     program = tl.program_id(0).to(tl.int64)
@@ -65,7 +66,7 @@ def means_of_terms(
     numel = tl.load(record + NUMEL)
     is_aligned = tl.load(record + IS_ALIGNED) != 0
     first = tl.load(chunk + 1)
-    sums, rest = zeros(terms, BLOCK), zeros(terms, SMALL)
+    sums, rest = zeros(terms, BLOCK // VECTOR), zeros(terms, SMALL)
     for tile in tl.range(first, first + tl.load(chunk + 2)):
         start = tl.multiple_of(tl.cast(tile, tl.int64) * BLOCK, BLOCK)
         valid = tl.minimum(numel - start, BLOCK).to(tl.int32)
@@ -75,13 +76,13 @@ def means_of_terms(
             t = ADDRESS(record, roles, True)
             span = Span(start, vectors, tl.arange(0, BLOCK) < tl.multiple_of(vectors, GRANULE))
             u, p, g, state = direction(t, span, row, factor, forms, h, on_grad, RULE, COMPUTE)
-            sums = added(sums, terms, u, p, g, state, row, span.mask)
+            sums = added(sums, terms, u, p, g, state, row, span.mask, VECTOR)
         if vectors < valid:
             t = ADDRESS(record, roles, False)
             for at in tl.range(vectors, valid, SMALL):
                 span = Span(start + at, valid - at, at + tl.arange(0, SMALL) < valid)
                 u, p, g, state = direction(t, span, row, factor, forms, h, on_grad, RULE, COMPUTE)
-                rest = added(rest, terms, u, p, g, state, row, span.mask)
+                rest = added(rest, terms, u, p, g, state, row, span.mask, 1)
     for k in tl.static_range(len(terms)):
         tl.store(partials + program * len(terms) + k, tl.sum(sums[k]) + tl.sum(rest[k]))
 
@@ -107,11 +108,11 @@ def zeros(terms, SIZE: tl.constexpr):
 
 
 @triton.jit
-def added(sums, terms, u, p, g, state, row, mask):
+def added(sums, terms, u, p, g, state, row, mask, VECTOR: tl.constexpr):
     """Each sum with its term added where the mask is set."""
-    x = tl.tuple([term.fn(u, p, g, state, *columns(row, term.columns)) for term in terms])
-    # Triton has comprehensions over a tuple only, and no empty tuple to begin with.
-    found = (sums[0] + tl.where(mask, x[0], 0.0).to(tl.float64),)
-    for k in tl.static_range(1, len(terms)):
-        found += (sums[k] + tl.where(mask, x[k], 0.0).to(tl.float64),)
+    found = ()
+    for k in tl.static_range(len(terms)):
+        x = terms[k].fn(u, p, g, state, *columns(row, terms[k].columns))
+        x = tl.where(mask, x, 0.0).to(tl.float64)
+        found += (sums[k] + tl.sum(tl.reshape(x, (x.shape[0] // VECTOR, VECTOR)), 1),)
     return found
