@@ -18,7 +18,9 @@ from typing import Any
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-from .shards import is_distributed
+from . import conversion
+from .shards import is_distributed, local
+from .storage import MASTER_KEYS, NARROW, quantization_problem
 
 ANOTHER = "was it saved by another optimizer, or cut off?"
 
@@ -27,11 +29,12 @@ def load(optimizer: Any, state_dict: Any, load_by_torch: Callable[[Any], None]) 
     """Load what fits, and raise otherwise."""
     if not isinstance(state_dict, Mapping):
         raise TypeError(f"a state_dict is a dict, as state_dict() returns it; got {type(state_dict).__name__}")
-    handle = optimizer.register_load_state_dict_pre_hook(check)
+    handles = [optimizer.register_load_state_dict_pre_hook(hook) for hook in (check, conversion.hold)]
     try:
         load_by_torch(state_dict)
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
 
 
 def check(optimizer: Any, state_dict: Mapping[str, Any]) -> None:
@@ -156,6 +159,17 @@ def _check_entry(optimizer: Any, group: dict[str, Any], p: Tensor, entry: Any, w
                 "distributed parameters with torch.distributed.checkpoint.state_dict.set_optimizer_state_dict"
             )
         if not is_lazy(p) and value.shape != p.shape:
+            raise ValueError(f"{where}[{key!r}] has shape {tuple(value.shape)}, the parameter {tuple(p.shape)}")
+        if problem := quantization_problem(key, local(value), entry.get(f"{key}_scale")):
+            raise ValueError(f"{where}: {problem}")
+    if p.dtype in NARROW:
+        _check_master(entry, p, where)
+
+
+def _check_master(entry: Mapping, p: Tensor, where: str) -> None:
+    for key in MASTER_KEYS:
+        value = entry.get(key)
+        if isinstance(value, Tensor) and value.shape != p.shape:
             raise ValueError(f"{where}[{key!r}] has shape {tuple(value.shape)}, the parameter {tuple(p.shape)}")
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from . import storage
 from .optimizer import FusedOptimizer, registry
 
 
@@ -104,6 +105,7 @@ def _check_names(optimizer: Any, torch_class: type, fused: type[FusedOptimizer])
 def _check_groups(cls: type[FusedOptimizer], settings: Any, groups: list[dict[str, Any]]) -> None:
     trial = object.__new__(cls)
     trial._settings = settings
+    storage.check(settings, [p for group in groups for p in group["params"]])
     for number, group in enumerate(groups):
         trial.rule(group)  # raises where the options contradict the settings
         for key, value in group.items():

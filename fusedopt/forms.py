@@ -89,15 +89,18 @@ def store_stochastic(parts, x, draw, role):
 
 
 def load_kahan(parts, dtype):
-    p, c = parts[0], parts[1].to(dtype)
+    p, c = parts
     x = p.to(dtype)
-    return torch.where((x + 0.5 * c).to(p.dtype) == p, x + c, x)
+    exact = x + c.to(dtype)
+    return torch.where(exact.to(p.dtype) == p, exact, x)
 
 
 def store_kahan(parts, x, draw, role):
-    parts[0].copy_(x)
-    c = x - parts[0].to(x.dtype)
-    parts[1].copy_(torch.where(c == c, c, 0.0))
+    p = x.to(parts[0].dtype)
+    c = (x - p.to(x.dtype)).to(p.dtype)
+    c = c.view(torch.int16) - ((p.to(x.dtype) + c.to(x.dtype)).to(p.dtype) != p).to(torch.int16)
+    parts[0].copy_(p)
+    parts[1].copy_(torch.where(x.abs() < float("inf"), c, 0).view(p.dtype))
 
 
 def load_fp32(parts, dtype):

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import checkpoints, ema
+from . import checkpoints, conversion, ema, storage
 from .ema import EmaParameters
 from .engine import Engine
 from .rule import Numbers, Rule, Stage, Update
@@ -84,6 +84,16 @@ class FusedOptimizer(torch.optim.Optimizer):
         self._engine = Engine()
         self._ema: dict[Tensor, Tensor] = {}
         super().__init__(params, *args, **kwargs)
+        self._check_settings()
+
+    def _check_settings(self) -> None:
+        """Raise ValueError where options or parameters contradict the settings."""
+        rules = [self.rule(group) for group in self.param_groups]
+        storage.check(self._settings, [p for group in self.param_groups for p in group["params"]])
+        if self.state_dtype is not None and rules and not any(rule.keys for rule in rules):
+            raise ValueError(
+                f"state_dtype={self.state_dtype!r}: {type(self).__name__} with these options has no states"
+            )
 
     # What a rule's numbers are made of
 
@@ -199,9 +209,40 @@ class FusedOptimizer(torch.optim.Optimizer):
         """
         checkpoints.load(self, state_dict, super().load_state_dict)
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self, *, compact: bool = False) -> dict[str, Any]:
+        """The optimizer's state as torch's ``state_dict`` has it, for loading into this class, with whatever settings,
+        or into torch's.
+
+        Args:
+            compact: keep 16- and 8-bit states, and what ``master`` keeps beside parameters, as they are stored:
+                smaller, exact to the last bit, and for fusedopt alone. Otherwise they are shown in float32, as new
+                tensors; the exact values of 16-bit parameters as "master".
+        """
         self._engine.settle(self)
-        return super().state_dict()
+        if compact:
+            conversion.refuse_distributed(self)
+            return super().state_dict()
+        if self.master is None and self.state_dtype is None:
+            return super().state_dict()
+        # First among the hooks: those of users see the result.
+        handle = self.register_state_dict_post_hook(conversion.expand, prepend=True)
+        try:
+            return super().state_dict()
+        finally:
+            handle.remove()
+
+    def master_state_dict(self) -> dict[int | str, Tensor]:
+        """The exact parameters: copies in float32 (float64 where the parameter is), by the names that the optimizer was
+        given (``named_parameters()``), else by number. With ``master="split"`` or ``"fp32"`` they are what a float32
+        training would have; without a master form, the parameters themselves."""
+        self._engine.settle(self)
+        return conversion.master_state_dict(self)
+
+    def load_master_state_dict(self, masters: Mapping[int | str, Tensor]) -> None:
+        """Set parameters, and what ``master`` keeps beside them, from what ``master_state_dict`` gave, or from any
+        float32 weights under the same keys. TypeError or ValueError, and no change, if they do not fit."""
+        self._engine.settle(self)
+        conversion.load_master_state_dict(self, masters)
 
     def __getstate__(self) -> dict[str, Any]:
         self._engine.settle(self)
@@ -214,6 +255,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         self.__dict__.setdefault("_ema", {})
         self._engine.settle(self)
         self._engine.forget()
+        conversion.release(state.get("state", {}))
         super().__setstate__(state)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -296,8 +338,7 @@ def _setting(name: str) -> property:
         before = getattr(self._settings, name)
         setattr(self._settings, name, value)
         try:
-            for group in self.param_groups:
-                self.rule(group)
+            self._check_settings()
         except ValueError:  # a group's options contradict it
             setattr(self._settings, name, before)
             raise

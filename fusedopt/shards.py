@@ -34,6 +34,15 @@ def local(tensor: Any) -> Any:
     return get_local(tensor) if is_distributed(tensor) else tensor
 
 
+def like(whole: Any, part: Tensor) -> Any:
+    """``part`` as it is, or, beside a DTensor, as this rank's part of another that is distributed in the same way."""
+    if not is_distributed(whole):
+        return part
+    module = sys.modules["torch.distributed.tensor"]
+    spec = whole.device_mesh, whole.placements
+    return module.DTensor.from_local(part, *spec, run_check=False, shape=whole.shape, stride=whole.stride())
+
+
 def alike(a: Any, b: Any) -> bool:
     """Whether two DTensors are distributed in the same way, so that their local parts belong together."""
     return a._spec is b._spec or (a._spec.placements == b._spec.placements and a._spec.mesh == b._spec.mesh)

@@ -151,10 +151,25 @@ def _found_master(state: dict[str, Any], p: Tensor) -> tuple[Form, list[Tensor]]
     return None
 
 
+def wide(p: Tensor) -> torch.dtype:
+    """The dtype in which the parameter is computed."""
+    return torch.promote_types(p.dtype, torch.float32)
+
+
 def decode(form: Form, parts: list[Tensor], dtype: torch.dtype) -> Tensor:
     """The values that dense parts hold, in their layout."""
     x = forms.TWINS[form.name].load([memory_order(part) for part in parts], dtype)
     return torch.as_strided(x, parts[0].size(), parts[0].stride())
+
+
+def decode_master(form: Form, parts: list[Tensor]) -> Tensor:
+    """float32 values that round to the parameter, for other forms."""
+    p, values = parts[0], decode(form, parts, torch.float32)
+    if form.name in ("kahan", "split8") and p.dtype is torch.bfloat16:
+        # Of 16 significant bits 1 in 256 lies half way between two parameters, where forms round to different ones.
+        half_way = values.view(torch.int32) & 0xFFFF == 0x8000
+        values = torch.where(half_way, torch.nextafter(values, p.float()), values)
+    return values
 
 
 def encode(form: Form, values: Tensor, strides: tuple[int, ...]) -> list[Tensor]:
@@ -189,14 +204,13 @@ def converted(
     there = found(role, state, p)
     if there is not None and there[0] == form and there[1][0].stride() == strides:
         return there[1] if role else there[1][1:]
-    wide = torch.promote_types(p.dtype, torch.float32)
-    values = None if there is None else there[1][0] if there[0].plain else decode(*there, wide)
     if role == "":
-        return encode_master(form, values, p, strides)
+        return encode_master(form, None if there is None else decode_master(*there), p, strides)
+    values = None if there is None else there[1][0] if there[0].plain else decode(*there, wide(p))
     if values is None and (form.plain or form.draws):
         return [initial()]
     if values is None:
-        values = torch.full(p.size(), initial(), dtype=wide, device=p.device)
+        values = torch.full(p.size(), initial(), dtype=wide(p), device=p.device)
     return [values.detach()] if form.plain or form.draws else encode(form, values.detach(), strides)
 
 
@@ -206,6 +220,21 @@ def superseded(role: str, form: Form, state: dict[str, Any], p: Tensor) -> list[
         return []
     keys = MASTER_KEYS if role == "" else (f"{role}_scale",)
     return [key for key in keys if key in state and key not in {part_key(role, part) for part in form.parts}]
+
+
+def check(settings: Settings, params: list[Tensor]) -> None:
+    """Raise ValueError for a ``master`` with which none of the parameters, or one of them, can have anything to do."""
+    if settings.master is None:
+        return
+    narrow = [p for p in params if p.dtype in NARROW]
+    for p in narrow:
+        param_form(p, settings.master)
+    if params and not narrow:
+        dtypes = ", ".join(sorted({str(p.dtype).removeprefix("torch.") for p in params}))
+        raise ValueError(
+            f"master={settings.master!r} is for bfloat16 and float16 parameters, and these are {dtypes}: "
+            "leave it away, they lose nothing"
+        )
 
 
 def quantization_problem(key: str, value: Tensor, scale: Any) -> str | None:

@@ -88,21 +88,23 @@ def store_stochastic(parts, span, x, draw, ROLE: tl.constexpr):
 
 @triton.jit
 def load_kahan(parts, span, COMPUTE: tl.constexpr):
-    """p + c, where c is what rounding took from p. Where somebody wrote another p, c is not its own any more: half of
-    it would then change p."""
+    """p + c, where c is what rounding took from p. Where somebody wrote another p, c is not its own any more, if it is
+    so large that it would change p."""
     p = read(parts[0], span)
-    c = read(parts[1], span).to(COMPUTE)
     x = p.to(COMPUTE)
-    return tl.where((x + 0.5 * c).to(p.dtype) == p, x + c, x)
+    exact = x + read(parts[1], span).to(COMPUTE)
+    return tl.where(exact.to(p.dtype) == p, exact, x)
 
 
 @triton.jit
 def store_kahan(parts, span, x, draw, ROLE: tl.constexpr):
     p = x.to(parts[0].dtype.element_ty)
-    c = x - p.to(x.dtype)
+    c = (x - p.to(x.dtype)).to(p.dtype)
+    # Rounded up to half the distance of p's neighbour, c would make it p: then the next number towards zero.
+    c = c.to(tl.int16, bitcast=True) - ((p.to(x.dtype) + c.to(x.dtype)).to(p.dtype) != p).to(tl.int16)
+    c = tl.where(tl.abs(x) < float("inf"), c, 0)
     write(parts[0], span, p)
-    # inf - inf is NaN.
-    write(parts[1], span, tl.where(c == c, c, 0.0).to(parts[1].dtype.element_ty))
+    write(parts[1], span, c.to(p.dtype, bitcast=True))
 
 
 @triton.jit

@@ -160,6 +160,14 @@ SETTINGS = [
     ("flatten", "yes", TypeError),
     ("backend", "cuda", ValueError),
     ("backend", 1, (TypeError, ValueError)),
+    ("master", "fp16", ValueError),
+    ("master", True, ValueError),
+    ("state_dtype", "4bit", ValueError),
+    ("state_dtype", torch.float16, ValueError),
+    ("state_dtype", torch.int8, ValueError),
+    ("seed", -1, ValueError),
+    ("seed", 0.5, TypeError),
+    ("seed", True, TypeError),
     ("backend", ["torch"], (TypeError, ValueError)),
 ]
 

@@ -1,0 +1,198 @@
+"""Checkpoints of states and parameters that are stored in forms of their own.
+
+``state_dict()`` shows them as float32, which torch.optim and every other setting can load, and the exact values of
+16-bit parameters as "master"; ``state_dict(compact=True)`` as they are. Loading takes both, from any setting.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import _get_scalar_dtype
+
+from .flat import is_dense
+from .forms import Form
+from .rule import Rule
+from .shards import is_distributed, like, local
+from .storage import MASTER_KEYS, converted, decode, decode_master, encode, found, part_key, storage, wide
+
+MASTER = "master"
+
+
+def expand(optimizer: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
+    """The state_dict with plain numbers in it. A hook: it runs before those of users."""
+    states = dict(state_dict["state"])
+    for group, packed in zip(optimizer.param_groups, state_dict["param_groups"]):
+        for p, key in zip(group["params"], packed["params"]):
+            if states.get(key):
+                states[key] = _expanded(optimizer, group, p, states[key])
+    return {**state_dict, "state": states}
+
+
+def _expanded(optimizer: Any, group: dict[str, Any], p: Tensor, entry: dict[str, Any]) -> dict[str, Any]:
+    here = {key: local(value) for key, value in entry.items()}
+    shown = dict(entry)
+    for role in optimizer.rule(group).keys:
+        there = found(role, here, local(p))
+        if there is None:
+            continue
+        form, parts = there
+        if not form.plain or (optimizer.state_dtype is not None and parts[0].dtype.itemsize < 4):
+            shown[role] = like(p, decode(form, parts, torch.float32))
+        for part in form.parts[1:]:
+            del shown[part_key(role, part)]
+    master = found("", here, local(p))
+    if master is not None:
+        form, parts = master
+        for part in form.parts[1:]:
+            del shown[part_key("", part)]
+        shown[MASTER] = like(p, decode_master(form, parts))
+    return shown
+
+
+def refuse_distributed(optimizer: Any) -> None:
+    for p, entry in optimizer.state.items():
+        if is_distributed(p) and any(key.endswith("_scale") for key in entry):
+            raise RuntimeError(
+                "the scales of 8-bit states of distributed parameters belong to this rank's part, and no checkpoint "
+                "could put them together: use state_dict() without compact=True"
+            )
+
+
+class Held:
+    """A tensor on its way through torch's ``load_state_dict``, which would cast it to the parameter's dtype."""
+
+    def __init__(self, tensor: Tensor):
+        self.tensor = tensor
+
+
+def hold(optimizer: Any, state_dict: Mapping[str, Any]) -> dict[str, Any]:
+    """The state_dict with its states in the forms that the optimizer's have, held. A hook: it runs after all others,
+    and changes neither the optimizer nor its argument."""
+    states = dict(state_dict["state"])
+    for group, packed in zip(optimizer.param_groups, state_dict["param_groups"]):
+        for p, key in zip(group["params"], packed["params"]):
+            if states.get(key) and not p.is_meta:
+                states[key] = _held(optimizer, optimizer.rule({**group, **packed}), p, states[key])
+    return {**state_dict, "state": states}
+
+
+def _held(optimizer: Any, rule: Rule, p: Tensor, entry: dict[str, Any]) -> dict[str, Any]:
+    part = local(p)
+    stored = storage(p, rule, optimizer._settings, optimizer.state.get(p, {}))
+    if stored.plain and stored.dtypes == {p.dtype} and not _is_stored(rule.keys, entry):
+        return entry  # as in torch
+    here = {key: local(x).to(part.device) if isinstance(x, Tensor) else x for key, x in entry.items()}
+    held = dict(entry)
+    for role, form in stored.kept:
+        if not isinstance(here.get(role), Tensor):
+            continue
+        values = converted(role, form, here, part, _strides(part), float)
+        held.pop(f"{role}_scale", None)
+        held |= _named(role, form, p, [x.to(y.dtype) for x, y in zip(values, form.parts)])
+    masters = {key: held.pop(key) for key in MASTER_KEYS if isinstance(held.get(key), Tensor)}
+    if len(stored.param.parts) > 1 and masters:
+        if MASTER in masters:
+            # Not from the parameter, which may be loaded later.
+            values = encode(stored.param, here[MASTER].float(), _strides(part))
+            held |= _named("", stored.param, p, values)
+        else:
+            held |= {key: Held(value.to(part.device)) for key, value in masters.items()}
+    return held
+
+
+def _is_stored(keys: tuple[str, ...], entry: Mapping[str, Any]) -> bool:
+    """Whether a checkpoint's entry holds what torch cannot read or would only drag along."""
+    return any(key in entry for key in (*MASTER_KEYS, *(f"{key}_scale" for key in keys)))
+
+
+def _named(role: str, form: Form, p: Tensor, values: list[Tensor]) -> dict[str, Held]:
+    named = {part_key(role, part): (x, part) for part, x in zip(form.parts, values)}
+    return {key: Held(like(p, x) if part.per == 1 else x) for key, (x, part) in named.items() if key}
+
+
+def release(states: dict[Any, Any]) -> None:
+    """Put what was held into the states that torch has loaded."""
+    for entry in states.values():
+        for key, value in entry.items() if isinstance(entry, dict) else ():
+            if isinstance(value, Held):
+                entry[key] = value.tensor
+
+
+def _strides(p: Tensor) -> tuple[int, ...]:
+    return p.stride() if is_dense(p) else torch.empty(p.size(), device="meta").stride()
+
+
+# Masters
+
+
+def numbered(optimizer: Any) -> Iterator[tuple[int | str, dict[str, Any], Tensor]]:
+    """Every parameter with its group, by its name where all have one, else by its number."""
+    groups = optimizer.param_groups
+    named = all("param_names" in group for group in groups)
+    number = 0
+    for group in groups:
+        for k, p in enumerate(group["params"]):
+            yield group["param_names"][k] if named else number, group, p
+            number += 1
+
+
+@torch.no_grad()
+def master_state_dict(optimizer: Any) -> dict[int | str, Tensor]:
+    return {key: _master(optimizer, p) for key, _, p in numbered(optimizer)}
+
+
+def _master(optimizer: Any, p: Tensor) -> Tensor:
+    there = found("", {key: local(x) for key, x in optimizer.state.get(p, {}).items()}, local(p))
+    if there is None:
+        return p.detach().to(wide(p), copy=True)
+    return like(p, decode(*there, wide(p)))
+
+
+@torch.no_grad()
+def load_master_state_dict(optimizer: Any, masters: Mapping[int | str, Tensor]) -> None:
+    params = list(numbered(optimizer))
+    _check_masters(params, masters)
+    for key, group, p in params:
+        part, value = local(p), local(masters[key])
+        stored = storage(p, optimizer.rule(group), optimizer._settings, optimizer.state.get(p, {}))
+        value = value.to(part.device, wide(part))
+        values = encode(stored.param, value, _strides(part))
+        part.copy_(values[0])
+        if len(values) == 1:
+            continue
+        state = optimizer.state[p]
+        if not state and optimizer.counts_steps:
+            # torch's classes take a state without these for a broken one.
+            state["step"] = torch.zeros((), dtype=_get_scalar_dtype())
+            for role, form in stored.kept:
+                initial = partial(optimizer.initial_value, group, role)
+                made = [torch.full(part.size(), initial(), dtype=wide(part), device=part.device)]
+                state |= {
+                    k: held.tensor for k, held in _named(role, form, p, encode(form, *made, _strides(part))).items()
+                }
+        state |= {k: held.tensor for k, held in _named("", stored.param, p, values).items()}
+
+
+def _check_masters(params: list[tuple[int | str, dict[str, Any], Tensor]], masters: Any) -> None:
+    if not isinstance(masters, Mapping):
+        raise TypeError(f"masters are a dict, as master_state_dict() returns it; got {type(masters).__name__}")
+    keys = {key for key, _, _ in params}
+    if masters.keys() != keys:
+        missing, unknown = sorted(map(str, keys - masters.keys())), sorted(map(str, masters.keys() - keys))
+        raise ValueError(f"the masters do not fit the parameters: missing {missing[:5]}, unknown {unknown[:5]}")
+    for key, _, p in params:
+        value = masters[key]
+        if not isinstance(value, Tensor) or not value.is_floating_point():
+            raise TypeError(
+                f"the master of parameter {key!r} must be a tensor of floating-point numbers, got {value!r:.60}"
+            )
+        if value.shape != p.shape or is_distributed(value) != is_distributed(p):
+            raise ValueError(
+                f"the master of parameter {key!r} is a {type(value).__name__} of shape {tuple(value.shape)}, "
+                f"the parameter a {type(p).__name__} of {tuple(p.shape)}"
+            )

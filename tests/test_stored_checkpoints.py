@@ -1,0 +1,338 @@
+"""Checkpoints of parameters and states in forms of their own: exact in the same form, loadable in every other."""
+
+import copy
+import io
+import itertools
+import pickle
+
+import pytest
+import torch
+from cases import LR, STATEFUL, every_optimizer
+from pairs import assert_same, same_bits, snapshot
+
+import fusedopt
+
+MASTERS = (None, "stochastic", "kahan", "split", "split8", "fp32")
+STATE_DTYPES = (None, torch.float32, torch.bfloat16, "8bit")
+EXACT = ("split", "fp32")
+
+every_form = pytest.mark.parametrize(("master", "state_dtype"), list(itertools.product(MASTERS, STATE_DTYPES)))
+
+
+def made(name="AdamW", master=None, state_dtype=None, seed=0, named=False, **options):
+    """bfloat16 parameters, of which the small one keeps float32 states, and one is transposed."""
+    generator = torch.Generator().manual_seed(seed)
+    params = [torch.nn.Parameter(torch.randn(shape, generator=generator).bfloat16()) for shape in (5000, 33, (100, 64))]
+    params[2] = torch.nn.Parameter(params[2].detach().t().contiguous().t())
+    given = [(f"layer.{k}", p) for k, p in enumerate(params)] if named else params
+    options = {"lr": 1e-3, **STATEFUL[name], **options}
+    return params, fusedopt.registry[name](given, master=master, state_dtype=state_dtype, **options)
+
+
+def run(params, optimizer, steps, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(steps):
+        for p in params:
+            p.grad = torch.randn(p.shape, generator=generator).bfloat16()
+        optimizer.step()
+
+
+def through_file(state_dict):
+    file = io.BytesIO()
+    torch.save(state_dict, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+def dtypes(params, optimizer):
+    return [{key: value.dtype for key, value in optimizer.state[p].items()} for p in params]
+
+
+def copy_into(params, others):
+    with torch.no_grad():
+        for p, q in zip(params, others):
+            p.copy_(q)
+
+
+@pytest.mark.parametrize("compact", [False, True])
+@every_form
+def test_the_same_settings_go_on_as_if_nothing_had_happened(master, state_dtype, compact):
+    """To the last bit if compact. In float32 too, but for scales, which are rounded once more, and for what Kahan
+    compensation has below a float32. The parameters are loaded after the state."""
+    params, optimizer = made(master=master, state_dtype=state_dtype)
+    run(params, optimizer, 3)
+    saved = through_file(optimizer.state_dict(compact=compact))
+    others, other = made(master=master, state_dtype=state_dtype, seed=7)
+    before = dtypes(params, optimizer)
+    other.load_state_dict(saved)
+    assert dtypes(others, other) == before
+    copy_into(others, params)
+    exact = compact or (state_dtype != "8bit" and master != "kahan")
+    for p, q in zip(params, others):
+        for key, value in optimizer.state[p].items():
+            if exact or value.dtype in (torch.int8, torch.uint8, torch.int16):
+                assert same_bits(other.state[q][key], value), key
+    run(params, optimizer, 2)
+    run(others, other, 2)
+    for p, q in zip(params, others):
+        if exact:
+            assert same_bits(p, q)
+        # A rounding of float32 makes one step of bfloat16 at most, and rarely.
+        torch.testing.assert_close(p, q, rtol=2**-7, atol=0)
+        assert (p != q).double().mean() < 0.01
+
+
+@pytest.mark.parametrize("compact", [False, True])
+@pytest.mark.parametrize(("master", "state_dtype"), [("split8", "8bit"), ("kahan", torch.bfloat16), ("fp32", None)])
+def test_every_other_setting_takes_it_over(master, state_dtype, compact):
+    """Moments to the precision of the coarser of both forms, parameters as exactly as both have them."""
+    params, optimizer = made(master=master, state_dtype=state_dtype)
+    run(params, optimizer, 3)
+    saved = optimizer.state_dict(compact=compact)
+    exact = optimizer.state_dict()["state"]
+    for new_master, new_dtype in itertools.product(MASTERS, STATE_DTYPES):
+        fresh = made(master=new_master, state_dtype=new_dtype)
+        run(*fresh, 1)
+        others, other = made(master=new_master, state_dtype=new_dtype, seed=7)
+        copy_into(others, params)
+        run(others, other, 1)
+        before = [p.detach().clone() for p in others]
+        other.load_state_dict(saved)
+        copy_into(others, params)
+        shown = other.state_dict()["state"]
+        for k in exact:
+            assert exact[k]["step"] == shown[k]["step"]
+            for key in ("exp_avg", "exp_avg_sq"):
+                x, y = exact[k][key].double(), shown[k][key].double()
+                # Half a step of 127, or of 255 under the root; bfloat16 rounds at 2^-9.
+                assert (x - y).abs().max() <= max(1 / 254, 2**-9) * 1.01 * x.abs().max()
+        assert not all(map(torch.equal, before, others))
+        other.param_groups[0]["lr"] = 0.0
+        run(others, other, 1)
+        assert dtypes(others, other) == dtypes(*fresh)
+        if new_master in EXACT:
+            for k, value in other.master_state_dict().items():
+                torch.testing.assert_close(value, exact[k]["master"], rtol=2**-23, atol=0)
+
+
+@every_optimizer
+@pytest.mark.parametrize(("master", "state_dtype"), [("split8", "8bit"), ("stochastic", torch.bfloat16)])
+def test_torch_takes_what_state_dict_shows(name, master, state_dtype):
+    params, optimizer = made(name, master, state_dtype)
+    run(params, optimizer, 3)
+    saved = through_file(optimizer.state_dict())
+    torch_class = getattr(torch.optim, name, None)
+    if torch_class is None:
+        return
+    theirs = torch_class([torch.nn.Parameter(p.detach().float()) for p in params], **{"lr": LR, **STATEFUL[name]})
+    twins = theirs.param_groups[0]["params"]
+    for p in twins:
+        p.grad = torch.zeros_like(p)
+    theirs.step()
+    keys = list(theirs.state[twins[0]])
+    for k, entry in saved["state"].items():
+        extra = (["master"] if master == "split8" else []) + (["step"] if not optimizer.counts_steps else [])
+        assert sorted(entry) == sorted({*keys, *extra} - (set() if master == "stochastic" else {"step"} - set(keys)))
+        assert {value.dtype for value in entry.values()} == {torch.float32}
+        assert all(value.shape in ((), params[k].shape) for value in entry.values())
+    theirs.load_state_dict(saved)
+    theirs.step()
+    optimizer.load_state_dict(theirs.state_dict())
+    run(params, optimizer, 1)
+
+
+def test_state_dict_is_torchs_own_where_nothing_is_stored_otherwise():
+    """Live tensors, as torch's."""
+    params, optimizer = made()
+    run(params, optimizer, 1)
+    for shown in (optimizer.state_dict(), optimizer.state_dict(compact=True)):
+        assert all(shown["state"][k][key] is x for k, p in enumerate(params) for key, x in optimizer.state[p].items())
+
+
+def test_hooks_see_what_state_dict_shows():
+    params, optimizer = made(master="split", state_dtype="8bit")
+    run(params, optimizer, 1)
+    seen = []
+    optimizer.register_state_dict_post_hook(lambda opt, shown: seen.append(shown["state"][0]["exp_avg"].dtype))
+    optimizer.register_state_dict_post_hook(lambda opt, shown: {**shown, "more": 1})
+    assert optimizer.state_dict()["more"] == 1
+    optimizer.state_dict(compact=True)
+    assert seen == [torch.float32, torch.int8]
+    optimizer.register_load_state_dict_pre_hook(lambda opt, loaded: {**loaded, "state": {}})
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert not optimizer.state
+
+
+@pytest.mark.parametrize("carry", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["deepcopy", "pickle"])
+@every_form
+def test_copies_go_on_by_themselves(carry, master, state_dtype):
+    params, optimizer = made(master=master, state_dtype=state_dtype, seed=3)
+    run(params, optimizer, 2)
+    others, other = carry((params, optimizer))
+    run(params, optimizer, 2, seed=5)
+    run(others, other, 2, seed=5)
+    assert all(map(same_bits, params, others))
+    assert_same(snapshot(optimizer), snapshot(other))
+
+
+def test_settings_changed_in_mid_training():
+    """The values go on in the new form."""
+    params, optimizer = made()
+    run(params, optimizer, 2)
+    before = copy.deepcopy(optimizer.state_dict()["state"])
+    for master, state_dtype in [
+        ("kahan", "8bit"),
+        ("split", torch.float32),
+        (None, None),
+        ("fp32", "8bit"),
+        (None, None),
+    ]:
+        optimizer.master, optimizer.state_dtype = master, state_dtype
+        fresh = made(master=master, state_dtype=state_dtype)
+        run(*fresh, 1)
+        for group in optimizer.param_groups:
+            group["lr"], group["betas"] = 0.0, (1 - 1e-12, 1 - 1e-12)
+        run(params, optimizer, 1)
+        if (master, state_dtype) != (None, None):
+            assert dtypes(params, optimizer) == dtypes(*fresh)
+        else:
+            assert not {"master", "master_low", "compensation", "exp_avg_scale"} & optimizer.state[params[0]].keys()
+    for k, entry in optimizer.state_dict()["state"].items():
+        for key in ("exp_avg", "exp_avg_sq"):
+            error = (entry[key].double() - before[k][key].double()).abs().max()
+            assert error <= (2 / 254 + 2 * 2**-9) * before[k][key].double().abs().max()
+
+
+@pytest.mark.parametrize("named", [False, True])
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("master", MASTERS)
+def test_masters(master, when, named):
+    """A round trip: exact where the form is; rounded to the form once where it is not."""
+    params, optimizer = made(master=master, named=named)
+    run(params, optimizer, 3)
+    masters = optimizer.master_state_dict()
+    assert list(masters) == [f"layer.{k}" if named else k for k in range(3)]
+    for p, value in zip(params, masters.values()):
+        assert value.dtype is torch.float32 and value.shape == p.shape
+        assert torch.equal(value.bfloat16(), p) or master.startswith("split")
+    assert all((value != p).any() for p, value in zip(params, masters.values())) == (master not in (None, "stochastic"))
+    others, other = made(master=master, named=named, seed=7)
+    if when == "after":
+        run(others, other, 1)
+    other.load_master_state_dict(through_file(masters))
+    for value, back in zip(masters.values(), other.master_state_dict().values()):
+        assert same_bits(value, back)
+    assert all(map(same_bits, params, others))
+    # And they are masters that the next step uses.
+    pickle.loads(pickle.dumps(other))
+    other.load_state_dict(other.state_dict())
+    for p in others:
+        p.grad = torch.zeros_like(p)
+    for group in other.param_groups:
+        group["lr"] = 0.0
+    other.step()
+    for value, back in zip(masters.values(), other.master_state_dict().values()):
+        assert same_bits(value, back)
+    assert not torch.equal(masters[next(iter(masters))], made(master=master, seed=9)[1].master_state_dict()[0])
+
+
+def test_any_float32_weights_can_be_loaded():
+    exact = [torch.randn(shape) for shape in (5000, 33, (100, 64))]
+    for master in MASTERS:
+        params, optimizer = made(master=master)
+        optimizer.load_master_state_dict(dict(enumerate(exact)))
+        for p, value, back in zip(params, exact, optimizer.master_state_dict().values()):
+            # 16 significant bits.
+            bound = {"split": 0, "fp32": 0, "split8": 2**-16, "kahan": 2**-16}.get(master, 2**-8)
+            assert ((back - value).abs() <= bound * value.abs()).all()
+            assert ((p - value).abs() <= 2**-8 * value.abs()).all()
+
+
+WRONG_ENTRIES = {
+    "another block size": ("exp_avg_scale", lambda x: x.repeat_interleave(2), "256"),
+    "a missing scale": ("exp_avg_sq_scale", None, "no 'exp_avg_sq_scale'"),
+    "a truncated tensor": ("exp_avg", lambda x: x[:-1], "shape"),
+    "a truncated scale": ("exp_avg_sq_scale", lambda x: x[:-1], "256"),
+    "a truncated master": ("master_low", lambda x: x[:-1], "shape"),
+    "no tensor": ("exp_avg", lambda x: 3, "tensor"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_ENTRIES)
+def test_broken_compact_checkpoints_change_nothing(case):
+    params, optimizer = made(master="split", state_dtype="8bit")
+    run(params, optimizer, 2)
+    saved = copy.deepcopy(optimizer.state_dict(compact=True))
+    key, change, message = WRONG_ENTRIES[case]
+    if change is None:
+        del saved["state"][0][key]
+    else:
+        saved["state"][0][key] = change(saved["state"][0][key])
+    before, states = snapshot(optimizer), [dict(optimizer.state[p]) for p in params]
+    for other in (optimizer, made(master="fp32", state_dtype=torch.float32)[1]):
+        with pytest.raises((ValueError, TypeError), match=message) as error:
+            other.load_state_dict(saved)
+        assert "parameter 0 of group 0" in str(error.value)
+    assert_same(before, snapshot(optimizer))
+    assert all(optimizer.state[p][k] is x for p, state in zip(params, states) for k, x in state.items())
+
+
+def test_broken_states_are_noticed_by_step():
+    params, optimizer = made(state_dtype="8bit")
+    run(params, optimizer, 1)
+    before = [p.detach().clone() for p in params]
+    optimizer.state[params[0]]["exp_avg_scale"] = torch.ones(3)
+    with pytest.raises(RuntimeError, match=r"20 scales.*256.*shape \(3,\)"):
+        run(params, optimizer, 1)
+    assert all(map(torch.equal, params, before))
+
+
+WRONG_MASTERS = {
+    "a missing one": lambda masters: masters.pop(1),
+    "an unknown one": lambda masters: masters.update(unknown=torch.ones(3)),
+    "another shape": lambda masters: masters.update({1: torch.ones(34)}),
+    "integers": lambda masters: masters.update({1: torch.ones(33, dtype=torch.int32)}),
+    "no tensor": lambda masters: masters.update({1: 3.0}),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_MASTERS)
+def test_masters_that_do_not_fit_change_nothing(case):
+    params, optimizer = made(master="split")
+    run(params, optimizer, 1)
+    masters = {key: value + 1 for key, value in optimizer.master_state_dict().items()}
+    WRONG_MASTERS[case](masters)
+    before = snapshot(optimizer)
+    with pytest.raises((ValueError, TypeError), match="master"):
+        optimizer.load_master_state_dict(masters)
+    with pytest.raises(TypeError, match="master"):
+        optimizer.load_master_state_dict(list(masters.values()))
+    assert_same(before, snapshot(optimizer))
+
+
+def test_forms_that_make_no_sense():
+    wide, half = torch.nn.Parameter(torch.ones(3)), torch.nn.Parameter(torch.ones(3, dtype=torch.float16))
+    narrow = torch.nn.Parameter(torch.ones(3, dtype=torch.bfloat16))
+    for master in MASTERS[1:]:
+        with pytest.raises(ValueError, match=f"{master}.*float32"):
+            fusedopt.AdamW([wide], master=master)
+        optimizer = fusedopt.AdamW([wide])
+        with pytest.raises(ValueError, match=master):
+            optimizer.master = master
+        assert optimizer.master is None
+        with pytest.raises(ValueError, match=master):
+            fusedopt.convert(torch.optim.AdamW([wide]), master=master)
+        # Among 16-bit ones, a float32 parameter needs none.
+        assert fusedopt.AdamW([wide, narrow], master=master).master == master
+    for master in ("split", "split8"):
+        with pytest.raises(ValueError, match="float16"):
+            fusedopt.AdamW([half], master=master)
+        optimizer = fusedopt.AdamW([narrow], master=master)
+        narrow.grad = torch.ones_like(narrow)
+        optimizer.add_param_group({"params": [half]})
+        half.grad = torch.ones_like(half)
+        with pytest.raises(ValueError, match="float16"):
+            optimizer.step()
+        assert torch.equal(narrow, torch.ones_like(narrow))
+    with pytest.raises(ValueError, match="no states"):
+        fusedopt.SGD([wide], state_dtype="8bit")
