@@ -35,7 +35,7 @@ def adan(g, state, h):
     return m.mul(correction1).add_(b, alpha=beta2 * correction2).div_(root_v_hat.add_(eps))
 
 
-ADAN = Rule("adan", ("exp_avg", "exp_avg_sq", "exp_avg_diff", "neg_pre_grad"), adan)
+ADAN = Rule("adan", ("exp_avg", "exp_avg_sq", "exp_avg_diff", "neg_pre_grad"), adan, squares=("exp_avg_sq",))
 
 
 class Adan(FusedOptimizer):
