@@ -32,8 +32,9 @@ more where a rule has two or three states (maxnreg=64 spills); at 80 an SM still
 16 * 4 * 768 = 49 KB under way, and 33 KB suffice to hide a microsecond at 4.3 TB/s."""
 
 
-MAX_REGISTERS_WITH_MEANS = {"float32": 64, "mixed": 64, "float64": 80, "bfloat16": 96}
-"""The gradient is still needed after the rule. At 96 an SM holds 640 threads and 16 * 4 * 640 = 41 KB under way."""
+MAX_REGISTERS_OF_MUCH = {"float32": 64, "mixed": 64, "float64": 80, "bfloat16": 96}
+"""Where a stage after the rule still needs the gradient, and for Adan's four states. At 96 an SM holds 640 threads and
+16 * 4 * 640 = 41 KB under way."""
 
 
 def old_triton():
@@ -127,7 +128,7 @@ def test_memory_is_accessed_16_bytes_at_a_time(target, report):
 def test_registers_suffice(target, report):
     for kernel in report[target]:
         assert kernel["stack"] == 0, f"{label(kernel)} spills"
-        budget = MAX_REGISTERS_WITH_MEANS if kernel["means"] else MAX_REGISTERS
+        budget = MAX_REGISTERS_OF_MUCH if kernel["means"] or kernel["name"] == "step_adan" else MAX_REGISTERS
         assert kernel["registers"] <= budget[kernel["dtype"]], f"{label(kernel)}: {kernel['registers']}"
 
 
