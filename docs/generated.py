@@ -37,6 +37,8 @@ ARGUMENTS = {
     "centered": "subtract the mean: divide by the standard deviation",
     "lr_decay": "κ: the learning rate of step t is η / (1 + (t − 1) κ)",
     "initial_accumulator_value": "what G starts at",
+    "beta3_warmup": "steps over which β₃ grows to its value; `None`: at once",
+    "alpha_warmup": "steps over which α grows to its value; `None`: at once",
     "rho": "decay rate ρ of the averages",
     "momentum_decay": "ψ: how fast the momentum approaches β₁",
     "lambd": "λ of the decay of η and of the parameter",
@@ -45,7 +47,7 @@ ARGUMENTS = {
     "etas": "factors η⁻ and η⁺ by which step sizes shrink and grow",
     "step_sizes": "the smallest and the largest step",
 }
-"""What torch's arguments mean. An argument that is missing here fails the build."""
+"""What torch's arguments mean. Those of other optimizers stand in their classes."""
 
 
 README = Path(__file__).parent.parent / "README.md"
@@ -166,9 +168,7 @@ def arguments(cls: type) -> str:
     settings = cls.settings_class.fields()
     common = FusedOptimizer.settings_class.fields()
     torchs = [
-        f"| `{name}` | {default(p)} | {ARGUMENTS.get(f'{name} {cls.__name__}') or ARGUMENTS[name]} |"
-        for name, p in parameters.items()
-        if name not in settings
+        f"| `{name}` | {default(p)} | {meaning(cls, name)} |" for name, p in parameters.items() if name not in settings
     ]
     header = "| argument | default | meaning |\n|---|---|---|\n"
     own = [name for name in settings if name not in common]
@@ -181,6 +181,13 @@ def arguments(cls: type) -> str:
     blocks.append("And what all optimizers of fusedopt share (the same):")
     blocks.append(header + "\n".join(rows))
     return "\n\n".join(blocks)
+
+
+def meaning(cls: type, name: str) -> str:
+    """What an argument is for: from the table, or else from the class's docstring; "" where neither says it."""
+    own = re.search(rf"^ +{name}(?: \([^)]*\))?: (.*(?:\n {{12,}}\S.*)*)", cls.__doc__, re.MULTILINE)
+    written = re.sub(r"\s+", " ", own[1]).rstrip(".").replace("``", "`") if own and not in_torch(cls.__name__) else ""
+    return ARGUMENTS.get(f"{name} {cls.__name__}") or written or ARGUMENTS.get(name, "")
 
 
 def setting(name: str, field: object) -> str:

@@ -139,8 +139,11 @@ def test_pages_of_optimizers(name):
     text = PAGES[f"docs/optimizers/{name}.md"]
     for heading in ("Formula", "Its path", "Example", "Arguments", "Memory and traffic", "Sources"):
         assert f"\n## {heading}\n" in text
-    for argument in inspect.signature(fusedopt.registry[name]).parameters:
+    cls = fusedopt.registry[name]
+    for argument in inspect.signature(cls).parameters:
         assert f"| `{argument}` |" in text
+        said = argument in cls.settings_class.fields() or generated.meaning(cls, argument)
+        assert said, f"{argument} is explained neither in docs/generated.py nor in the class"
     assert "https://arxiv.org/abs/" in text or "Coursera" in text or "(19" in text or "JMLR" in text
     assert ("torch.optim." in text.split("## Sources")[1]) == hasattr(torch.optim, name)
     assert f"[{name}]({name}.md)" in generated.overview()
