@@ -147,6 +147,7 @@ def test_schedulers_made_before(scheduler, before):
             for each in schedulers:
                 each.step(*arguments)
     assert schedulers[0].optimizer is pairs[0][1]
+    assert "adam" in pairs[0][1].layout()
     assert schedulers[0].get_last_lr() == schedulers[1].get_last_lr()
     close(pairs[0][0], pairs[1][0], 1e-12)
 
@@ -176,6 +177,7 @@ def test_gradient_scaler_in_the_midst():
             scaler.step(optimizer)
             scaler.update()
     assert scalers[0].state_dict() == scalers[1].state_dict()
+    assert "adam" in pairs[0][1].layout()
     close(pairs[0][0], pairs[1][0], 1e-12)
 
 

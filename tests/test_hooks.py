@@ -17,13 +17,14 @@ def both_classes(name):
 
 
 @every_optimizer
-def test_step_hooks_in_torchs_order(name):
+@pytest.mark.parametrize("differentiable", [False, True], ids=["our step", "torch's own step"])
+def test_step_hooks_in_torchs_order(name, differentiable):
     """Global before local ahead of the step, after them behind it; a removed hook is gone."""
     logs = []
     for cls in both_classes(name):
         log = []
-        params = model("tiny")
-        optimizer, other = cls(params), torch.optim.SGD(params)
+        params = [p.detach().clone() for p in model("tiny")]
+        optimizer, other = cls(params, differentiable=differentiable), torch.optim.SGD(params)
         give_gradients(params, 5, plain=True)
 
         def note(text, log=log):
