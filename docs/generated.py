@@ -103,8 +103,8 @@ def overview() -> str:
         rows.append(f"| [{name}]({name}.md) | {keys} | {there} | {state(rule)} | {bytes_moved} | {bytes_moved + 4} |")
     return f"""# Optimizers
 
-Every optimizer takes torch's arguments, in torch's order and with torch's defaults, and the
-[settings](AdamW.md#arguments) that all of ours share. Bytes are per parameter and step, in float32, with default
+Optimizers that torch has take torch's arguments, in torch's order and with torch's defaults; all take the
+[settings](AdamW.md#arguments) of fusedopt. Bytes are per parameter and step, in float32, with default
 arguments: a step reads the gradient, reads and writes the parameter and every state; clipping to a norm reads the
 gradient once more, and means over each tensor (StableAdamW, `cautious=True`) read everything once before.
 

@@ -102,7 +102,7 @@ OWN_PATHS = {
     "Adagrad": Rule("Adagrad", "Adagrad", {}, {"quadratic": 2.0, "saddle": 0.3}),
     "RMSprop": Rule("RMSprop", "RMSprop", {"alpha": 0.9}, GENTLE),
     "Adam": Rule("Adam", "Adam", BETAS, GENTLE),
-    "Lion": Rule("Lion", "Lion", {}, {"quadratic": 0.2, "saddle": 0.1}),
+    "Lion": Rule("Lion", "Lion", {}, {"quadratic": 0.13, "saddle": 0.1}),
     "AdamW": Rule("AdamW", "AdamW", {**BETAS, "weight_decay": 0.1}, GENTLE),
 }
 """One path for each registered optimizer, for its page in the documentation."""
