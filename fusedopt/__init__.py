@@ -10,6 +10,7 @@ from .backends import Backend, backend
 from .check import check_rule
 from .convert import convert
 from .lion import Lion
+from .memory import memory
 from .optimizer import FusedOptimizer, registry
 from .release import enable_gradient_release
 from .rmsprop import RMSprop
@@ -36,6 +37,7 @@ __all__ = [
     "check_rule",
     "convert",
     "enable_gradient_release",
+    "memory",
     "registry",
     "schedules",
     "stopping",

@@ -143,7 +143,7 @@ def load_root8(parts, dtype):
 def store_root8(parts, x, draw, role):
     root = x.float().sqrt()
     q = quantized(root, 255, parts[1])
-    parts[0].copy_(torch.where(root > 0, q.clamp_(min=1), q))
+    parts[0].copy_(torch.where(root > 0, q.clamp(min=1), q))
 
 
 def scaled(parts):

@@ -237,3 +237,31 @@ def test_values_that_somebody_else_wrote_count():
         # What was rounded off the old value is at most half a step of it.
         torch.testing.assert_close(p.detach(), before, rtol=2**-8, atol=2**-130)
         assert same_bits(p[:100].abs(), torch.zeros(100, dtype=torch.bfloat16)) or master == "split"
+
+
+@pytest.mark.parametrize("spread", [0.0, 1.0, 6.0])
+def test_eight_bits_are_off_by_half_a_step_at_most(spread):
+    """Of the block's largest value over 127, or of its root over 255. A small root that is not zero counts as one step,
+    so that nothing is divided by a zero that is none."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(1000, generator=generator) * torch.exp(spread * torch.randn(1000, generator=generator))
+    x[300:310] = 0.0
+    back = storage.decode(forms.SIGNED8, storage.encode(forms.SIGNED8, x, (1,)), torch.float32)
+    assert ((back - x).abs() <= 1.00001 * largest_of_blocks(x) / 254).all()
+    squares = x.square()
+    back = storage.decode(forms.ROOT8, storage.encode(forms.ROOT8, squares, (1,)), torch.float32)
+    step = largest_of_blocks(squares).sqrt() / 255
+    error = (back.sqrt() - x.abs()).abs()
+    assert (error <= 1.00001 * step * torch.where(x.abs() < step, 1.0, 0.5)).all()
+    assert torch.equal(back == 0, x == 0)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("form", [forms.SIGNED8, forms.ROOT8], ids=["signed8", "root8"])
+def test_nan_and_inf_fill_their_block_and_no_other(form, bad):
+    x = torch.ones(1000)
+    x[300] = bad
+    back = storage.decode(form, storage.encode(form, x, (1,)), torch.float32)
+    assert back[256:512].isnan().all()
+    torch.testing.assert_close(back[:256], x[:256])
+    torch.testing.assert_close(back[512:], x[512:])

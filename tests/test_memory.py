@@ -1,0 +1,49 @@
+"""fusedopt.memory says before training what is allocated in it."""
+
+import pytest
+import torch
+
+import fusedopt
+
+
+@pytest.mark.parametrize("master", [None, "stochastic", "kahan", "split", "split8", "fp32"])
+@pytest.mark.parametrize("state_dtype", [None, torch.float32, torch.bfloat16, "8bit"])
+def test_it_is_what_a_step_allocates(master, state_dtype):
+    sizes = (5000, 33, 4096)
+    params = [torch.nn.Parameter(torch.ones(size, dtype=torch.bfloat16)) for size in sizes]
+    table = fusedopt.memory(params, fusedopt.AdamW, master=master, state_dtype=state_dtype)
+    (row,) = (row for row in table if row.chosen)
+    assert (row.master, row.state_dtype) == (master, state_dtype)
+    optimizer = fusedopt.AdamW(params, master=master, state_dtype=state_dtype)
+    for p in params:
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    beside = {"master", "master_low", "compensation"}
+    found = {
+        kind: sum(x.nbytes for p in params for key, x in optimizer.state[p].items() if key != "step" and kind(key))
+        for kind in (beside.__contains__, lambda key: key not in beside)
+    }
+    assert [row.masters, row.states] == pytest.approx([total / sum(sizes) for total in found.values()])
+    assert (row.parameters, row.gradients) == (2, 2)
+    assert fusedopt.memory(params, optimizer) == table
+
+
+def test_what_large_bfloat16_models_need_beside_the_gradient():
+    model = torch.nn.Linear(4096, 1024, bias=False, dtype=torch.bfloat16)
+    rows = {(row.master, row.state_dtype): row.total - row.gradients for row in fusedopt.memory(model, fusedopt.AdamW)}
+    assert rows[None, "8bit"] <= 4.1
+    assert rows["split8", "8bit"] <= 5.1
+    assert rows["fp32", torch.float32] == 14
+
+
+def test_it_prints_a_table_and_knows_what_makes_no_sense():
+    model = torch.nn.Linear(4, 3)
+    table = fusedopt.memory(model, fusedopt.Adam, state_dtype="8bit")
+    assert {row.master for row in table} == {None}
+    assert str(table).count("\n*") == 1
+    half = [torch.nn.Parameter(torch.ones(3, dtype=torch.float16))]
+    assert "split" not in {row.master for row in fusedopt.memory(half, fusedopt.SGD)}
+    with pytest.raises(TypeError, match="fusedopt"):
+        fusedopt.memory(model, torch.optim.Adam)
+    with pytest.raises(TypeError, match="lr"):
+        fusedopt.memory(model, fusedopt.Adam(model.parameters()), lr=1.0)
