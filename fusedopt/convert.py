@@ -58,10 +58,11 @@ def _classes(optimizer: Any) -> tuple[type, type[FusedOptimizer]]:
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise TypeError(f"convert takes an optimizer of torch.optim, got {type(optimizer).__name__}")
     fused = {_torch_class(cls): cls for cls in registry.values()}
+    fused.pop(torch.optim.Optimizer, None)  # the base of those that torch lacks
     for cls in type(optimizer).__mro__:
         if cls in fused:
             return cls, fused[cls]
-    known = ", ".join(cls.__name__ for cls in fused if cls is not torch.optim.Optimizer)
+    known = ", ".join(sorted(cls.__name__ for cls in fused))
     raise TypeError(f"fusedopt has no {type(optimizer).__name__}; it can take over {known}")
 
 
