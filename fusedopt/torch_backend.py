@@ -211,7 +211,7 @@ class Executor:
         terms = [stage for stage in update.on_update if stage.term is not None]
         for blocks, sizes, g in zip(run.blocks, run.sizes, run.grads):
             parts = list(zip(blocks, memory_order(g).split(self.block)))
-            directions = (self._direction(*part, update, factor) for part in parts)
+            directions = (self._direction(self._load(tensors), g, update, factor) for tensors, g in parts)
             found = itertools.repeat(())
             if terms and len(parts) == 1:
                 directions = list(directions)
@@ -222,18 +222,19 @@ class Executor:
             for tensors, direction, block_means in zip(blocks, directions, found):
                 self._follow(tensors, direction, block_means, update)
 
-    def _direction(self, tensors: Sequence[Tensor], g: Tensor, update: Update, factor: float) -> tuple:
+    def _direction(self, loaded: Sequence[Tensor], g: Tensor, update: Update, factor: float) -> tuple:
         """What the rule makes of one block: (u, g, p, states and averages), in the dtype of arithmetic."""
-        p, *kept = self._load(tensors)
+        p, *kept = loaded
         g = g.to(self.compute_dtype)
         g = through(update.on_grad, g if factor == 1 else g * factor, p)
         return self.bucket.rule.twin(g, kept[: len(self.bucket.rule.states)], update.h), g, p, kept
 
     def _glimpses(self, parts: Sequence[tuple], update: Update, factor: float) -> Iterator[tuple]:
         """The directions, one after the other, with the states left as they are."""
-        for (p, *kept), g in parts:
-            kept = [x.clone() for x in kept] if self.computes_in_place else kept
-            yield self._direction((p, *kept), g, update, factor)
+        for tensors, g in parts:
+            # What has the dtype of arithmetic already was not copied by loading it.
+            p, *kept = self._load(tensors)
+            yield self._direction((p, *(x.clone() for x in kept)), g, update, factor)
 
     def _means(self, stages: Sequence[Stage], directions: Iterable[tuple], sizes: Sequence[int]) -> Iterable[list]:
         """For each block the means that these stages need."""

@@ -10,7 +10,7 @@ from pairs import Pair, assert_same, close, snapshot
 from rule_cases import optimizer, parameters, results, same_bits, set_gradients, tensors
 
 import fusedopt
-from fusedopt import means
+from fusedopt import means, torch_backend
 
 
 class Cautious:
@@ -226,3 +226,30 @@ def test_wrong_values():
     for value in (1, "yes", None):
         with pytest.raises(TypeError, match="cautious must be True or False"):
             fusedopt.Adam(model("tiny"), cautious=value)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "storage"),
+    [
+        (torch.float32, {}),
+        (torch.float32, {"state_dtype": "8bit"}),
+        (torch.bfloat16, {}),
+        (torch.bfloat16, {"state_dtype": torch.float32}),
+        (torch.bfloat16, {"master": "kahan"}),
+    ],
+    ids=str,
+)
+def test_tensors_of_several_blocks(dtype, storage, monkeypatch):
+    """torch takes a large tensor block by block, and computes each block's direction twice, once for the mean. States
+    follow the gradient once all the same, however they are stored: the bits are those of one large block. (The mean is
+    of a count, hence exact.)"""
+    ends = []
+    for block in (1024, 2**20):
+        monkeypatch.setattr(torch_backend, "BLOCK", block)
+        (p,) = params = parameters([5000], "cpu", dtype)
+        made = fusedopt.AdamW(params, lr=0.1, cautious=True, backend="torch", **storage)
+        for t in range(3):
+            set_gradients(params, tensors([5000], "cpu", dtype, seed=t))
+            made.step()
+        ends.append([p.detach(), *(x for x in made.state[p].values() if isinstance(x, torch.Tensor))])
+    assert len(ends[0]) > 2 and all(map(same_bits, *ends))
