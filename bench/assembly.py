@@ -11,6 +11,9 @@ from typing import Any, NamedTuple
 
 import triton
 
+CALL = 10**6
+"""What a call weighs in a search for the shortest way, in instructions: more than any program has."""
+
 
 class Instruction(NamedTuple):
     place: str
@@ -45,6 +48,8 @@ class Instruction(NamedTuple):
 
 class Way(NamedTuple):
     instructions: int
+    loads: int
+    """How many load with the full width, in all of the program."""
     load_bits: int
     store_bits: int
 
@@ -76,24 +81,26 @@ def _amd(text: str) -> list[Instruction]:
 
 def whole_tiles(program: list[Instruction]) -> Way:
     """The way of a thread whose tiles are whole and aligned: the shortest from the start through the first wide load
-    to the last wide store or, where that load stands in a loop, once around the loop. It calls no subroutine: division
-    and square root do for numbers near the ends of the range only."""
+    to the last wide store or, where that load stands in a loop, once around the loop. Around blocks that call a
+    subroutine where possible: division and square root do for numbers near the ends of the range only."""
     load_bits = max(instruction.width("load") for instruction in program)
     blocks, following = _graph(program)
+    lengths = [len(block) + CALL * any("CALL" in program[n].text for n in block) for block in blocks]
     widths = [[program[n].width("load") for n in block] for block in blocks]
     loading = next(number for number, found in enumerate(widths) if load_bits in found)
-    way = _shortest(blocks, following, loading, loading)
-    if way is None:
+    way = _shortest(lengths, following, loading, loading)
+    if not way:
         stores = [number for number, block in enumerate(blocks) if any(program[n].width("store") >= 64 for n in block)]
         # _shortest leaves out the block that it starts from, and would go around to come back to it.
-        there = [0, *_shortest(blocks, following, 0, loading)] if loading else [0]
-        way = there if stores[-1] == loading else [*there, *_shortest(blocks, following, loading, stores[-1])]
+        there = [0, *_shortest(lengths, following, 0, loading)] if loading else [0]
+        way = there if stores[-1] == loading else [*there, *_shortest(lengths, following, loading, stores[-1])]
     taken = [n for number in way for n in blocks[number]]
-    return Way(len(taken), load_bits, max(program[n].width("store") for n in taken))
+    loads = sum(instruction.width("load") == load_bits for instruction in program)
+    return Way(len(taken), loads, load_bits, max(program[n].width("store") for n in taken))
 
 
 def _graph(program: list[Instruction]) -> tuple[list[range], list[list[int]]]:
-    """Basic blocks, and which may follow each. A block that calls is followed by none."""
+    """Basic blocks, and which may follow each."""
     places = {instruction.place: number for number, instruction in enumerate(program) if instruction.place}
     targets = [places.get(instruction.target) for instruction in program]
     ends = {n + 1 for n, instruction in enumerate(program) if instruction.leaves}
@@ -106,13 +113,14 @@ def _graph(program: list[Instruction]) -> tuple[list[range], list[list[int]]]:
         after = [number + 1] if number + 1 < len(blocks) and not last.always_leaves else []
         if targets[block[-1]] is not None:
             after.append(number_of[targets[block[-1]]])
-        following.append([] if any("CALL" in program[n].text for n in block) else after)
+        following.append(after)
     return blocks, following
 
 
-def _shortest(blocks: list[range], following: list[list[int]], start: int, end: int) -> list[int] | None:
-    """The blocks after ``start`` up to ``end``, with the fewest instructions; around a loop if they are the same."""
-    queue = [(len(blocks[number]), [number]) for number in following[start]]
+def _shortest(lengths: list[int], following: list[list[int]], start: int, end: int) -> list[int]:
+    """The blocks after ``start`` up to ``end``, with the fewest instructions; around a loop if they are the same.
+    Empty if there is no way."""
+    queue = [(lengths[number], [number]) for number in following[start]]
     heapq.heapify(queue)
     seen: set[int] = set()
     while queue:
@@ -122,5 +130,5 @@ def _shortest(blocks: list[range], following: list[list[int]], start: int, end: 
         if way[-1] not in seen:
             seen.add(way[-1])
             for number in following[way[-1]]:
-                heapq.heappush(queue, (length + len(blocks[number]), [*way, number]))
-    return None
+                heapq.heappush(queue, (length + lengths[number], [*way, number]))
+    return []

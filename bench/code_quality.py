@@ -27,6 +27,7 @@ sys.path.insert(0, str(TESTS))
 import aot  # noqa: E402
 import triton  # noqa: E402
 from assembly import disassemble, whole_tiles  # noqa: E402
+from measure import NORM_KERNEL  # noqa: E402
 from rule_cases import ADDRESSES, CASES, declared_rules  # noqa: E402
 from shapes import MODELS, elements  # noqa: E402
 from triton.runtime import driver  # noqa: E402
@@ -120,12 +121,17 @@ def describe(kernel: Any, target: str, address: str, dtype: str) -> Kernel:
     way = whole_tiles(disassemble(kernel))
     name = kernel.metadata.name
     param, state = aot.DTYPES[dtype]
-    updates = name.startswith("step_")
-    states = len(declared_rules()[name.removeprefix("step_")].states) if updates else 0
-    # Gradient read; parameter and states read and written.
-    moved = param.itemsize * (3 if updates else 1) + 2 * states * state.itemsize
     tile = kernel.src.constants[(kernel.src.fn.arg_names.index("BLOCK"),)]
     per_thread = tile / (kernel.metadata.num_warps * TARGETS[target].warp_size)
+    updates = name.startswith("step_")
+    if updates:
+        # Gradient read; parameter and states read and written.
+        states = len(declared_rules()[name.removeprefix("step_")].states)
+        moved = 3 * param.itemsize + 2 * states * state.itemsize
+    elif name == NORM_KERNEL:
+        moved = param.itemsize
+    else:
+        moved = round(way.loads * way.load_bits / 8 / per_thread)  # means: they write a number per tensor
     made = Kernel(
         triton.__version__, target, name, address if updates else "", dtype, facts["registers"], facts["stack"],
         facts["shared"], way.load_bits, way.store_bits,

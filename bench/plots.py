@@ -17,6 +17,7 @@ from shapes import TITLES
 COLORS = {
     "fusedopt": "#d1495b",
     "fusedopt flatten": "#edae49",
+    "fusedopt 8-bit": "#f2d0a4",
     "fused": "#00798c",
     "foreach": "#30638e",
     "forloop": "#8d96a3",

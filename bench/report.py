@@ -18,7 +18,7 @@ README = HISTORY.parent.parent / "README.md"
 BEGIN = "<!-- made by bench/report.py from bench/history.csv: do not edit -->"
 END = "<!-- end -->"
 
-OURS = "fusedopt", "fusedopt flatten"
+OURS = "fusedopt", "fusedopt flatten", "fusedopt 8-bit"
 
 MANY = 6
 """Checks of one kind, above which a summary only counts those that passed."""
@@ -175,7 +175,7 @@ def summary(rows: list[Row]) -> str:
             share = "" if row.bandwidth is None else f" {row.bandwidth:.0%}"
             ratio = "" if row.ratio is None else f" {row.ratio:.2f} {row.rival}"
             kind = "".join([" clip" * bool(row.clip), " amp" * bool(row.amp), " bf16" * row.dtype.startswith("b")])
-            flat = " flat" * row.implementation.endswith("flatten")
+            flat = row.implementation.removeprefix("fusedopt")
             counts = f" {_number(row.launches)} {_number(row.waits)}" if row.launches is not None else ""
             lines.append(f"{row.model} {row.optimizer}{kind}{flat}: {values}{share}{counts};{ratio}")
     return "\n".join(lines)

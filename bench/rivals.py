@@ -15,7 +15,7 @@ from variants import LR, Variant
 
 import fusedopt
 
-CLIPS = "fusedopt", "fusedopt flatten"
+CLIPS = "fusedopt", "fusedopt flatten", "fusedopt 8-bit"
 """Those that clip inside their step; for the others ``clip_grad_norm_`` runs before it."""
 
 TORCH = "forloop", "foreach", "fused", "compiled"
@@ -100,6 +100,7 @@ IMPLEMENTATIONS = {
     for implementation in (
         Implementation("fusedopt", ours()),
         Implementation("fusedopt flatten", ours(flatten=True)),
+        Implementation("fusedopt 8-bit", ours(state_dtype="8bit"), EIGHT_BITS),
         Implementation("forloop", torchs(foreach=False)),
         Implementation("foreach", torchs(foreach=True)),
         Implementation("fused", torchs(fused=True)),
