@@ -1,36 +1,48 @@
 """fusedopt: torch.optim with the whole step in one or two GPU launches, and a fast torch fallback."""
 
 from . import schedules, stopping
+from .adadelta import Adadelta
 from .adagrad import Adagrad
 from .adam import Adam, AdamW
+from .adamax import Adamax
 from .adan import Adan
 from .ademamix import AdEMAMix
 from .amp import GradScaler
+from .asgd import ASGD
 from .backends import Backend, backend
 from .check import check_rule
 from .convert import convert
 from .lion import Lion
 from .memory import memory
+from .nadam import NAdam
 from .optimizer import FusedOptimizer, registry
+from .radam import RAdam
 from .release import enable_gradient_release
 from .rmsprop import RMSprop
+from .rprop import Rprop
 from .rule import Rule
 from .sgd import SGD
 from .stable_adamw import StableAdamW
 
 __version__ = "0.1.0"
 __all__ = [
+    "ASGD",
     "SGD",
     "AdEMAMix",
+    "Adadelta",
     "Adagrad",
     "Adam",
     "AdamW",
+    "Adamax",
     "Adan",
     "Backend",
     "FusedOptimizer",
     "GradScaler",
     "Lion",
+    "NAdam",
+    "RAdam",
     "RMSprop",
+    "Rprop",
     "Rule",
     "StableAdamW",
     "backend",

@@ -133,9 +133,16 @@ def _subject(rule: Any, h: Numbers | None, options: dict[str, Any]) -> tuple[Rul
         raise TypeError(f"{rule.__name__} computes its numbers itself: leave h away, and give options instead")
     optimizer = rule([torch.nn.Parameter(torch.zeros(1))], **options)
     group = optimizer.param_groups[0]
-    found = optimizer.rule(group)._replace(averages=())  # they stand outside the formula
+    found = optimizer.rule(group)
+
+    def numbers(t: int) -> Numbers:
+        scalars = optimizer.initial_scalars(group)
+        for earlier in range(1, t if scalars else 1):
+            scalars = optimizer.next_scalars(group, earlier, *scalars)
+        return optimizer.hyper(group, t, *scalars)
+
     initial = {key: optimizer.initial_value(group, key) for key in found.states}
-    return found, lambda t: optimizer.hyper(group, t), initial
+    return found._replace(averages=(), scalars=()), numbers, initial  # both stand outside the formula
 
 
 def _random(case: Case, generator: torch.Generator) -> Tensor:

@@ -128,8 +128,9 @@ def _check_numbers(optimizer: Any, group: dict[str, Any], where: str) -> None:
     try:
         for key in _options(optimizer):
             group[key]
-        optimizer.rule(group)
-        optimizer.update(group, 1)
+        for key in optimizer.rule(group).keys:
+            optimizer.initial_value(group, key)
+        optimizer.update(group, 1, *optimizer.initial_scalars(group))
     except KeyError as error:
         raise ValueError(f"{where} has no {error}, only {_listed(group)}; {ANOTHER}") from None
     except (TypeError, ValueError) as error:
@@ -145,6 +146,10 @@ def _check_entry(optimizer: Any, group: dict[str, Any], p: Tensor, entry: Any, w
         if "step" not in entry:
             raise ValueError(f"{where} has no 'step', only {_listed(entry)}; {ANOTHER}")
         _check_step(entry["step"], where)
+    for key in optimizer.rule(group).scalars:
+        if key not in entry:
+            raise ValueError(f"{where} has no {key!r}, only {_listed(entry)}; {ANOTHER}")
+        _number(entry[key], f"{where}[{key!r}]")
     for key in optimizer.rule(group).keys:
         value = entry.get(key)
         if value is None and not optimizer.counts_steps:
@@ -174,12 +179,15 @@ def _check_master(entry: Mapping, p: Tensor, where: str) -> None:
 
 
 def _check_step(step: Any, where: str) -> None:
-    try:
-        number = float(step)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise TypeError(f"{where}['step'] must be a number, got {step!r}") from error
-    if not 0 <= number < math.inf:
+    if not 0 <= _number(step, f"{where}['step']") < math.inf:
         raise ValueError(f"{where}['step'] must be a number of steps, got {step!r}")
+
+
+def _number(value: Any, where: str) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"{where} must be a number, got {value!r}") from error
 
 
 def _listed(mapping: Mapping) -> str:

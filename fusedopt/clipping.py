@@ -182,6 +182,11 @@ def hypot(norms: Sequence[float]) -> float:
     return math.nan if any(map(math.isnan, norms)) else math.hypot(*norms)
 
 
+def _is_over(event: torch.cuda.Event | None) -> bool:
+    """Whether the device has come as far as this; without an event it has."""
+    return event is None or event.query()
+
+
 class Skips:
     """How many steps were skipped, and how many of those the host has heard of.
 
@@ -196,7 +201,7 @@ class Skips:
         self.count = 0
         self.device: Tensor | None = None
         self.known = 0
-        self.unheard: deque[tuple[torch.cuda.Event, Tensor]] = deque()
+        self.unheard: deque[tuple[torch.cuda.Event | None, Tensor]] = deque()
         self.free: list[tuple[torch.cuda.Event, Tensor]] = []
 
     def verdict(self, device: torch.device) -> Tensor:
@@ -210,7 +215,10 @@ class Skips:
 
     def listen(self) -> None:
         """Ask for the count as it is after the step just launched."""
-        if self.device is None or not self.device.is_cuda:
+        if self.device is None:
+            return
+        if not self.device.is_cuda:
+            self.unheard.append((None, self.device[3:].clone()))
             return
         if not self.free:
             copy = torch.empty(1, dtype=torch.float64, device="cpu", pin_memory=True)
@@ -223,16 +231,13 @@ class Skips:
 
     def resolve(self, wait: bool = False) -> int:
         """How many skipped steps the host has newly heard of."""
-        if self.device is None:
-            return 0
         heard = self.known
-        if not self.device.is_cuda:
-            heard = int(self.device[3])
-        while self.unheard and (wait or len(self.unheard) > self.FURTHEST or self.unheard[0][0].query()):
+        while self.unheard and (wait or len(self.unheard) > self.FURTHEST or _is_over(self.unheard[0][0])):
             event, copy = self.unheard.popleft()
-            event.synchronize()
+            if event is not None:
+                event.synchronize()
+                self.free.append((event, copy))
             heard = int(copy)
-            self.free.append((event, copy))
         new, self.known = heard - self.known, heard
         return new
 

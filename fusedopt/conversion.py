@@ -84,8 +84,11 @@ def hold(optimizer: Any, state_dict: Mapping[str, Any]) -> dict[str, Any]:
 def _held(optimizer: Any, rule: Rule, p: Tensor, entry: dict[str, Any]) -> dict[str, Any]:
     part = local(p)
     stored = storage(p, rule, optimizer._settings, optimizer.state.get(p, {}))
+    numbers = [key for key in rule.scalars if isinstance(entry.get(key), Tensor)]
+    if numbers:
+        entry = {**entry, **{key: Held(entry[key].detach().to("cpu", copy=True)) for key in numbers}}
     if stored.plain and stored.dtypes == {p.dtype} and not _is_stored(rule.keys, entry):
-        return entry  # as in torch
+        return entry  # the tensors as in torch
     here = {key: local(x).to(part.device) if isinstance(x, Tensor) else x for key, x in entry.items()}
     held = dict(entry)
     for role, form in stored.kept:
@@ -169,6 +172,7 @@ def load_master_state_dict(optimizer: Any, masters: Mapping[int | str, Tensor]) 
         if not state and optimizer.counts_steps:
             # torch's classes take a state without these for a broken one.
             state["step"] = torch.zeros((), dtype=_get_scalar_dtype())
+            state |= dict(zip(optimizer.rule(group).scalars, optimizer.initial_scalars(group)))
             for role, form in stored.kept:
                 initial = partial(optimizer.initial_value, group, role)
                 made = [torch.full(part.size(), initial(), dtype=wide(part), device=part.device)]

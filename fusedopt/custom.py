@@ -2,9 +2,9 @@
 
     from fusedopt.custom import jit, tl
 
-``jit`` is ``triton.jit``, ``tl`` is ``triton.language``, and ``divide``, ``sqrt``, ``ema``, ``ema_of_squares`` are the
-functions that the rules of ``kernels/rules.py`` are made of. Without Triton ``jit`` returns the function as it is, and
-the others are None: nothing will call them there.
+``jit`` is ``triton.jit``, ``tl`` is ``triton.language``, and ``divide``, ``sqrt``, ``sign``, ``ema``,
+``ema_of_squares`` are the functions that the rules of ``kernels/rules.py`` are made of. Without Triton ``jit`` returns
+the function as it is, and the others are None: nothing will call them there.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 from .backends import triton_problem
 
-LANGUAGE = ("tl", "divide", "sqrt", "ema", "ema_of_squares")
+LANGUAGE = ("tl", "divide", "sqrt", "sign", "ema", "ema_of_squares")
 
 
 def jit(function: Callable) -> Callable:

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from . import clipping, torch_backend, torch_forms
-from .plan import Bucket, Cohort, Place, Plan
+from .cohorts import Cohort
+from .plan import Bucket, Place, Plan
 from .rule import Update
 from .settings import CLIP, Settings
 from .shards import is_distributed, local_grads
@@ -144,14 +145,18 @@ class Engine:
 
         def update(cohort: Cohort, skipped: int = 0) -> Update:
             """The numbers of this step, if ``skipped`` more steps were skipped than the host knows."""
-            update = optimizer.update(cohort.group, cohort.t + 1 - skipped)
+            scalars = cohort.earlier if skipped else cohort.scalars
+            update = optimizer.update(cohort.group, cohort.t + 1 - skipped, *scalars)
             return update if decay is None else update._replace(averages=(*update.averages, 1 - decay))
 
         for executor in self.executors:
             executor.step(update, self.verdict, self.skips)
         if self.plan.shards is not None:
             torch.autograd.graph.increment_version(self.plan.shards.params)
-        self.plan.advance(1)
+        if self.verdict.device is not None and self.plan.has_scalars:
+            # What the latest step makes of the scalars depends on whether the one before it was skipped.
+            self._hear(optimizer, wait=True)
+        self.plan.advance(optimizer, 1)
         if self.verdict.device is not None:
             self.skips.listen()
             self._hear(optimizer, wait=False)
@@ -183,7 +188,7 @@ class Engine:
         """Take back the steps that turned out to be skipped."""
         skipped = self.skips.resolve(wait)
         if skipped:
-            self.plan.advance(-skipped)
+            self.plan.advance(optimizer, -skipped)
             self._drop_unwritten(optimizer)
 
     def _drop_unwritten(self, optimizer: Any) -> None:

@@ -56,21 +56,22 @@ class Space:
         self.size = -(-end // ALIGNMENT) * ALIGNMENT
         self.buffers: dict[str, Tensor] = {}
         self.per: dict[str, int] = {}
+        self.numbers: dict[str, Tensor] = {}
+        """What is one number per tensor: step counts and their like, on the host as in torch."""
         self.copies: dict[tuple[str, torch.dtype], Tensor] = {}
 
     def allocate(self, role: str, dtype: torch.dtype, per: int = 1) -> None:
-        """Step counts are one number per tensor, on the host as in torch; all else has the full layout, with one
-        number ``per`` so many elements."""
-        if role == "step":
-            self.buffers[role] = torch.zeros(len(self.sizes), dtype=dtype, device="cpu")
-        else:
-            self.buffers[role] = torch.zeros(self.size // per, dtype=dtype, device=self.device)
-            self.per[role] = per
+        """A buffer with one number ``per`` so many elements."""
+        self.buffers[role] = torch.zeros(self.size // per, dtype=dtype, device=self.device)
+        self.per[role] = per
+
+    def allocate_numbers(self, role: str, dtype: torch.dtype) -> None:
+        self.numbers[role] = torch.zeros(len(self.sizes), dtype=dtype, device="cpu")
 
     def view(self, role: str, index: int) -> Tensor:
-        """The ``index``-th tensor in that role, with its parameter's shape and strides."""
-        if role == "step":
-            return self.buffers[role][index]
+        """The ``index``-th tensor in that role: its number, or what has its parameter's shape and strides."""
+        if role in self.numbers:
+            return self.numbers[role][index]
         if self.per[role] > 1:
             # Of tensors that are not packed, and so start at multiples of ALIGNMENT.
             first, last = self.offsets[index] // self.per[role], -(-self.end(index) // self.per[role])
@@ -89,7 +90,8 @@ class Space:
     def uses(self) -> list[int]:
         """How many tensors hold on to each buffer. Every view given out is one of them, until it is freed or somebody
         gives it other memory (``view.data = ...``): one number tells of all, without asking each for its address."""
-        return [torch._C._storage_Use_Count(b.untyped_storage()._cdata) for b in self.buffers.values()]
+        buffers = (*self.buffers.values(), *self.numbers.values())
+        return [torch._C._storage_Use_Count(b.untyped_storage()._cdata) for b in buffers]
 
     def end(self, index: int) -> int:
         return self.offsets[index] + self.sizes[index].numel()

@@ -10,11 +10,12 @@ import inspect
 import math
 import sys
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import _get_scalar_dtype
 
 from . import checkpoints, conversion, ema, storage
 from .ema import EmaParameters
@@ -48,7 +49,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         g <- clip, negate, decay (g)      u, states <- rule(g, states, h)      p <- p - lr decay (u)
 
     A subclass names its rule and computes the group's numbers: ``rule(group)``, ``hyper(group, t)`` and, where they
-    differ from the defaults, ``lr``, ``decoupled``, ``initial_value``.
+    differ from the defaults, ``lr``, ``decoupled`` or ``decays``, ``initial_value``; for a rule with averages
+    ``averages``, for one with scalars ``next_scalars``, and all of these but the last get the scalars after ``t``.
 
     Shapes: gradients and states have their parameter's, which may be any, with any strides. Dtypes: parameters are
     float64, float32, bfloat16 or float16; arithmetic is float32, in float64 for float64. Errors: torch's own where
@@ -101,33 +103,52 @@ class FusedOptimizer(torch.optim.Optimizer):
         """The formula that this group's options select. ValueError if they contradict the settings."""
         raise NotImplementedError
 
-    def hyper(self, group: dict[str, Any], t: int) -> Numbers:
+    def hyper(self, group: dict[str, Any], t: int, *scalars: Tensor) -> Numbers:
         """The rule's ``h`` at the group's ``t``-th step, counted from 1, in float64."""
         raise NotImplementedError
 
-    def lr(self, group: dict[str, Any], t: int) -> float:
+    def lr(self, group: dict[str, Any], t: int, *scalars: Tensor) -> float:
         return float(group["lr"])
+
+    def averages(self, group: dict[str, Any], t: int, *scalars: Tensor) -> Numbers:
+        """The weight of the new parameter in each of the rule's averages."""
+        return ()
+
+    def initial_scalars(self, group: dict[str, Any]) -> tuple[Tensor, ...]:
+        """The rule's scalars before the first step."""
+        values = (self.initial_value(group, key) for key in self.rule(group).scalars)
+        return tuple(torch.tensor(value, dtype=_get_scalar_dtype(), device="cpu") for value in values)
+
+    def next_scalars(self, group: dict[str, Any], t: int, *scalars: Tensor) -> Sequence[Tensor]:
+        """What the ``t``-th step makes of the rule's scalars; it used ``scalars``."""
+        raise NotImplementedError
 
     def decoupled(self, group: dict[str, Any]) -> bool:
         """Whether weight decay is added after the rule instead of to the gradient."""
         return False
 
+    def decays(self, group: dict[str, Any]) -> tuple[float, float]:
+        """How much of the parameter is added to the gradient, and to what the rule returns."""
+        weight_decay = float(group.get("weight_decay", 0.0))
+        return (0.0, weight_decay) if self.decoupled(group) else (weight_decay, 0.0)
+
     def initial_value(self, group: dict[str, Any], key: str) -> float:
         """What the state ``key`` is filled with before the first step."""
         return 0.0
 
-    def update(self, group: dict[str, Any], t: int) -> Update:
+    def update(self, group: dict[str, Any], t: int, *scalars: Tensor) -> Update:
         """All numbers of one step of one group. Order as in torch: clip, negate, decay."""
-        weight_decay, decoupled = float(group.get("weight_decay", 0.0)), self.decoupled(group)
+        in_gradient, in_update = self.decays(group)
         on_grad = (
             Stage("clip_value", self._settings.value_limits, (-math.inf, math.inf)),
             Stage("maximize", (-1.0 if group.get("maximize") else 1.0,), (1.0,)),
-            Stage("decay", (0.0 if decoupled else weight_decay,), (0.0,)),
+            Stage("decay", (in_gradient,), (0.0,)),
         )
-        on_update = (Stage("decay", (weight_decay if decoupled else 0.0,), (0.0,)),)
+        on_update = (Stage("decay", (in_update,), (0.0,)),)
         if self._settings.cautious:
             on_update = (CAUTIOUS, *on_update)
-        return Update(self.lr(group, t), self.hyper(group, t), on_grad, on_update)
+        lr, h, averages = (of(group, t, *scalars) for of in (self.lr, self.hyper, self.averages))
+        return Update(lr, h, on_grad, on_update, averages)
 
     # The protocol
 

@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import _get_scalar_dtype
 
+from .cohorts import Scalar
 from .flat import Space, alias, is_dense
 from .shards import local
-from .storage import Part, Storage, converted, part_key, state_keys, superseded
+from .storage import Part, Storage, converted, part_key, superseded
 
 
 @dataclasses.dataclass(slots=True, eq=False)
@@ -45,14 +45,19 @@ class Place:
     def open(self, key: str, dtype: torch.dtype, per: int = 1) -> Tensor:
         """A view of this parameter's part of the buffer ``key``, with storage of its own; or a distributed tensor.
         ``per``: how many elements share one number."""
-        if self.like is not None and key != "step" and per == 1:
+        if self.like is not None and per == 1:
             whole = torch.zeros_like(self.like, dtype=dtype)
             self.keep(key, local(whole))
             return whole
-        space = self.space
-        if key not in space.buffers:
-            space.allocate(key, dtype, per)
-        return self.keep(key, alias(space.view(key, self.index)))
+        if key not in self.space.buffers:
+            self.space.allocate(key, dtype, per)
+        return self.keep(key, alias(self.space.view(key, self.index)))
+
+    def open_number(self, key: str, dtype: torch.dtype) -> Tensor:
+        """A view of this parameter's number among those of ``key``, with storage of its own."""
+        if key not in self.space.numbers:
+            self.space.allocate_numbers(key, dtype)
+        return self.keep(key, alias(self.space.view(key, self.index)))
 
     def keep(self, key: str, view: Tensor) -> Tensor:
         self.views[key] = view
@@ -71,7 +76,7 @@ class Place:
             self.copies[role, dtype] = copy
         return copy
 
-    def fits(self, p: Tensor, parts: dict[str, Part], packed: bool) -> bool:
+    def fits(self, p: Tensor, parts: dict[str, Part], numbers: dict[str, Scalar], packed: bool) -> bool:
         space, i = self.space, self.index
         if (space.device, space.dtype, space.sizes[i]) != (p.device, p.dtype, p.size()) or packed < self.packed:
             return False
@@ -80,7 +85,8 @@ class Place:
                 return False
         elif packed and not self.packed:
             return False
-        return all(key not in space.buffers or space.buffers[key].dtype == part.dtype for key, part in parts.items())
+        buffers = {**space.buffers, **space.numbers}
+        return all(buffers[key].dtype == x.dtype for key, x in {**parts, **numbers}.items() if key in buffers)
 
 
 def has_shared_state(optimizer: Any, p: Tensor, place: Place | None) -> bool:
@@ -97,17 +103,18 @@ def is_shared(value: Any) -> bool:
 
 
 def adopt_states(
-    optimizer: Any, p: Tensor, group: dict, place: Place, stored: Storage, taken: int
+    optimizer: Any, p: Tensor, group: dict, place: Place, stored: Storage, numbers: dict[str, Scalar]
 ) -> list[tuple[Tensor, Tensor | float]]:
-    """Make ``optimizer.state[p]`` hold views of the place. Returns what has to be written into them."""
-    keys = state_keys(optimizer, stored)
-    if not keys:
+    """Make ``optimizer.state[p]`` hold views of the place. Returns what has to be written into them. ``numbers`` are
+    the step count, where there is one, and the rule's scalars."""
+    if not numbers and not stored.parts:
         return []
     state = optimizer.state[p]
     writes = []
-    if "step" in keys and not place.holds("step", state.get("step")):
-        view = state["step"] = place.open("step", _get_scalar_dtype())
-        writes.append((view, float(taken)))
+    for key, number in numbers.items():
+        if not place.holds(key, state.get(key)):
+            view = state[key] = place.open_number(key, number.dtype)
+            writes.append((view, number.value))
     for role, form in (("", stored.param), *stored.kept):
         parts = {part_key(role, part): part for part in form.parts}
         parts.pop("", None)

@@ -15,15 +15,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import _get_scalar_dtype
 
 from . import ema
 from .backends import Backend
+from .cohorts import Cohort, Scalar
 from .distributed import Groups, Reduction
 from .flat import Space, is_dense
 from .places import Place, adopt_states, flatten, has_shared_state, write
 from .rule import Rule
 from .shards import Shards, is_distributed, local
-from .storage import Storage, state_keys
+from .storage import Storage, counts_steps, state_keys
 from .survey import Entry, NotFusable, survey
 
 SMALL = 16384
@@ -51,17 +53,6 @@ class Member:
     place: Place
     first_draw: int
     """The number of its first eight elements among all eights of the optimizer: see philox.py."""
-
-
-@dataclasses.dataclass(slots=True, eq=False)
-class Cohort:
-    """The parameters of one group that have been stepped equally often."""
-
-    number: int
-    group: dict[str, Any]
-    t: int
-    """Steps taken."""
-    members: list[Member] = dataclasses.field(default_factory=list)
 
 
 @dataclasses.dataclass(slots=True, eq=False)
@@ -116,17 +107,19 @@ class Plan:
         self.addresses = list(map(Tensor.data_ptr, self.active))
         self.strides = list(map(Tensor.stride, self.active))
         self.spaces = list({id(m.place.space): m.place.space for m in members}.values())
-        self.steps = [space.buffers["step"] for space in self.spaces if "step" in space.buffers]
-        self.stepped = [_stepped(space, members) for space in self.spaces if "step" in space.buffers]
+        self.steps = [space.numbers["step"] for space in self.spaces if "step" in space.numbers]
+        self.stepped = [_stepped(space, members) for space in self.spaces if "step" in space.numbers]
+        self.numbers = [numbers for space in self.spaces for numbers in space.numbers.values()]
+        self.has_scalars = any(bucket.rule.scalars for bucket in self.buckets)
         self.identities = _identities(optimizer, self.params)
-        self.views = [_views(optimizer, bucket) for bucket in self.buckets if state_keys(optimizer, bucket.stored)]
+        self.views = [_views(optimizer, b) for b in self.buckets if state_keys(optimizer, b.rule, b.stored)]
         owners = [m.owner for m in members if is_distributed(m.owner)]
         states = (value for _, views in self.views for value in views if is_distributed(value))
         self.shards = Shards(owners, states) if owners else None
         self.note_steps()
 
     def note_steps(self) -> None:
-        self.step_values = [steps.tolist() for steps in self.steps]
+        self.values = [numbers.tolist() for numbers in self.numbers]
 
     def holds(self, optimizer: Any, params: list[Tensor], grads: list[Tensor | None]) -> bool:
         """Whether the same plan serves this step. Runs at every step: about 0.3 us per parameter.
@@ -149,7 +142,7 @@ class Plan:
             and list(map(Tensor.numel, active_grads)) == self.sizes
             and self._states_hold()
             and (self.shards is None or self.shards.hold())
-            and self.step_values == [steps.tolist() for steps in self.steps]
+            and self.values == [numbers.tolist() for numbers in self.numbers]
         )
 
     def _states_hold(self) -> bool:
@@ -165,13 +158,14 @@ class Plan:
         """Remember how often the spaces' buffers are in use, now that the executors have their views of them."""
         self.uses = [space.uses() for space in self.spaces]
 
-    def advance(self, by: int) -> None:
-        """Count steps that were taken, or take back what turned out to be skipped."""
+    def advance(self, optimizer: Any, by: int) -> None:
+        """Count steps that were taken, or take back what turned out to be skipped: of a rule with scalars the latest
+        step at most."""
         if not by:
             return
         for bucket in self.buckets:
             for cohort in bucket.cohorts:
-                cohort.t += by
+                cohort.turn(optimizer, bucket.rule, by)
         for steps, stepped in zip(self.steps, self.stepped):
             steps.add_(stepped, alpha=by)
         self.note_steps()
@@ -179,7 +173,7 @@ class Plan:
 
 def _views(optimizer: Any, bucket: Bucket) -> tuple[Callable[[], Iterable[Tensor]], list[Tensor]]:
     """How to read all states of a bucket's parameters, and which they are now."""
-    keys = state_keys(optimizer, bucket.stored)
+    keys = state_keys(optimizer, bucket.rule, bucket.stored)
     dicts = [optimizer.state[m.owner] for m in bucket.members]
     get = itemgetter(*keys)
 
@@ -202,14 +196,14 @@ def _same(a: list[Any], b: list[Any]) -> bool:
 
 def _stepped(space: Space, members: list[Member]) -> Tensor:
     """1 for each of the space's tensors that takes this step, else 0."""
-    stepped = torch.zeros_like(space.buffers["step"])
+    stepped = torch.zeros_like(space.numbers["step"])
     stepped[[m.place.index for m in members if m.place.space is space]] = 1
     return stepped
 
 
 def _settle(optimizer: Any, key: tuple, entries: list[Entry], places: dict[Tensor, Place]) -> Bucket:
     """Give every parameter of a bucket its place, and its state the place's memory."""
-    device, dtype, grad_dtype, rule, choice, stored, spread = key
+    device, dtype, grad_dtype, rule, choice, stored, spread, _ = key
     distributed = spread is not None
     owners, params = [entry.owner for entry in entries], [entry.param for entry in entries]
     overlapping = _overlapping(params)
@@ -234,10 +228,12 @@ def _settle(optimizer: Any, key: tuple, entries: list[Entry], places: dict[Tenso
     # What was gathered once stays so, or parameters that have no gradient at some steps would wander.
     packed = [a or (b and (enough or (p in places and places[p].packed))) for a, b, p in zip(irregular, small, owners)]
 
+    counts = counts_steps(optimizer, stored)
+    numbers = [_numbers(entry, rule, counts) for entry in entries]
     homeless = [
         (entry, pack)
-        for entry, pack in zip(entries, packed)
-        if entry.owner not in places or not places[entry.owner].fits(entry.param, stored.parts, pack)
+        for entry, beside, pack in zip(entries, numbers, packed)
+        if entry.owner not in places or not places[entry.owner].fits(entry.param, stored.parts, beside, pack)
     ]
     if homeless:
         # Small ones first, and group by group, so that each cohort's lie side by side; within a group by shape, so
@@ -251,23 +247,34 @@ def _settle(optimizer: Any, key: tuple, entries: list[Entry], places: dict[Tenso
             places[owner] = Place(space, index, pack, owned=owned, like=owner if distributed else None)
 
     flattened = flatten([places[p] for p in owners], params, settings.flatten and not distributed)
-    cohorts: dict[tuple[int, int], Cohort] = {}
+    cohorts: dict[tuple, Cohort] = {}
     members, writes = [], []
-    for owner, p, position, number, group, taken, first_draw in entries:
+    for (owner, p, position, number, group, taken, scalars, first_draw), beside in zip(entries, numbers):
         place = places[owner]
-        writes += adopt_states(optimizer, owner, group, place, stored, taken)
+        writes += adopt_states(optimizer, owner, group, place, stored, beside)
         if settings.ema_decay is not None:
             writes += ema.adopt(optimizer._ema, owner, place)
-        cohort = cohorts.setdefault((number, taken), Cohort(len(cohorts), group, taken))
+        key = (number, taken, scalars)
+        if key not in cohorts:
+            cohorts[key] = Cohort(len(cohorts), group, taken, tuple(map(Scalar.tensor, scalars)))
+        cohort = cohorts[key]
         member = Member(owner, p, position, cohort.number, place, first_draw)
         cohort.members.append(member)
         members.append(member)
     write(optimizer, writes)
+    for cohort in cohorts.values() if rule.scalars else ():
+        cohort.find_slots()
     averages = rule.averages if settings.ema_decay is None else (*rule.averages, ema.ROLE)
     return Bucket(
         rule, device, dtype, grad_dtype, choice, flattened, stored, averages, fused, listed, spread or (),
         list(cohorts.values()), members,
     )  # fmt: skip
+
+
+def _numbers(entry: Entry, rule: Rule, counts: bool) -> dict[str, Scalar]:
+    """What stands beside a parameter's states: its step count, its rule's scalars."""
+    step = {"step": Scalar(float(entry.taken), _get_scalar_dtype())} if counts else {}
+    return {**step, **dict(zip(rule.scalars, entry.scalars))}
 
 
 def _overlapping(params: Sequence[Tensor]) -> set[int]:

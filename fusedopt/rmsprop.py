@@ -20,6 +20,7 @@ import threading
 
 import torch
 
+from .normalized import KEEP
 from .optimizer import FusedOptimizer
 from .rule import FOREVER, Rule, divisible
 from .settings import EpsSettings
@@ -85,9 +86,6 @@ def root_of_sum(v, h):
 
 BLOCK = 1 << 18
 """Elements whose parameter, gradient, states and copies fit the last cache; smaller blocks cost more calls."""
-
-KEEP = 1 - 2.0**-53
-"""A beta with which an average stays what it was: 1 in float32, and nothing of a zero gradient is added."""
 
 
 def fused(params, grads, states, t, group, scale):

@@ -37,6 +37,9 @@ class Rule(NamedTuple):
     averages: tuple[str, ...] = ()
     """Keys of states that follow the new parameter: a <- a + weight (p - a), after the update and outside the formula.
     The weights are ``Update.averages``."""
+    scalars: tuple[str, ...] = ()
+    """Keys of numbers that torch keeps beside ``step``, one 0-dim tensor per parameter and key. The optimizer's
+    ``next_scalars`` carries them from step to step."""
     kernel: Callable | None = None
     """``kernel(g, state, h) -> (u, new_state)``, the same formula as a Triton function (``fusedopt.custom.jit``): for
     rules outside the package. None: the function of that name in ``kernels/rules.py``."""

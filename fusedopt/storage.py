@@ -88,10 +88,14 @@ MASTERS = {
 MASTER_KEYS = ("master", "master_low", "compensation")
 
 
-def state_keys(optimizer: Any, stored: Storage) -> list[str]:
-    """The keys of ``optimizer.state[p]``: a step count as in torch, and wherever random bits depend on it."""
-    counts = (optimizer.counts_steps and stored.parts) or stored.draws
-    return ["step", *stored.parts] if counts else list(stored.parts)
+def counts_steps(optimizer: Any, stored: Storage) -> bool:
+    """Whether there is a step count: as in torch, and wherever random bits depend on it."""
+    return bool(optimizer.counts_steps and stored.parts) or stored.draws
+
+
+def state_keys(optimizer: Any, rule: Rule, stored: Storage) -> list[str]:
+    """The keys of ``optimizer.state[p]``."""
+    return [*(("step",) if counts_steps(optimizer, stored) else ()), *rule.scalars, *stored.parts]
 
 
 def storage(p: Tensor, rule: Rule, settings: Settings, state: dict[str, Any]) -> Storage:

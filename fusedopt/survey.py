@@ -10,8 +10,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import _get_scalar_dtype
 
 from .backends import Backend, backend
+from .cohorts import Scalar
 from .distributed import Reduction
 from .rule import Rule
 from .shards import PLAIN, alike, is_distributed, local
@@ -39,6 +41,8 @@ class Entry(NamedTuple):
     group: dict[str, Any]
     taken: int
     """Steps taken."""
+    scalars: tuple[Scalar, ...]
+    """What its rule keeps beside that count."""
     first_draw: int
     """See plan.Member."""
 
@@ -71,14 +75,15 @@ def survey(
             _look_at_state(owner, rule, state, where)
             stored = storage(owner, rule, optimizer._settings, state)
             taken = _steps_taken(optimizer, rule, stored, state, where)
+            scalars = _scalars(optimizer, rule, group, state, where) if rule.scalars else ()
             if p.device not in choices:
                 choices[p.device] = backend(p.device, optimizer.backend)
             choice = choices[p.device]
             spread = reduction.spread(owner) if is_distributed(owner) else None
             if spread or hasattr(owner, "_fsdp_flattened"):
                 _refuse_means(optimizer, group, taken, where)
-            key = (p.device, p.dtype, g.dtype, rule, choice, stored, spread)
-            entry = Entry(owner, p, position - 1, number, group, taken, first_draw)
+            key = (p.device, p.dtype, g.dtype, rule, choice, stored, spread, tuple(s.dtype for s in scalars))
+            entry = Entry(owner, p, position - 1, number, group, taken, scalars, first_draw)
             buckets.setdefault(key, []).append(entry)
     return buckets
 
@@ -102,7 +107,8 @@ def _not_fusable(p: Tensor, g: Tensor, group: dict[str, Any]) -> str | None:
 
 
 def _refuse_means(optimizer: Any, group: dict[str, Any], taken: int, where: str) -> None:
-    needy = [stage.name for stage in optimizer.update(group, taken + 1).on_update if stage.term is not None]
+    update = optimizer.update(group, taken + 1, *optimizer.initial_scalars(group))
+    needy = [stage.name for stage in update.on_update if stage.term is not None]
     if needy:
         raise RuntimeError(
             f"{' and '.join(needy)} of {type(optimizer).__name__} needs a mean over each whole parameter, and this "
@@ -141,8 +147,21 @@ def _steps_taken(optimizer: Any, rule: Rule, stored: Storage, state: dict[str, A
         written = all(state.get(key) is not None for key in rule.keys)
         if not written or not stored.draws or "step" not in state:
             return int(written and bool(rule.keys))
-    step = state.get("step", 0)
+    return _number(int, "step", state.get("step", 0), where)
+
+
+def _scalars(
+    optimizer: Any, rule: Rule, group: dict[str, Any], state: dict[str, Any], where: str
+) -> tuple[Scalar, ...]:
+    """The rule's scalars, in the dtype that they have, or as they begin."""
+    values = [optimizer.initial_value(group, key) if state.get(key) is None else state[key] for key in rule.scalars]
+    dtypes = [x.dtype if isinstance(x, Tensor) and x.is_floating_point() else _get_scalar_dtype() for x in values]
+    numbers = (_number(float, key, x, where) for key, x in zip(rule.scalars, values))
+    return tuple(Scalar.rounded(x, dtype) for x, dtype in zip(numbers, dtypes))
+
+
+def _number(kind: type, key: str, value: Any, where: str) -> Any:
     try:
-        return int(step)
+        return kind(value)
     except (TypeError, ValueError, OverflowError, RuntimeError) as error:
-        raise RuntimeError(f"the state 'step' of {where} must be a number, got {step!r}") from error
+        raise RuntimeError(f"the state {key!r} of {where} must be a number, got {value!r}") from error

@@ -17,13 +17,14 @@ from torch import Tensor
 
 from . import means
 from .clipping import Skips, Verdict, hypot
+from .cohorts import Cohort
 from .flat import is_dense, memory_order
 from .gather import Gather
-from .plan import Bucket, Cohort, Member
+from .plan import Bucket, Member
 from .rule import Stage, Update
 from .settings import Settings
 
-BLOCK = 65536
+BLOCK = 1 << 17
 """Elements per block of a rule that torch has no fused kernel for."""
 
 NORM_ROW = 1024
@@ -211,12 +212,15 @@ class Executor:
         terms = [stage for stage in update.on_update if stage.term is not None]
         for blocks, sizes, g in zip(run.blocks, run.sizes, run.grads):
             parts = list(zip(blocks, memory_order(g).split(self.block)))
+            if not terms:
+                for tensors, g_block in parts:
+                    self._follow(tensors, self._direction(self._load(tensors), g_block, update, factor), (), update)
+                continue
             directions = (self._direction(self._load(tensors), g, update, factor) for tensors, g in parts)
-            found = itertools.repeat(())
-            if terms and len(parts) == 1:
+            if len(parts) == 1:
                 directions = list(directions)
                 found = self._means(terms, directions, sizes)
-            elif terms:
+            else:
                 # All directions, before the first is followed: too much to keep, so they are computed twice.
                 found = self._means(terms, self._glimpses(parts, update, factor), sizes)
             for tensors, direction, block_means in zip(blocks, directions, found):
@@ -245,7 +249,13 @@ class Executor:
 
     def _follow(self, tensors: Sequence[Tensor], direction: tuple, found: Sequence[Tensor], update: Update) -> None:
         u, g, p, kept = direction
-        p.sub_(through(update.on_update, u, p, g, found), alpha=update.lr)
+        *chain, last = update.on_update
+        decays = last.name == "decay" and last.args != last.neutral
+        u = through(chain if decays else update.on_update, u, p, g, found)
+        if decays:
+            # (1 - lr weight) p - lr u, as torch does: it takes no memory, unlike p - lr (u + weight p).
+            p.mul_(1 - update.lr * last.args[0])
+        p.sub_(u, alpha=update.lr)
         for average, weight in zip(kept[len(self.bucket.rule.states) :], update.averages):
             follow([average], [p], weight)
         self._store(tensors, [p, *kept])

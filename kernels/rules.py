@@ -42,6 +42,12 @@ def ema_of_squares(average, x, weight):
 
 
 @triton.jit
+def sign(x):
+    """-1, 0 or 1; 0 for NaN, as in torch"""
+    return tl.where(x > 0, 1.0, tl.where(x < 0, -1.0, 0.0)).to(x.dtype)
+
+
+@triton.jit
 def sgd(g, state, h):
     """u = g"""
     return g, state
@@ -148,13 +154,76 @@ def amsgrad(g, state, h):
 
 
 @triton.jit
+def nadam(g, state, h):
+    """m and v of adam;  u = (g_weight g + m_weight m) / (sqrt(v_hat) + eps)"""
+    m, v = state
+    weight1, weight2, eps, g_weight, m_weight, correction2 = h
+    m = ema(m, g, weight1)
+    v = ema_of_squares(v, g, weight2)
+    root_v_hat = sqrt(v) * correction2
+    return divide(g_weight * g + m_weight * m, root_v_hat + eps), (m, v)
+
+
+@triton.jit
+def radam(g, state, h):
+    """m and v of adam;  u = r m_hat / (sqrt(v) + eps), or m_hat where r is 0"""
+    m, v = state
+    weight1, weight2, eps, correction1, rectification = h
+    m = ema(m, g, weight1)
+    v = ema_of_squares(v, g, weight2)
+    m_hat = m * correction1
+    adaptive = divide(m_hat * rectification, sqrt(v) + eps)
+    return tl.where(rectification != 0, adaptive, m_hat), (m, v)
+
+
+@triton.jit
+def adamax(g, state, h):
+    """m of adam;  n <- max(beta2 n, |g| + eps);  u = m / n"""
+    m, n = state
+    weight1, beta2, eps = h
+    m = ema(m, g, weight1)
+    n = tl.maximum(beta2 * n, tl.abs(g) + eps, propagate_nan=tl.PropagateNan.ALL)
+    return divide(m, n), (m, n)
+
+
+@triton.jit
+def adadelta(g, state, h):
+    """v <- rho v + (1 - rho) g^2;  u = sqrt((d + eps) / (v + eps)) g;  d <- rho d + (1 - rho) u^2"""
+    v, d = state
+    weight, eps = h
+    v = ema_of_squares(v, g, weight)
+    u = sqrt(divide(d + eps, v + eps)) * g
+    return u, (v, ema_of_squares(d, u, weight))
+
+
+@triton.jit
+def asgd(g, state, h):
+    """u = g"""
+    return g, state
+
+
+@triton.jit
+def rprop(g, state, h):
+    """s <- s eta_plus or s eta_minus, as g has the sign of the gradient before or the other, and then g <- 0;
+    u = sign(g) s
+    """
+    previous, s = state
+    eta_minus, eta_plus, step_min, step_max = h
+    agreement = g * previous
+    s = s * tl.where(agreement > 0, eta_plus, tl.where(agreement < 0, eta_minus, 1.0))
+    s = tl.maximum(s, step_min, propagate_nan=tl.PropagateNan.ALL)
+    s = tl.minimum(s, step_max, propagate_nan=tl.PropagateNan.ALL)
+    g = tl.where(agreement < 0, 0.0, g)
+    return sign(g) * s, (g, s)
+
+
+@triton.jit
 def lion(g, state, h):
     """u = sign(beta1 m + (1 - beta1) g);  m <- beta2 m + (1 - beta2) g"""
     m = state[0]
     weight1, weight2 = h
     ahead = ema(m, g, weight1)
-    u = tl.where(ahead > 0, 1.0, tl.where(ahead < 0, -1.0, 0.0)).to(g.dtype)
-    return u, (ema(m, g, weight2),)
+    return sign(ahead), (ema(m, g, weight2),)
 
 
 @triton.jit

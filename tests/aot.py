@@ -101,7 +101,7 @@ def step_once(case, address, dtype, scaler=False, **settings):
         made.grad_scale, made.found_inf = torch.ones(1), torch.zeros(1)
     for p in params:
         p.grad = torch.ones_like(p)
-        for key in made.rule(made.param_groups[0]).states:
+        for key in made.rule(made.param_groups[0]).keys:
             made.state[p] |= {key: torch.zeros_like(p, dtype=state), "step": torch.tensor(1.0)}
     made.step()
 

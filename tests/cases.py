@@ -111,6 +111,42 @@ OPTIONS = {
         {"betas": (0.5, 0.9), "eps": 1e-3, "weight_decay": 0.05, "maximize": True},
         {"betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0},
     ],
+    "NAdam": [
+        {},
+        {"lr": TENSOR_LR, "betas": (0.5, 0.9), "eps": 1e-3},
+        {"betas": (0.0, 0.0)},
+        {"momentum_decay": 0.3, "weight_decay": 0.05, "maximize": True},
+        {"weight_decay": 0.05, "decoupled_weight_decay": True},
+    ],
+    "RAdam": [
+        {},
+        {"lr": TENSOR_LR, "betas": (0.5, 0.9), "eps": 1e-3},
+        {"betas": (0.0, 0.6)},
+        {"weight_decay": 0.05, "maximize": True},
+        {"weight_decay": 0.05, "decoupled_weight_decay": True},
+    ],
+    "Adamax": [
+        {},
+        {"lr": TENSOR_LR},
+        {"betas": (0.5, 0.9), "eps": 1e-3, "weight_decay": 0.05, "maximize": True},
+    ],
+    "Adadelta": [
+        {},
+        {"lr": TENSOR_LR},
+        {"rho": 1.0, "eps": 0.1},
+        {"rho": 0.5, "eps": 1e-3, "weight_decay": 0.05, "maximize": True},
+    ],
+    "ASGD": [
+        {},
+        {"lr": TENSOR_LR, "lambd": 0.1, "alpha": 0.5},
+        {"t0": 2.5},
+        {"lambd": 0.1, "alpha": 0.5, "t0": 3, "weight_decay": 0.05, "maximize": True},
+    ],
+    "Rprop": [
+        {},
+        {"lr": TENSOR_LR, "maximize": True},
+        {"etas": (0.3, 1.5), "step_sizes": (0.01, 0.05)},
+    ],
 }
 """Every option alone, and all that go together. Without ``lr`` a case runs at LR."""
 
@@ -126,8 +162,18 @@ STATEFUL = {
     "Adan": {"weight_decay": 0.05},
     "AdEMAMix": {"beta3_warmup": 10, "alpha_warmup": 10},
     "StableAdamW": {},
+    "NAdam": {"momentum_decay": 0.1, "weight_decay": 0.05},
+    "RAdam": {"betas": (0.9, 0.99), "decoupled_weight_decay": True},
+    "Adamax": {"weight_decay": 0.05},
+    "Adadelta": {"rho": 0.8, "eps": 1e-3},
+    "ASGD": {"lambd": 0.1, "t0": 2},
+    "Rprop": {},
 }
 """One option set per optimizer, with as much state as it can have: for tests of what is kept and moved."""
+
+AFTER_LOADING = dict.fromkeys(NAMES, 1e-12) | {"NAdam": 1e-8, "ASGD": 1e-8}
+"""How far torch.optim may lead away from what was saved. The numbers beside the step count are float32; when torch
+loads them it casts them to the parameters' dtype, and from then on rounds them to that. Ours stay as they are."""
 
 CLIPS = {
     "none": lambda root: {},
@@ -165,13 +211,23 @@ every_option = pytest.mark.parametrize(
 every_optimizer = pytest.mark.parametrize("name", NAMES)
 every_torch_optimizer = pytest.mark.parametrize("name", IN_TORCH)
 
-# In Triton's interpreter, a millisecond per program, these two stand for all where the subject is the plan and not the
-# formula: SGD keeps no step count and begins with a special step, RMSprop has three states.
-KERNEL_NAMES = NAMES if torch.cuda.is_available() else ["RMSprop", "SGD"]
+KINDS = ["ASGD", "Adagrad", "Adam", "NAdam", "RMSprop", "SGD"]
+"""One optimizer for each way to keep states, for tests whose subject is the plan and not the formula: SGD counts no
+steps and begins with a special one, Adagrad has its state before the first, NAdam has a number beside the step count,
+ASGD two and an average, Adam and RMSprop have up to three states."""
+
+# In Triton's interpreter, at a millisecond per program, these stand for all of those.
+KERNEL_NAMES = NAMES if torch.cuda.is_available() else ["ASGD", "RMSprop", "SGD"]
 
 every_optimizer_and_backend = pytest.mark.parametrize(
     ("name", "backend"),
     [(name, "torch") for name in NAMES] + [(name, "triton") for name in KERNEL_NAMES],
+    indirect=["backend"],
+)
+every_kind = pytest.mark.parametrize("name", KINDS)
+every_kind_and_backend = pytest.mark.parametrize(
+    ("name", "backend"),
+    [(name, "torch") for name in KINDS] + [(name, "triton") for name in KERNEL_NAMES if name in KINDS],
     indirect=["backend"],
 )
 

@@ -43,6 +43,12 @@ CASES = {
     "ademamix": ("AdEMAMix", {"alpha_warmup": 10, "beta3_warmup": 10}),
     "adam limited": ("StableAdamW", {}),
     "amsgrad_eps_inside": ("AdamW", {"amsgrad": True, "eps": 0.1, "eps_inside_sqrt": True}),
+    "nadam": ("NAdam", {"momentum_decay": 0.1}),
+    "radam": ("RAdam", {"betas": (0.9, 0.99)}),
+    "adamax": ("Adamax", {}),
+    "adadelta": ("Adadelta", {"rho": 0.8, "eps": 1e-3}),
+    "asgd": ("ASGD", {"lambd": 0.0, "t0": -1.0}),  # the average mixes from the second step on
+    "rprop": ("Rprop", {"lr": 2**-6}),  # the first step size, which 16 bits hold
 }  # fmt: skip
 """The class and the options that select a rule. The name's first word is the rule's."""
 
@@ -119,19 +125,33 @@ def optimizer(case, params, address="scattered", decoupled=None, **settings):
     """An optimizer that runs this case's rule in kernels."""
     name, options = CASES[case]
     settings = {"lr": 0.02, "weight_decay": 0.0, "backend": "triton"} | options | settings
-    made = fusedopt.registry[name](params, flatten=address == "flat", **settings)
+    weight_decay = settings["weight_decay"]
+    made = fusedopt.registry[name](params, flatten=address == "flat", **accepted(name, settings))
     if decoupled is not None:
         # Also for optimizers that have no such option: the chains are the engine's, not the rule's.
-        made.decoupled = lambda group: decoupled
+        made.decays = lambda group: (0.0, weight_decay) if decoupled else (weight_decay, 0.0)
     return made
 
 
+def accepted(name, options):
+    """Without the weight decay, where the optimizer has none."""
+    known = inspect.signature(fusedopt.registry[name]).parameters
+    return {key: value for key, value in options.items() if key != "weight_decay" or key in known}
+
+
 def states(made, p):
-    """The state tensors of one parameter, in the order in which its rule takes them."""
+    """The state tensors of one parameter, in the order in which its rule takes them, and its averages."""
     (group,) = (group for group in made.param_groups if any(p is q for q in group["params"]))
-    rule = made.rule(group)
-    initial = {key: torch.full_like(p, made.initial_value(group, key)) for key in rule.states}
-    return [made.state.get(p, initial).get(key, initial[key]).detach() for key in rule.states]
+    keys = made.rule(group).keys
+    initial = {key: torch.full_like(p, made.initial_value(group, key)) for key in keys}
+    return [made.state.get(p, initial).get(key, initial[key]).detach() for key in keys]
+
+
+def scalars(made, group, p):
+    """The numbers that stand beside one parameter's step count."""
+    state = made.state.get(p, {})
+    values = (state.get(key, made.initial_value(group, key)) for key in made.rule(group).scalars)
+    return [torch.as_tensor(value) for value in values]
 
 
 def twin_step(made, t):
@@ -145,20 +165,24 @@ def twin_step(made, t):
     factor = 1.0 if max_norm is None else min(1.0, max_norm / (math.sqrt(squares) + 1e-6))
     expected = []
     for group in groups:
-        update = made.update(group, t)
+        rule = made.rule(group)
         for p in group["params"]:
             value, g, *state = (x.detach().double() for x in (p, p.grad, *states(made, p)))
             # float64 tensors of a float64 optimizer are its own: the twin writes to its arguments.
             state = [s.clone() for s in state]
+            update = made.update(group, t, *scalars(made, group, p))
             g = torch_backend.through(update.on_grad, g * factor, value)
-            u = made.rule(group).twin(g, state, update.h)
+            kept = state[: len(rule.states)]
+            u = rule.twin(g, kept, update.h)
             means = [
-                torch_terms[stage.term](u, value, g, state, *stage.args).mean()
+                torch_terms[stage.term](u, value, g, kept, *stage.args).mean()
                 for stage in update.on_update
                 if stage.term is not None
             ]
-            u = torch_backend.through(update.on_update, u, value, g, means)
-            expected.append([value - update.lr * u, *state])
+            value = value - update.lr * torch_backend.through(update.on_update, u, value, g, means)
+            for average, weight in zip(state[len(rule.states) :], update.averages):
+                average.lerp_(value, weight)
+            expected.append([value, *state])
     return expected
 
 
@@ -176,7 +200,8 @@ def assert_as_twin(made, expected):
         x, y = (torch.cat([part.flatten() for part in parts]) for parts in (got, wanted))
         bound = ONE_STEP[x.dtype]
         error = (x.double() - y).abs() / (y.abs() + y.abs().mean())
-        assert (error <= bound).all(), f"{('parameter', *'123')[role]}: off by {error.max().item():.3g}, not {bound}"
+        where = f"state {role}" if role else "parameter"
+        assert (error <= bound).all(), f"{where}: off by {error.max().item():.3g}, not {bound}"
 
 
 def set_gradients(params, grads):

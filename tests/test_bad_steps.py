@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from cases import clip_settings, every_optimizer_and_backend, give_gradients, model
+from cases import clip_settings, every_kind_and_backend, give_gradients, model
 from oracles import oracle_class
 from pairs import Pair, assert_same, raised, snapshot
 
@@ -107,7 +107,7 @@ BREAKAGES = [wrong_shape, wrong_numel, no_tensor, wrong_step, nan_step, meta_sta
 
 @pytest.mark.parametrize("breakage", BREAKAGES)
 @pytest.mark.parametrize("settings", ["none", "both"])
-@every_optimizer_and_backend
+@every_kind_and_backend
 def test_a_step_that_fails_changes_nothing(name, breakage, settings, backend, device):
     """Neither parameters, states, counts nor gradients; and mended, training goes on as if nothing had been."""
     if name == "SGD" and breakage in (wrong_step, nan_step):

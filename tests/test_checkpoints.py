@@ -5,7 +5,16 @@ import math
 
 import pytest
 import torch
-from cases import IN_TORCH, LR, STATEFUL, every_optimizer, every_optimizer_and_backend, give_gradients, model
+from cases import (
+    AFTER_LOADING,
+    IN_TORCH,
+    LR,
+    STATEFUL,
+    every_optimizer,
+    every_optimizer_and_backend,
+    give_gradients,
+    model,
+)
 from oracles import oracle_class
 from pairs import Pair, assert_same, close, raised, snapshot
 
@@ -234,7 +243,7 @@ def test_of_another_class(name, source):
         (error, params, unchanged), (torch_error, torch_params, _) = after_loading(name, pair.oracle.state_dict())
         if torch_error is None:
             assert error is None
-            close(params, torch_params, 1e-12)
+            close(params, torch_params, AFTER_LOADING[source])
         else:
             assert isinstance(error, ValueError)
             assert "state_dict[" in str(error)
@@ -316,7 +325,7 @@ def test_what_torch_accepts_and_works_with(name, change):
         return
     assert torch_error is None
     assert error is None
-    close(params, torch_params, 1e-12)
+    close(params, torch_params, AFTER_LOADING[name])
 
 
 @every_optimizer_and_backend
@@ -343,7 +352,7 @@ def test_loaded_before_the_first_step(name, backend, device):
     fresh.oracle.step()
     fresh.number = 8
     fresh.step(2)
-    fresh.check()
+    fresh.check(AFTER_LOADING[name])
 
 
 def test_checkpoints_of_subclasses():

@@ -33,8 +33,8 @@ more where a rule has two or three states (maxnreg=64 spills); at 80 an SM still
 
 
 MAX_REGISTERS_OF_MUCH = {"float32": 64, "mixed": 64, "float64": 80, "bfloat16": 96}
-"""Where a stage after the rule still needs the gradient, and for Adan's four states. At 96 an SM holds 640 threads and
-16 * 4 * 640 = 41 KB under way."""
+"""Where a stage after the rule still needs the gradient, for Adan's four states, and for Adadelta, which takes 86 on
+sm_80. At 96 an SM holds 640 threads and 16 * 4 * 640 = 41 KB under way."""
 
 
 def old_triton():
@@ -108,7 +108,7 @@ def test_memory_is_accessed_16_bytes_at_a_time(target, report):
     """One load per tensor and one store per written tensor, for the vectors; mixed dtypes share one layout, in which
     the narrower ones move 8 bytes. Rows, tables and remainders are scalar."""
     for kernel in steps(report, target) + steps(report, target, means=True):
-        states = len(declared_rules()[kernel["name"].removeprefix("step_")].states)
+        states = len(declared_rules()[kernel["name"].removeprefix("step_")].keys)
         mixed = kernel["dtype"] == "mixed" and states > 0
         if target in NVIDIA:
             wide = "v2.b64" if kernel["dtype"] == "float64" else "v4.b32"
@@ -128,7 +128,8 @@ def test_memory_is_accessed_16_bytes_at_a_time(target, report):
 def test_registers_suffice(target, report):
     for kernel in report[target]:
         assert kernel["stack"] == 0, f"{label(kernel)} spills"
-        budget = MAX_REGISTERS_OF_MUCH if kernel["means"] or kernel["name"] == "step_adan" else MAX_REGISTERS
+        much = kernel["means"] or kernel["name"] in ("step_adan", "step_adadelta")
+        budget = MAX_REGISTERS_OF_MUCH if much else MAX_REGISTERS
         assert kernel["registers"] <= budget[kernel["dtype"]], f"{label(kernel)}: {kernel['registers']}"
 
 
@@ -145,9 +146,9 @@ def test_arithmetic_is_ieee(target, report):
     """Division and root correctly rounded, no fused multiply-add: what the interpreter computes, bit for bit."""
     for kernel in report[target]:
         assert count(kernel, r"div\.full.*|.*\.approx.*|fma.*|mad\..*f(32|64)|.*\.ftz.*") == 0, label(kernel)
-    rooted = ("step_adagrad", "step_adam", "step_amsgrad", "step_rmsprop")
+    rootless = ("step_sgd", "step_momentum", "step_adamax", "step_asgd", "step_rprop", "step_lion")
     for kernel in steps(report, target):
-        if kernel["name"].startswith(rooted):
+        if not kernel["name"].startswith(rootless):
             kind = "f64" if kernel["dtype"] == "float64" else "f32"
             assert count(kernel, rf"div\.rn\.{kind}") and count(kernel, rf"sqrt\.rn\.{kind}"), label(kernel)
 

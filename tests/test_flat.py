@@ -8,7 +8,13 @@ from itertools import pairwise
 
 import pytest
 import torch
-from cases import every_optimizer, every_optimizer_and_backend, give_gradients, kinds, model
+from cases import (
+    every_kind,
+    every_kind_and_backend,
+    give_gradients,
+    kinds,
+    model,
+)
 from pairs import Pair, close, same_bits
 
 import fusedopt
@@ -125,7 +131,7 @@ SEEN_BY_OTHERS = [
 
 @pytest.mark.parametrize("arrange", SEEN_BY_OTHERS)
 @pytest.mark.parametrize("settings", [{}, {"max_grad_norm": 5.0}], ids=["plain", "clip"])
-@every_optimizer
+@every_kind
 def test_memory_that_others_see_is_not_left(name, arrange, settings):
     pair = Pair(name, None, build=linear_parameters, flatten=True, **settings)
     handles, expected = arrange(pair.ours), arrange(pair.theirs)
@@ -149,7 +155,7 @@ MOVES = {
 
 @pytest.mark.parametrize("move", MOVES)
 @pytest.mark.parametrize("keep", [True, False], ids=["flatten", "flatten switched off"])
-@every_optimizer_and_backend
+@every_kind_and_backend
 def test_moved_parameters_are_let_go(name, move, keep, backend, device):
     some = slice(None, None, 2)
     for kind in kinds(backend, device):
@@ -167,7 +173,7 @@ def test_moved_parameters_are_let_go(name, move, keep, backend, device):
             assert [p.data_ptr() for p in pair.ours[some]] == addresses
 
 
-@every_optimizer_and_backend
+@every_kind_and_backend
 def test_switched_on_and_off_in_mid_training(name, backend, device):
     for kind in kinds(backend, device):
         pair = Pair(name, None, kind, device=device, backend=backend)

@@ -11,8 +11,8 @@ from cases import (
     OPTIONS,
     STATEFUL,
     clip_settings,
+    every_kind_and_backend,
     every_optimizer,
-    every_optimizer_and_backend,
     every_option,
     give_gradients,
     interpreter_noise,
@@ -65,7 +65,7 @@ def test_every_option_equals_torch_flat_and_clipped(name, options, backend, devi
     pair.check()
 
 
-@every_optimizer_and_backend
+@every_kind_and_backend
 @pytest.mark.parametrize("flatten", [False, True])
 @pytest.mark.parametrize("clip", CLIPS)
 def test_clipping_equals_torch(name, clip, flatten, backend, device):
@@ -78,9 +78,11 @@ def test_clipping_equals_torch(name, clip, flatten, backend, device):
 
 
 @every_optimizer
-@pytest.mark.parametrize("options", [{}, None], ids=["defaults", "stateful"])
-@pytest.mark.parametrize("threads", [1, 2])
-@pytest.mark.parametrize("clip", ["none", "both"])
+@pytest.mark.parametrize(
+    ("options", "threads", "clip"),
+    [({}, 1, "none"), ({}, 2, "both"), (None, 2, "none"), (None, 1, "both")],
+    ids=["defaults-1-none", "defaults-2-both", "stateful-2-none", "stateful-1-both"],
+)
 def test_large_parameters_equal_torch(name, options, threads, clip, device):
     """Blocks and their ends, tensors that are not gathered, and more threads than one."""
     before = torch.get_num_threads()
@@ -95,9 +97,10 @@ def test_large_parameters_equal_torch(name, options, threads, clip, device):
 
 @every_optimizer
 @pytest.mark.parametrize("options", ["defaults", "stateful"])
-def test_float32_is_as_accurate_as_torch(name, options, backend, device):
+def test_float32_is_as_accurate_as_torch(name, options, device):
+    """The kernels: test_fifty_steps_are_as_accurate_as_torch, in test_kernels.py."""
     options = STATEFUL[name] if options == "stateful" else {}
-    single = Pair(name, options, "line", torch.float32, device, backend=backend)
+    single = Pair(name, options, "line", torch.float32, device, backend="torch")
     double = Pair(name, options, "line", torch.float64, device)
     single.step(50)
     double.step(50)

@@ -12,6 +12,7 @@ from rule_cases import (
     CASES,
     CHAINS,
     IN_TORCH,
+    accepted,
     assert_as_twin,
     declared_rules,
     kernel_rules,
@@ -19,6 +20,7 @@ from rule_cases import (
     parameters,
     results,
     same_bits,
+    scalars,
     set_gradients,
     shipped_optimizers,
     states,
@@ -58,8 +60,10 @@ def test_every_rule_has_a_case():
 
 def test_every_optimizer_speaks_of_known_stages():
     for cls in shipped_optimizers():
-        made = cls(parameters([3], "cpu"), lr=0.1, cautious=True)
-        update = made.update(made.param_groups[0], 1)
+        params = parameters([3], "cpu")
+        made = cls(params, lr=0.1, cautious=True)
+        (group,) = made.param_groups
+        update = made.update(group, 1, *scalars(made, group, *params))
         for stage in (*update.on_grad, *update.on_update):
             assert stage.name in torch_backend.stages
             # First the value (or gradient) and the parameter, and where there is a mean, the gradient and that.
@@ -125,7 +129,7 @@ def test_fifty_steps_are_as_accurate_as_torch(case, device, monkeypatch):
         monkeypatch.setattr(triton_backend, "BLOCK", size)
     (start,) = tensors([size], device)
     name, options = CASES[case]
-    options = {"lr": 0.01, "weight_decay": 0.01} | options
+    options = accepted(name, {"lr": 0.01, "weight_decay": 0.01} | options)
 
     def trajectory(make, dtype, **more):
         p = torch.nn.Parameter(start.to(dtype, copy=True))
@@ -170,12 +174,13 @@ def test_overflow_and_nan_as_in_torch(case, device):
     name, options = CASES[case]
     ours, theirs = (torch.nn.Parameter(torch.ones(4, device=device)) for _ in range(2))
     made = optimizer(case, [ours], lr=0.01)
-    reference = oracle_class(name)([theirs], **{"lr": 0.01, "weight_decay": 0.0} | options)
+    options = accepted(name, {"weight_decay": 0.0} | options | {"lr": 0.01})
+    reference = oracle_class(name)([theirs], **options)
     for g in steps:
         ours.grad, theirs.grad = g.clone(), g.clone()
         made.step()
         reference.step()
-    keys = made.rule(made.param_groups[0]).states
+    keys = made.rule(made.param_groups[0]).keys
     expected = [theirs.detach(), *(reference.state[theirs][key] for key in keys)]
     for x, y in zip(results(made)[0], expected):
         # Three steps' worth of the bound for one.

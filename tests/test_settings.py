@@ -10,8 +10,8 @@ from cases import (
     LR,
     STATEFUL,
     clip_settings,
+    every_kind_and_backend,
     every_optimizer,
-    every_optimizer_and_backend,
     give_gradients,
     interpreter_noise,
     kinds,
@@ -88,7 +88,7 @@ def test_norm_of_extreme_float64_gradients(device):
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf], ids=str)
 @pytest.mark.parametrize("flatten", [False, True], ids=["in place", "flatten"])
-@every_optimizer_and_backend
+@every_kind_and_backend
 def test_nonfinite_steps_are_skipped(name, bad, flatten, backend, device):
     """All bits stay, states and counts included; the next step is that of an optimizer that never saw the bad one."""
     settings = {"backend": backend, "flatten": flatten, "skip_nonfinite": True, "max_grad_norm": 4.0}
@@ -148,7 +148,7 @@ def test_nan_and_inf_together_are_nan(dtypes, backend, device):
 
 
 @pytest.mark.parametrize("after", ["load", "load other", "deepcopy", "edit", "switch backend"])
-@every_optimizer_and_backend
+@every_kind_and_backend
 def test_skipped_step_and_then(name, after, backend, device):
     """What was skipped on the device is known before anything else touches the counts."""
     pair = Pair(name, None, "tiny", device=device, groups=False, backend=backend, skip_nonfinite=True)
@@ -173,7 +173,7 @@ def test_skipped_step_and_then(name, after, backend, device):
     pair.check()
 
 
-@every_optimizer_and_backend
+@every_kind_and_backend
 def test_settings_change_between_steps(name, backend, device):
     pair = Pair(name, None, "tiny", device=device, backend=backend)
     for changes in (

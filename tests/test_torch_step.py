@@ -72,7 +72,7 @@ def test_differentiable(name):
         p.square().sum().backward()
         results.append((p, start.grad, gradient.grad))
     assert all(map(torch.equal, *results))
-    assert results[0][2].any()
+    assert results[0][2].any() or name == "Rprop"  # which looks at the sign alone
 
 
 @every_torch_optimizer

@@ -1,0 +1,42 @@
+"""Adamax: Adam with the largest recent gradient in place of the root of the mean square.
+
+    m <- beta1 m + (1 - beta1) g        u = m / n
+    n <- max(beta2 n, |g| + eps)        p <- p - lr / (1 - beta1^t) u
+
+``weight_decay * p`` is added to g before the rule.
+
+Sources: Kingma and Ba, arXiv 1412.6980, section 7.1; defaults, state and the place of eps of torch.optim 2.13.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from .optimizer import FusedOptimizer
+from .rule import Rule, divisible
+
+
+def adamax(g, state, h):
+    m, n = state
+    weight1, beta2, eps = h
+    m.lerp_(g, weight1)
+    scratch = g.abs().add_(eps)
+    torch.maximum(n.mul_(beta2), scratch, out=n)
+    return torch.div(m, n, out=scratch)
+
+
+ADAMAX = Rule("adamax", ("exp_avg", "exp_inf"), adamax, squares=("exp_inf",))
+
+
+class Adamax(FusedOptimizer, torch.optim.Adamax):
+    """Adamax, with torch.optim.Adamax's arguments and defaults."""
+
+    def rule(self, group):
+        return ADAMAX
+
+    def hyper(self, group, t):
+        beta1, beta2 = map(float, group["betas"])
+        return 1 - beta1, beta2, divisible(group["eps"])
+
+    def lr(self, group, t):
+        return float(group["lr"]) / (1 - float(group["betas"][0]) ** t)

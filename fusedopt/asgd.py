@@ -1,0 +1,53 @@
+"""Averaged stochastic gradient descent.
+
+    u = g                  p <- p - eta (u + lambd p)            a <- a + mu (p - a)
+    eta <- lr / (1 + lambd lr t)^alpha                           mu <- 1 / max(1, t - t0)
+
+``weight_decay * p`` is added to g before the rule. eta begins at lr and mu at 1; both are numbers of each
+parameter, and what the t-th step makes of them is used by the next one. The average a is ``ax`` in its state.
+
+Sources: Polyak and Juditsky, "Acceleration of stochastic approximation by averaging" (1992), in the form of
+Bottou's sgd-2; defaults and state of torch.optim 2.13.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from .optimizer import FusedOptimizer
+from .rule import Rule
+
+
+def asgd(g, state, h):
+    return g
+
+
+ASGD_RULE = Rule("asgd", (), asgd, averages=("ax",), scalars=("eta", "mu"))
+
+
+class ASGD(FusedOptimizer, torch.optim.ASGD):
+    """ASGD, with torch.optim.ASGD's arguments and defaults."""
+
+    def rule(self, group):
+        return ASGD_RULE
+
+    def hyper(self, group, t, eta, mu):
+        return ()
+
+    def lr(self, group, t, eta, mu):
+        return float(eta)
+
+    def averages(self, group, t, eta, mu):
+        return (float(mu),)
+
+    def next_scalars(self, group, t, eta, mu):
+        lr = float(group["lr"])
+        numbers = lr / (1 + group["lambd"] * lr * t) ** group["alpha"], 1 / max(1, t - group["t0"])
+        # Rounded to the default dtype on their way, as in torch.
+        return tuple(torch.tensor(x, device="cpu") for x in numbers)
+
+    def initial_value(self, group, key):
+        return {"eta": float(group["lr"]), "mu": 1.0, "ax": 0.0}[key]
+
+    def decays(self, group):
+        return float(group["weight_decay"]), float(group["lambd"])

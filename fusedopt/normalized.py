@@ -1,0 +1,30 @@
+"""Division by the root of an average of squares: what Adam and its relatives spend their time on.
+
+torch has no fused kernel for the relatives, but its fused AdamW does this part of their work, in a third of the
+time of torch's separate calls, where it is told to leave the rest alone.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .rule import FOREVER
+
+KEEP = 1 - 2.0**-53
+"""A beta with which an average stays what it was: 1 in float32, and at most an ulp of the gradient is added."""
+
+
+def normalized(numerator: Tensor, g: Tensor, v: Tensor, weight: float, correction: float, eps: float) -> Tensor:
+    """v <- (1 - weight) v + weight g^2, in place; returns numerator / (correction sqrt(v) + eps), and may use up
+    the numerator. ``weight`` is above 0."""
+    if all(x.is_cpu and x.dim() == 1 and x.is_contiguous() for x in (numerator, g, v)):
+        # The quotient is AdamW's parameter, which begins at zero; the numerator is its first moment.
+        quotient = torch.zeros_like(v)
+        torch._fused_adamw_(
+            [quotient], [g], [numerator], [v], [], [FOREVER], lr=-1 / correction, beta1=KEEP, beta2=1 - weight,
+            weight_decay=0.0, eps=eps / correction, amsgrad=False, maximize=False,
+        )  # fmt: skip
+        return quotient
+    v.mul_(1 - weight).addcmul_(g, g, value=weight)
+    return numerator / v.sqrt().mul_(correction).add_(eps)
