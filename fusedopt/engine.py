@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable
 from itertools import chain
@@ -241,6 +242,8 @@ def _describe(bucket: Bucket) -> str:
     gathered = sum(m.place.packed for m in members)
     elements = sum(m.param.numel() for m in members)
     placement = f"{flattened} flattened, {gathered} gathered" if flattened or gathered else "left in place"
+    if bucket.spread:
+        placement += f", parts of DTensors spread over {math.prod(group.size() for group in bucket.spread)} ranks"
     return (
         f"{bucket.rule.name} on {bucket.device}, {str(bucket.dtype).removeprefix('torch.')}: {len(members)} parameters "
         f"({elements} elements, {placement}) in {len(bucket.cohorts)} row(s), "

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent.parent
 KERNELS = sorted((ROOT / "kernels").glob("*.py"))
 PACKAGE = sorted((ROOT / "fusedopt").glob("*.py"))
 OPTIMIZERS = {cls.__module__.removeprefix("fusedopt.") for cls in shipped_optimizers()}
-PROGRAM = {"__main__", "demo", "demo_options", "lessons", "paths", "plots"}
+PROGRAM = {"__main__", "demo", "demo_distributed", "demo_options", "lessons", "paths", "plots"}
 """What uses the package as anybody might."""
 
 
