@@ -126,7 +126,7 @@ def adopt_states(
             place.keep(role, value)
             continue
         initial = partial(optimizer.initial_value, group, role)
-        values = converted(role, form, here, local(p), place.strides, initial)
+        values = converted(role, form, here, local(p), place.strides, initial) if parts else []
         for (key, part), value in zip(parts.items(), values):
             state[key] = place.open(key, part.dtype, part.per)
             writes.append((local(state[key]), value))
