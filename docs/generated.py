@@ -232,7 +232,8 @@ def moved(rule: Rule, means: bool = False) -> int:
 
 def takes_means(cls: type) -> bool:
     optimizer = made(cls)
-    stages = optimizer.update(optimizer.param_groups[0], 1).on_update
+    (group,) = optimizer.param_groups
+    stages = optimizer.update(group, 1, *optimizer.initial_scalars(group)).on_update
     return any(stage.term is not None and stage.args != stage.neutral for stage in stages)
 
 
