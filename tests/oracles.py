@@ -68,7 +68,8 @@ class Lion(Paper):
     def move(self, p, g, state, group):
         (beta1, beta2), m = group["betas"], state["exp_avg"]
         update = torch.sign(beta1 * m + (1 - beta1) * g)
-        p.copy_(p - group["lr"] * (update + group["weight_decay"] * p))
+        # Scaled first, as torch's optimizers and lion-pytorch do: in float32 the rounding is theirs.
+        p.copy_(p * (1 - group["lr"] * group["weight_decay"]) - group["lr"] * update)
         m.copy_(beta2 * m + (1 - beta2) * g)
 
 
