@@ -11,6 +11,7 @@ the real ones, and only the launch does nothing.
 
 import collections
 import json
+import os
 import re
 import subprocess
 import sys
@@ -20,7 +21,7 @@ from unittest import mock
 
 import torch
 import triton
-from rule_cases import ADDRESSES, CASES, CHAINS, VARIANTS, WITH_MEANS, optimizer, parameters, set_gradients
+from rule_cases import ADDRESSES, CASES, CHAINS, WITH_MEANS, compiled_rules, optimizer, parameters, set_gradients
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
@@ -42,6 +43,9 @@ DTYPES = {
     "float64": (torch.float64, torch.float64),
     "mixed": (torch.bfloat16, torch.float32),
 }
+
+EXTENT = os.environ.get("FUSEDOPT_COMPILE", "some")
+"""How many rules: see rule_cases.compiled_rules."""
 
 KERNELS = kernels.step.step, kernels.means.means_of_terms, kernels.norm.sum_of_squares, kernels.norm.judge
 
@@ -106,18 +110,13 @@ def step_once(case, address, dtype, scaler=False, **settings):
     made.step()
 
 
-def rules_for(target):
-    """The rules that are compiled for a GPU."""
-    rules = {case.split()[0] for case in CASES}
-    return rules if target in ("sm_90", "gfx942") else rules - VARIANTS
-
-
 def all_facts(target, dtype):
     """Facts about every rule x address with everything around it, and about the norm kernels."""
     gpu = NoGPU(target, dtype)
     driver.set_active(gpu)
+    rules = compiled_rules(target, dtype, EXTENT)
     clips, norm = CHAINS["all"] | {"max_grad_norm": None}, {"max_grad_norm": 1.0, "skip_nonfinite": True}
-    cases = [case for case in CASES if case.split()[0] in rules_for(target) and WITH_MEANS.get(case) != {}]
+    cases = [case for case in CASES if case.split()[0] in rules and WITH_MEANS.get(case) != {}]
     runs = [(case, address, clips | norm) for address in ADDRESSES for case in cases]
     # Unscaling by the norm kernel, and, where no norm is needed, by a kernel of its own.
     runs += [("adam", "scattered", clips | settings | {"scaler": True}) for settings in (norm, {})]
@@ -187,11 +186,12 @@ def main(jobs):
     report = {"triton": triton.__version__}
     for job in jobs:
         if job == "launches":
+            launched = compiled_rules("sm_80", "float32", EXTENT)
             report[job] = {
                 f"{case}, {address}": compiles(case, address)
                 for case in CASES
                 for address in ADDRESSES
-                if case.split()[0] not in VARIANTS and WITH_MEANS.get(case) != {}
+                if case.split()[0] in launched and WITH_MEANS.get(case) != {}
             }
             report[job] |= {f"{case}, means": compiles(case, "flat", **more) for case, more in WITH_MEANS.items()}
         else:

@@ -1,7 +1,8 @@
 """What the compiler makes of the kernels, for five GPUs, without one.
 
-Every rule x address x dtype, exactly as the optimizers launch it (tests/aot.py), with the installed
-Triton and, where FUSEDOPT_OLD_TRITON names a folder with another, with that one too.
+Rules x addresses x dtypes, exactly as the optimizers launch them (tests/aot.py), with the installed Triton and, where
+FUSEDOPT_OLD_TRITON names a folder with another, with that one too. FUSEDOPT_COMPILE=all compiles every rule for every
+GPU, which takes some minutes; see rule_cases.compiled_rules for what is left out otherwise.
 """
 
 import collections
@@ -14,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from rule_cases import ADDRESSES, CASES, VARIANTS, WITH_MEANS, declared_rules
+from rule_cases import ADDRESSES, CASES, WITH_MEANS, compiled_rules, declared_rules
 
 PROGRAM = Path(__file__).parent / "aot.py"
 OLD_TRITON = os.environ.get("FUSEDOPT_OLD_TRITON")
@@ -49,6 +50,7 @@ def report(request):
     """What the program says: facts by target, "launches" for the number of compiles, "triton" for its version."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     if request.param == "old":
+        environment.setdefault("FUSEDOPT_COMPILE", "core")
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, [OLD_TRITON, environment.get("PYTHONPATH")]))
 
     def run(jobs):
@@ -64,6 +66,7 @@ def report(request):
     with ThreadPoolExecutor(workers) as pool:
         parts = list(pool.map(run, [jobs[i::workers] for i in range(workers)]))
     found = {key: value for part in parts for key, value in part.items()}
+    found["extent"] = environment.get("FUSEDOPT_COMPILE", "some")
     for target in TARGETS:
         found[target] = [kernel for dtype in DTYPES[target] for kernel in found[f"{target}:{dtype}"]]
     return found
@@ -99,8 +102,8 @@ def test_the_other_triton_is_another(report, request):
 def test_every_case_is_compiled_once(target, report):
     """Two cases of one rule, such as momentum with and without Nesterov, share a kernel."""
     found = collections.Counter(map(label, steps(report, target)))
-    names = declared_rules().keys() - (VARIANTS if target not in ("sm_90", "gfx942") else ())
-    assert found == {f"step_{name} {a} {d}": 1 for name in names for a in ADDRESSES for d in DTYPES[target]}
+    names = [(name, d) for d in DTYPES[target] for name in compiled_rules(target, d, report["extent"])]
+    assert found == {f"step_{name} {a} {d}": 1 for name, d in names for a in ADDRESSES}
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -215,7 +218,8 @@ def test_means_kernel(target, report):
 
 def test_numbers_never_recompile(report):
     """50 steps in which every hyperparameter and step count changes, with three groups and then with one."""
-    cases = [case for case in CASES if case.split()[0] not in VARIANTS and WITH_MEANS.get(case) != {}]
+    launched = compiled_rules("sm_80", "float32", report["extent"])
+    cases = [case for case in CASES if case.split()[0] in launched and WITH_MEANS.get(case) != {}]
     assert len(report["launches"]) == len(cases) * len(ADDRESSES) + len(WITH_MEANS)
     for case, compiles in report["launches"].items():
         rule, place = re.split("[ ,]", case)[0], case.split()[-1]
