@@ -124,7 +124,8 @@ class AdEMAMix(Paper):
         slow.copy_(beta3 * slow + (1 - beta3) * g)
         v.copy_(beta2 * v + (1 - beta2) * g**2)
         update = (fast / (1 - beta1**t) + alpha * slow) / (torch.sqrt(v / (1 - beta2**t)) + group["eps"])
-        p.copy_(p - group["lr"] * (update + group["weight_decay"] * p))
+        # Scaled first, as by torch.optim.AdamW: in float32 the rounding is its.
+        p.copy_(p * (1 - group["lr"] * group["weight_decay"]) - group["lr"] * update)
 
 
 PAPERS = {cls.__name__: cls for cls in (StableAdamW, Lion, Adan, AdEMAMix)}

@@ -95,7 +95,9 @@ def test_kernels_store_what_their_twins_store(case, stored, device, monkeypatch)
                 error = (x - y).abs()
                 assert (error <= 1.01 * step + 1e-6 * (y.abs() + y.abs().mean())).all(), role
                 if not form.name.startswith(("split", "fp32")) and form.parts[0].dtype.itemsize < 4:
-                    assert (error > 1e-6 * (y.abs() + y.abs().mean())).double().mean() < 0.02, role
+                    # One element in fifty may lie at the border of two roundings; of few elements, one.
+                    others = (error > 1e-6 * (y.abs() + y.abs().mean())).sum()
+                    assert others <= max(1, 0.02 * y.numel()), role
         for p, q in zip(ours, theirs):
             q.data.copy_(p.data)
             for key, value in kernel.state[p].items():

@@ -9,7 +9,7 @@ import warnings
 
 import pytest
 import torch
-from cases import IN_TORCH, give_gradients, model
+from cases import AFTER_LOADING, IN_TORCH, give_gradients, model
 from pairs import Pair, assert_same, close, raised, same_bits, snapshot
 
 import fusedopt
@@ -166,7 +166,7 @@ def test_groups_are_like_several_optimizers(name, index, device):
     before = [p.detach().clone() for p in groups[1]["params"]]
     give_gradients(together, 5, plain=True)
     optimizer.step()
-    if name != "Rprop":  # whose lr is only where its step sizes begin
+    if name not in ("Rprop", "ASGD"):  # whose lr is where the step sizes begin, or counts from the next step on
         assert all(map(torch.equal, before, groups[1]["params"]))
 
 
@@ -207,7 +207,8 @@ def test_printed_as_torchs(name, index):
 @every_input
 @pytest.mark.parametrize("steps", [0, 1, 5])
 def test_states_exchanged_with_torch(name, index, steps, device):
-    """ours -> torch's -> file -> ours: the same bits, and afterwards the same steps to the last bit."""
+    """ours -> torch's -> file -> ours: the same bits, and afterwards the same steps to the last bit; but for numbers
+    beside the step count, which torch casts."""
     options = exact(inputs(name)[index].kwargs)
     pair = Pair(name, options, "tiny", device=device, start=0)
     pair.step(steps)
@@ -222,12 +223,17 @@ def test_states_exchanged_with_torch(name, index, steps, device):
     file.seek(0)
     again = fusedopt.registry[name](groups, **options)
     again.load_state_dict(torch.load(file, weights_only=True))
-    assert_same(before, snapshot(again))
+    casts = AFTER_LOADING[name] > 1e-12
+    if not casts:
+        assert_same(before, snapshot(again))
     for number in range(steps, steps + 4):
         for params, optimizer in ((pair.ours, pair.opt), (copies, again)):
             give_gradients(params, number)
             optimizer.step()
-    assert_same(snapshot(pair.opt), snapshot(again))
+    if casts:
+        close(pair.ours, copies, AFTER_LOADING[name])
+    else:
+        assert_same(snapshot(pair.opt), snapshot(again))
 
 
 @every_input
@@ -248,7 +254,7 @@ def test_older_checkpoints(name, index, device):
         for group in optimizer.param_groups:
             group.update(maximize=options.get("maximize", False), foreach=False)
     pair.step(3)
-    pair.check()
+    pair.check(AFTER_LOADING[name])
 
 
 @every_info
@@ -276,7 +282,7 @@ def test_named_parameters(name, saved_named, loaded_named):
         other(torch.ones(4, 3, dtype=torch.float64)).sum().backward()
         loaded.step()
         results.append((list(other.parameters()), loaded.state_dict()["param_groups"]))
-    close(results[0][0], results[1][0], 1e-12)
+    close(results[0][0], results[1][0], AFTER_LOADING[name])
     assert results[0][1][0].get("param_names") == results[1][1][0].get("param_names")
     assert ("param_names" in results[0][1][0]) == (saved_named or loaded_named)
 
