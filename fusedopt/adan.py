@@ -76,6 +76,8 @@ class Adan(FusedOptimizer):
 
     def update(self, group, t):
         update = super().update(group, t)
-        strength = 0.0 if group["no_prox"] else update.lr * float(group["weight_decay"])
-        # (p - lr u) / (1 + lr weight_decay) = p - lr (u + weight_decay p) / (1 + lr weight_decay)
-        return update._replace(on_update=(*update.on_update, Stage("damp", (1 / (1 + strength),), (1.0,))))
+        strength = 0.0 if group["no_prox"] else float(group["weight_decay"])
+        # (p - lr u) / (1 + lr weight_decay) = p - lr (u + weight_decay p) / (1 + lr weight_decay). Whether the stage is
+        # there must not depend on lr, or a schedule that passes through 0 would compile another kernel.
+        damp = Stage("damp", (1 / (1 + update.lr * strength),), None if strength else (1.0,))
+        return update._replace(on_update=(*update.on_update, damp))

@@ -10,8 +10,9 @@ BENCH = ROOT / "bench"
 
 
 def program(*arguments, **environment):
-    """A program of bench/ in a process of its own, without the interpreter unless it asks for it."""
-    inherited = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    """A program of bench/ in a process of its own, without the interpreter unless it asks for it, and not as one of
+    several that share the tests, where pytest-benchmark would not measure."""
+    inherited = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET" and not k.startswith("PYTEST_XDIST")}
     path = os.pathsep.join([str(Path(sys.executable).parent), inherited.get("PATH", "")])
     return subprocess.run(
         list(map(str, arguments)), env=inherited | {"PATH": path, **environment}, capture_output=True, text=True
