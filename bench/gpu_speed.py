@@ -98,14 +98,17 @@ def _tuned(run: Run, problem: Problem, block: int, warps: int, name: str):
 @contextlib.contextmanager
 def tuned(block: int, warps: int) -> Iterator[None]:
     """Kernels with that tile and that many warps, whatever the table says."""
-    from fusedopt import triton_backend
+    from fusedopt import triton_tables
 
-    executor = triton_backend.Executor
-    original = executor.__init__
+    tables = triton_tables.Tables
+    chosen, original = triton_tables.tuned, tables.__init__
 
     def init(self, *args, **kwargs):
         original(self, *args, **kwargs)
         self.num_warps = warps
 
-    with mock.patch.object(triton_backend, "BLOCK", block), mock.patch.object(executor, "__init__", init):
+    with (
+        mock.patch.object(triton_tables, "tuned", lambda device: chosen(device)._replace(block=block)),
+        mock.patch.object(tables, "__init__", init),
+    ):
         yield

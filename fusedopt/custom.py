@@ -34,4 +34,4 @@ def __getattr__(name: str) -> Any:
         return None
     from . import triton_backend
 
-    return triton_backend.tl if name == "tl" else getattr(triton_backend.rules, name)
+    return getattr(triton_backend.rules, name)

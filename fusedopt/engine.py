@@ -30,6 +30,7 @@ class Engine:
         self.places: dict[Tensor, Place] = {}
         self.plan: Plan | None = None
         self.executors: list[Any] = []
+        self.prefers_one_launch = False
         self.began = False
         """Whether a step was taken."""
         self.distributed = False
@@ -125,12 +126,27 @@ class Engine:
         self.plan, self.verdict = None, clipping.UNJUDGED
         plan = Plan(optimizer, self.places, grads)
         self.executors = [_executor(bucket, optimizer._settings) for bucket in plan.buckets]
+        self.prefers_one_launch = any(
+            executor.bucket.backend.name == "triton" and executor.prefers_one_launch for executor in self.executors
+        )
         plan.note_uses()
         self.plan = plan
 
     def _run(self, optimizer: Any, grads: list[Tensor | None]) -> None:
         terms, reduction = clipping.terms(optimizer, self.scaling), self.plan.reduction
-        if self.deferred is not None and self.deferred.is_of(grads):
+        decay = optimizer._settings.ema_decay
+
+        def update(cohort: Cohort, skipped: int = 0) -> Update:
+            """The numbers of this step, if ``skipped`` more steps were skipped than the host knows."""
+            scalars = cohort.earlier if skipped else cohort.scalars
+            update = optimizer.update(cohort.group, cohort.t + 1 - skipped, *scalars)
+            return update if decay is None else update._replace(averages=(*update.averages, 1 - decay))
+
+        waiting = self.executors
+        is_deferred = self.deferred is not None and self.deferred.is_of(grads)
+        if self._takes_one_launch(optimizer, terms, update, is_deferred):
+            self.verdict, waiting = self.executors[0].step_at_once(update, terms, self.skips), []
+        elif is_deferred:
             self.verdict = self._deferred_verdict(terms)
         else:
             self.verdict = clipping.judge(self.executors, terms, self.skips, reduction)
@@ -142,15 +158,7 @@ class Engine:
             self._drop_unwritten(optimizer)
             return
 
-        decay = optimizer._settings.ema_decay
-
-        def update(cohort: Cohort, skipped: int = 0) -> Update:
-            """The numbers of this step, if ``skipped`` more steps were skipped than the host knows."""
-            scalars = cohort.earlier if skipped else cohort.scalars
-            update = optimizer.update(cohort.group, cohort.t + 1 - skipped, *scalars)
-            return update if decay is None else update._replace(averages=(*update.averages, 1 - decay))
-
-        for executor in self.executors:
+        for executor in waiting:
             executor.step(update, self.verdict, self.skips)
         if self.plan.shards is not None:
             torch.autograd.graph.increment_version(self.plan.shards.params)
@@ -161,6 +169,30 @@ class Engine:
         if self.verdict.device is not None:
             self.skips.listen()
             self._hear(optimizer, wait=False)
+
+    def _takes_one_launch(
+        self, optimizer: Any, terms: clipping.Terms, update: Callable[..., Update], is_deferred: bool
+    ) -> bool:
+        """Whether norm and update run as one launch. RuntimeError if that was asked for and cannot be."""
+        launches = optimizer._settings.launches
+        if launches == 2 or not self.executors or (launches == "auto" and not self.prefers_one_launch):
+            return False
+        problem = None
+        bucket = self.executors[0].bucket
+        if bucket.backend.name != "triton":
+            problem = f"the backend is {bucket.backend} ({bucket.backend.reason})"
+        elif len(self.executors) > 1:
+            problem = f"parameters of {len(self.executors)} devices, dtypes or rules take a launch each"
+        elif is_deferred:
+            problem = "clip_grad_norm_() takes the norm before the step"
+        elif self.plan.reduction.communicates and terms.joins_ranks:
+            problem = "the norm is taken over several ranks"
+        else:
+            problem = self.executors[0].problem_with_one_launch(update(bucket.cohorts[0]))
+        if problem is not None and launches == 1:
+            raise RuntimeError(f"launches=1 is not possible here: {problem}; use launches='auto' or 2")
+        # Without a verdict the update is one launch by itself.
+        return problem is None and terms.any
 
     def _deferred_verdict(self, terms: clipping.Terms) -> clipping.Verdict:
         if terms.clip is not None:

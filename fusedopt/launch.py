@@ -26,6 +26,13 @@ class Launches:
         self.device = device
         self.known: dict[tuple, tuple] = {}
 
+    def compiled(self, kernel: Any, *args: Any, **constants: Any) -> Any:
+        """The kernel that these arguments need, loaded, without launching it."""
+        with on(self.device):
+            compiled = kernel.warmup(*args, grid=(1,), **constants)
+            compiled.run  # noqa: B018 (loads it, and so learns how many registers it takes)
+        return compiled
+
     def __call__(self, kernel: Any, variant: Hashable, grid: int, *args: Any, **constants: Any) -> None:
         """Launch ``kernel[(grid,)](*args, **constants)`` on the current stream of the device.
 

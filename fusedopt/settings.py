@@ -70,6 +70,12 @@ def _limits(name: str, value: Any) -> Any:
     return None if low is None and high is None else (low, high)
 
 
+def _launches(name: str, value: Any) -> str | int:
+    if isinstance(value, bool) or value not in ("auto", 1, 2):
+        raise ValueError(f"Invalid {name}: {value!r}; choose 'auto', 1 or 2")
+    return value
+
+
 def _backend(name: str, value: Any) -> str | None:
     if value is not None and value not in BACKENDS:
         raise ValueError(f"Invalid {name}: {value!r}; choose one of {', '.join(map(repr, BACKENDS))} or None")
@@ -172,6 +178,12 @@ class Settings:
         where they hold other parameters than this rank and nothing in the parameters says so: "world" for
         ZeroRedundancyOptimizer and FullyShardedDataParallel, the pipeline's group for pipeline stages. Parameters
         that are DTensors (fully_shard, tensor parallelism) need none.""",
+    )
+    launches: str | int = setting(
+        "auto",
+        _launches,
+        """("auto" | 1 | 2): on a GPU, clip and update by a launch each (2), or by one cooperative launch (1), which
+        needs a single device, dtype and rule; "auto" is 2 until a measurement on that GPU speaks for 1.""",
     )
     flatten: bool = setting(
         False,

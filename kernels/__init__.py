@@ -1,5 +1,5 @@
 """The kernels. They import triton and nothing else: no torch, no fusedopt."""
 
-from . import address, means, norm, philox, rounding, rules, stages, step
+from . import address, clipped, means, norm, philox, rounding, rules, stages, step, tuning
 
-__all__ = ["address", "means", "norm", "philox", "rounding", "rules", "stages", "step"]
+__all__ = ["address", "clipped", "means", "norm", "philox", "rounding", "rules", "stages", "step", "tuning"]

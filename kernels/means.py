@@ -9,10 +9,10 @@ import triton
 import triton.language as tl
 
 from .address import IS_ALIGNED, NUMEL
-from .norm import FACTOR, NONFINITE
+from .norm import FACTOR, NONFINITE, SKIPPED
 from .rounding import Span
 from .stages import columns
-from .step import direction, row_of
+from .step import direction, late_skips, row_of
 
 # The fields of a chunk: tensor, first tile within the tensor, tiles, the tensor's first chunk, how many it has.
 CHUNK_FIELDS = tl.constexpr(5)
@@ -54,13 +54,14 @@ def means_of_terms(
     chunk = chunks + program * CHUNK_FIELDS
     tensor = tl.load(chunk).to(tl.int64)
     record = table + tensor * FIELDS
+    factor = None
+    late = 0
     if verdict is not None:
         if tl.load(verdict + NONFINITE) != 0:
             return
-    row = row_of(record, rows, verdict, known_skips, variants, WIDTH)
-    factor = None
-    if verdict is not None:
         factor = tl.load(verdict + FACTOR).to(COMPUTE)
+        late = late_skips(tl.load(verdict + SKIPPED), known_skips, variants)
+    row = row_of(record, rows, late, variants, WIDTH)
 
     SMALL: tl.constexpr = max(BLOCK // 8, GRANULE)
     numel = tl.load(record + NUMEL)

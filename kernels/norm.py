@@ -1,8 +1,8 @@
 """The global gradient norm and what follows from it, without leaving the device.
 
-Each of at most SLOTS programs sums the squares of every SLOTS-th tile in float64, lane by lane and in
-a fixed order, so the norm is the same to the last bit from run to run and from rank to rank, whatever the addresses
-and their alignment. The last program to finish adds the slots up and passes the verdict.
+Each of SLOTS slots is the sum of the squares of every SLOTS-th tile in float64, lane by lane and in a fixed order, so
+the norm is the same to the last bit from run to run and from rank to rank, whatever the addresses, their alignment and
+the number of programs. The last program to finish adds the slots up and passes the verdict.
 
 float64 holds the square of every float32: finite gradients never look infinite.
 """
@@ -42,7 +42,22 @@ def sum_of_squares(
     BLOCK: tl.constexpr,
     SLOTS: tl.constexpr,
 ):
+    """One program per slot."""
     slot = tl.program_id(0)
+    tl.store(slots + first_slot + slot, squares_of(table, tiles, slot, tile_count, grad, FIELDS, BLOCK, SLOTS))
+
+    if ticket is not None:
+        # Acquire and release: the last program sees the other programs' sums.
+        if tl.atomic_add(ticket, 1, sem="acq_rel", scope="gpu") == tl.num_programs(0) - 1:
+            tl.store(ticket, 0)
+            judge(slots, slot_count, verdict, target, epsilon, largest, loss_scale, found_inf, CLIP, SKIP, SLOTS)
+
+
+@triton.jit
+def squares_of(
+    table, tiles, slot, tile_count, grad, FIELDS: tl.constexpr, BLOCK: tl.constexpr, SLOTS: tl.constexpr
+):  # fmt: skip
+    """The sum of one slot."""
     lanes = tl.arange(0, BLOCK)
     squares = tl.zeros((BLOCK,), tl.float64)
     for tile in tl.range(slot, tile_count, SLOTS):
@@ -60,13 +75,7 @@ def sum_of_squares(
         else:
             g = tl.load(at(record, grad, False) + start + lanes, mask=lanes < valid, other=0.0).to(tl.float64)
             squares += g * g
-    tl.store(slots + first_slot + slot, tl.sum(squares))
-
-    if ticket is not None:
-        # Acquire and release: the last program sees the other programs' sums.
-        if tl.atomic_add(ticket, 1, sem="acq_rel", scope="gpu") == tl.num_programs(0) - 1:
-            tl.store(ticket, 0)
-            judge(slots, slot_count, verdict, target, epsilon, largest, loss_scale, found_inf, CLIP, SKIP, SLOTS)
+    return tl.sum(squares)
 
 
 @triton.jit(do_not_specialize=["slot_count"])
@@ -83,14 +92,23 @@ def judge(
     SKIP: tl.constexpr,
     SLOTS: tl.constexpr,
 ):
-    """factor = min(largest, target / (norm + epsilon)) / loss_scale: with largest = 1 and epsilon = 1e-6 as
-    torch.nn.utils.clip_grad_norm_ does."""
+    weighed = weigh(slots, slot_count, target, epsilon, largest, loss_scale, found_inf, CLIP, SKIP, SLOTS)
+    write_down(verdict, weighed, tl.load(verdict + SKIPPED))
+
+
+@triton.jit
+def weigh(
+    slots, slot_count, target, epsilon, largest, loss_scale, found_inf,
+    CLIP: tl.constexpr, SKIP: tl.constexpr, SLOTS: tl.constexpr,
+):  # fmt: skip
+    """(norm, factor, skip), with factor = min(largest, target / (norm + epsilon)) / loss_scale: with largest = 1 and
+    epsilon = 1e-6 as torch.nn.utils.clip_grad_norm_ does."""
     total = tl.zeros((SLOTS,), tl.float64)
     for first in tl.range(0, slot_count, SLOTS):
         # .cg: the slots were written by other programs of this launch; L1 may hold older values.
         total += tl.load(slots + first + tl.arange(0, SLOTS), cache_modifier=".cg")
     norm = tl.sqrt(tl.sum(total))
-    factor = 1.0
+    factor = tl.full((), 1.0, tl.float64)
     if loss_scale is not None:
         factor = 1.0 / tl.load(loss_scale).to(tl.float64)
         norm = norm * factor
@@ -101,7 +119,14 @@ def judge(
         skip = tl.where(norm < float("inf"), 0, 1)
     if found_inf is not None:
         skip = skip | tl.where(tl.load(found_inf) != 0, 1, 0)
+    return norm, factor, skip
+
+
+@triton.jit
+def write_down(verdict, weighed, skipped):
+    """``skipped``: the steps that were skipped before this one."""
+    norm, factor, skip = weighed
     tl.store(verdict + NORM, norm)
     tl.store(verdict + FACTOR, factor)
     tl.store(verdict + NONFINITE, skip)
-    tl.store(verdict + SKIPPED, tl.load(verdict + SKIPPED) + skip)
+    tl.store(verdict + SKIPPED, skipped + skip)

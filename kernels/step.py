@@ -46,19 +46,40 @@ def step(
     BLOCK: tl.constexpr,
 ):
     program = tl.program_id(0).to(tl.int64)
-    tensor = tl.load(tiles + 2 * program).to(tl.int64)
-    record = table + tensor * FIELDS
-    tile = tl.load(tiles + 2 * program + 1).to(tl.int64)
-    start = tl.multiple_of(tile * BLOCK, BLOCK)
-    valid = tl.minimum(tl.load(record + NUMEL) - start, BLOCK).to(tl.int32)
-
+    factor = None
+    late = 0
     if verdict is not None:
         if tl.load(verdict + NONFINITE) != 0:
             return
-    row = row_of(record, rows, verdict, known_skips, variants, WIDTH)
-    factor = None
-    if verdict is not None:
         factor = tl.load(verdict + FACTOR).to(COMPUTE)
+        late = late_skips(tl.load(verdict + SKIPPED), known_skips, variants)
+        # The gradients that the norm was told last still lie in the second-level cache.
+        program = tl.num_programs(0) - 1 - program
+    tensor = tl.load(tiles + 2 * program).to(tl.int64)
+    start = tl.multiple_of(tl.load(tiles + 2 * program + 1).to(tl.int64) * BLOCK, BLOCK)
+    update_tile(
+        table, tensor, start, rows, means, factor, late, variants, seed, roles, forms, h, on_grad, on_update, averages,
+        RULE, ADDRESS, COMPUTE, FIELDS, MEANS, WIDTH, GRANULE, DRAWS, BLOCK,
+    )  # fmt: skip
+
+
+@triton.jit
+def late_skips(skipped, known_skips, variants):
+    """How many of the skipped steps the host did not know of when it wrote the rows."""
+    # Rows that the device computes are right already: there is one for each.
+    return tl.minimum(skipped.to(tl.int64) - known_skips, variants - 1)
+
+
+@triton.jit
+def update_tile(
+    table, tensor, start, rows, means, factor, late, variants, seed, roles, forms, h, on_grad, on_update, averages,
+    RULE: tl.constexpr, ADDRESS: tl.constexpr, COMPUTE: tl.constexpr, FIELDS: tl.constexpr, MEANS: tl.constexpr,
+    WIDTH: tl.constexpr, GRANULE: tl.constexpr, DRAWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The elements from ``start``, of which the tensor must have one, to ``start + BLOCK``, as far as it goes."""
+    record = table + tensor * FIELDS
+    valid = tl.minimum(tl.load(record + NUMEL) - start, BLOCK).to(tl.int32)
+    row = row_of(record, rows, late, variants, WIDTH)
     if means is not None:
         means += tensor * MEANS
     draw = None
@@ -82,12 +103,9 @@ def step(
 
 
 @triton.jit
-def row_of(record, rows, verdict, known_skips, variants, WIDTH: tl.constexpr):
+def row_of(record, rows, late, variants, WIDTH: tl.constexpr):
     """The row of the tensor's cohort for the number of skipped steps that the device knows of."""
-    row = rows + tl.load(record + ROW) * variants * WIDTH
-    if verdict is not None:
-        row += (tl.load(verdict + SKIPPED).to(tl.int64) - known_skips) * WIDTH
-    return row
+    return rows + (tl.load(record + ROW) * variants + late) * WIDTH
 
 
 @triton.jit

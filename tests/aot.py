@@ -21,7 +21,17 @@ from unittest import mock
 
 import torch
 import triton
-from rule_cases import ADDRESSES, CASES, CHAINS, WITH_MEANS, compiled_rules, optimizer, parameters, set_gradients
+from rule_cases import (
+    ADDRESSES,
+    AT_ONCE,
+    CASES,
+    CHAINS,
+    WITH_MEANS,
+    compiled_rules,
+    optimizer,
+    parameters,
+    set_gradients,
+)
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
@@ -47,7 +57,10 @@ DTYPES = {
 EXTENT = os.environ.get("FUSEDOPT_COMPILE", "some")
 """How many rules: see rule_cases.compiled_rules."""
 
-KERNELS = kernels.step.step, kernels.means.means_of_terms, kernels.norm.sum_of_squares, kernels.norm.judge
+KERNELS = (
+    kernels.step.step, kernels.means.means_of_terms, kernels.norm.sum_of_squares, kernels.norm.judge,
+    kernels.clipped.clipped_step,
+)  # fmt: skip
 
 
 class NoGPU:
@@ -122,11 +135,13 @@ def all_facts(target, dtype):
     runs += [("adam", "scattered", clips | settings | {"scaler": True}) for settings in (norm, {})]
     without = len(runs)
     runs += [(case, a, clips | norm | settings) for a in ADDRESSES for case, settings in WITH_MEANS.items()]
+    end = len(runs)
+    runs += [(case, "scattered", clips | norm | {"launches": 1}) for case in AT_ONCE]
     for i, (case, address, settings) in enumerate(runs):
         before = set(gpu.compiled())
         step_once(case, address, dtype, **settings)
         for kernel in set(gpu.compiled()) - before:
-            yield facts(kernel) | {"address": address, "dtype": dtype, "means": i >= without}
+            yield facts(kernel) | {"address": address, "dtype": dtype, "means": without <= i < end}
 
 
 def facts(kernel):
@@ -138,8 +153,9 @@ def facts(kernel):
     if "ptx" in kernel.asm:
         return found | resources(kernel.asm["cubin"])
     numbers = {key: int(value) for key, value in re.findall(r"\.(\w+):\s+(\d+)\s*$", assembly, re.MULTILINE)}
-    spills = numbers["vgpr_spill_count"] + numbers["sgpr_spill_count"]
-    return found | {"registers": numbers["vgpr_count"], "stack": numbers["private_segment_fixed_size"] + spills}
+    # Scalar registers are spilled to lanes of vector registers, which costs no memory.
+    stack = numbers["private_segment_fixed_size"] + numbers["vgpr_spill_count"]
+    return found | {"registers": numbers["vgpr_count"], "stack": stack}
 
 
 def resources(cubin):
@@ -193,6 +209,7 @@ def main(jobs):
                 for address in ADDRESSES
                 if case.split()[0] in launched and WITH_MEANS.get(case) != {}
             }
+            report[job] |= {f"{case}, at once": compiles(case, "scattered", launches=1) for case in AT_ONCE[:1]}
             report[job] |= {f"{case}, means": compiles(case, "flat", **more) for case, more in WITH_MEANS.items()}
         else:
             report[job] = list(all_facts(*job.split(":")))

@@ -24,11 +24,11 @@ if backends.triton_problem() is not None:
 elif not GPU:
     import interpreter
 
-    from fusedopt import triton_backend
+    from fusedopt import triton_norm
 
     interpreter.repair()
     # The interpreter runs one program after the other, at a millisecond each.
-    triton_backend.SLOTS = 4
+    triton_norm.SLOTS = 4
 
 
 @pytest.fixture(scope="session")

@@ -73,11 +73,13 @@ SETTINGS = {
     "plain": {},
     "all": {"max_grad_norm": 1.0, "max_grad_value": 0.1, "weight_decay": 0.1, "maximize": True, "ema_decay": 0.9},
     "scaler": {"skip_nonfinite": True},
+    "at once": {"max_grad_norm": 1.0, "launches": 1},
 }
 
 
 RUNS = [("adam", "scattered", "plain"), ("sgd", "scattered", "scaler"), ("amsgrad", "flat", "all")]
-"""No states and three, chains that are empty and full, both kernels, arguments that are None and not."""
+RUNS += [("adam", "scattered", "at once")]
+"""No states and three, chains that are empty and full, every kernel, arguments that are None and not."""
 
 
 def main():

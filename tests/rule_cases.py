@@ -79,6 +79,9 @@ def in_torch(name: str, options: dict) -> bool:
     )
 
 
+AT_ONCE = ("adam", "amsgrad", "rmsprop_centered_momentum")
+"""Cases that are compiled as one cooperative kernel too."""
+
 IN_TORCH = [case for case, (name, options) in CASES.items() if in_torch(name, options)]
 
 CHAINS = {

@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from rule_cases import ADDRESSES, CASES, WITH_MEANS, compiled_rules, declared_rules
+from rule_cases import ADDRESSES, AT_ONCE, CASES, WITH_MEANS, compiled_rules, declared_rules
 
 PROGRAM = Path(__file__).parent / "aot.py"
 OLD_TRITON = os.environ.get("FUSEDOPT_OLD_TRITON")
@@ -130,10 +130,17 @@ def test_memory_is_accessed_16_bytes_at_a_time(target, report):
 @pytest.mark.parametrize("target", TARGETS)
 def test_registers_suffice(target, report):
     for kernel in report[target]:
-        assert kernel["stack"] == 0, f"{label(kernel)} spills"
+        # In the cooperative kernel ptxas may park an address or two, outside of the loops over elements.
+        parked = 16 if kernel["name"].startswith("clipped_") and target in NVIDIA else 0
+        assert kernel["stack"] <= parked, f"{label(kernel)} spills"
         much = kernel["means"] or kernel["name"] in ("step_adan", "step_adadelta")
-        budget = MAX_REGISTERS_OF_MUCH if much else MAX_REGISTERS
-        assert kernel["registers"] <= budget[kernel["dtype"]], f"{label(kernel)}: {kernel['registers']}"
+        budget = (MAX_REGISTERS_OF_MUCH if much else MAX_REGISTERS)[kernel["dtype"]]
+        if kernel["name"].startswith("clipped_"):
+            # At 80 an NVIDIA multiprocessor holds three programs of 256 threads; on AMD one has all registers.
+            budget = 80 if target in NVIDIA else 512
+        elif kernel["name"] == "sum_of_squares" and target not in NVIDIA:
+            budget = 128  # four waves on each of a multiprocessor's four units
+        assert kernel["registers"] <= budget, f"{label(kernel)}: {kernel['registers']}"
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -170,14 +177,14 @@ def test_min_and_max_propagate_nan(target, report):
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_norm_kernel(target, report):
-    """16-byte loads; and the last program to finish sees what all others have stored."""
+    """Two 16-byte loads at a time; and the last program to finish sees what all others have stored."""
     assert {kernel["dtype"] for kernel in named(report, target, "judge")} == set(DTYPES[target])
     kernels = named(report, target, "sum_of_squares")
     # With and without loss scale; the scattered addresses of more states make longer records.
     assert len(kernels) > 2 * len(DTYPES[target])
     for kernel in kernels:
         if target in NVIDIA:
-            assert count(kernel, r"ld\.global\.(v4\.b32|v2\.b64)") == 1, label(kernel)
+            assert count(kernel, r"ld\.global\.(v4\.b32|v2\.b64)") == 2, label(kernel)
             assert count(kernel, r"atom\.global\.gpu\.acq_rel\.add\.u32") == 1
             # Not from the first-level cache, which may hold older values.
             assert count(kernel, r"ld\.global\.cg\.v2\.b64") >= 1
@@ -188,6 +195,31 @@ def test_norm_kernel(target, report):
             assert (
                 count(kernel, "buffer_wbl2") == count(kernel, "global_atomic_add") == count(kernel, "buffer_inv") == 1
             )
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_cooperative_kernel(target, report):
+    """What the barrier is made of, and memory accessed 16 bytes at a time in both phases."""
+    kernels = [kernel for kernel in report[target] if kernel["name"].startswith("clipped_")]
+    assert len(kernels) == len(DTYPES[target]) * len(AT_ONCE)
+    for kernel in kernels:
+        states = len(declared_rules()[kernel["name"].removeprefix("clipped_")].states)
+        mixed = kernel["dtype"] == "mixed"
+        if target in NVIDIA:
+            # Every program arrives with release, and waits by a load with acquire: not by a volatile one, behind which
+            # the slots might be read from the first-level cache, and not by an atomic addition, which is slower.
+            assert count(kernel, r"atom\.global\.gpu\.release\.add\.u32") == 1, label(kernel)
+            assert count(kernel, r"ld\.global\.gpu\.acquire\.b32") == 1, label(kernel)
+            assert count(kernel, r"atom\..*") == 1, label(kernel)
+            assert count(kernel, r"ld\.global\.cg\.v2\.b64") >= 1, label(kernel)
+            wide = "v2.b64" if kernel["dtype"] == "float64" else "v4.b32"
+            assert count(kernel, rf"ld\.global\.{wide}") >= 1, label(kernel)
+            assert count(kernel, rf"ld\.global\..*evict_first.*\.{wide}") == states + 2 * (not mixed), label(kernel)
+            assert count(kernel, rf"st\.global\..*evict_first.*\.{wide}") == states + (not mixed), label(kernel)
+        else:
+            # Write back before arriving, invalidate behind every look.
+            assert count(kernel, "buffer_wbl2") == count(kernel, "global_atomic_add") == 1, label(kernel)
+            assert count(kernel, "buffer_inv") == 1, label(kernel)
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -220,8 +252,11 @@ def test_numbers_never_recompile(report):
     """50 steps in which every hyperparameter and step count changes, with three groups and then with one."""
     launched = compiled_rules("sm_80", "float32", report["extent"])
     cases = [case for case in CASES if case.split()[0] in launched and WITH_MEANS.get(case) != {}]
-    assert len(report["launches"]) == len(cases) * len(ADDRESSES) + len(WITH_MEANS)
+    assert len(report["launches"]) == len(cases) * len(ADDRESSES) + len(WITH_MEANS) + 1
     for case, compiles in report["launches"].items():
         rule, place = re.split("[ ,]", case)[0], case.split()[-1]
+        if place == "once":
+            assert compiles == {f"clipped_{rule}": 1}, case
+            continue
         means = {f"means_{rule}": 1} if place == "means" else {}
         assert compiles == {f"step_{rule}": 1, "sum_of_squares": 1} | means, case

@@ -104,7 +104,7 @@ def test_misaligned_memory(moved, address, dtype, device):
         # A wrong promise crashes a GPU, but not the interpreter: so look at the promise itself.
         (executor,) = made._engine.executors
         wanted = [all(x.data_ptr() % 16 == 0 for x in (p, g)) for p, g in zip(params, grads)]
-        assert executor.records[:, kernels.address.IS_ALIGNED.value].astype(bool).tolist() == wanted
+        assert executor.tables.records[:, kernels.address.IS_ALIGNED.value].astype(bool).tolist() == wanted
 
 
 LAYOUTS = {

@@ -18,7 +18,7 @@ from rule_cases import (
     twin_step,
 )
 
-from fusedopt import triton_backend
+from fusedopt import triton_norm
 from fusedopt.clipping import Skips
 
 SIZES = [1, 9, 1031, (), 0, 5000, (3, 7)]
@@ -52,7 +52,7 @@ def norm_by_numpy(grads):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_norm_is_exact(dtype, slots, device, monkeypatch):
     """More tiles than slots, and fewer. 1e-12: sums of squares in float64, in another order than numpy's."""
-    monkeypatch.setattr(triton_backend, "SLOTS", slots)
+    monkeypatch.setattr(triton_norm, "SLOTS", slots)
     grads = tensors(SIZES, device, dtype)
     assert norm_of(grads) == pytest.approx(norm_by_numpy(grads), rel=1e-12)
 

@@ -126,7 +126,7 @@ def test_fifty_steps_are_as_accurate_as_torch(case, device, monkeypatch):
     size = 8192
     if device.type == "cpu":
         # One program instead of eight: the interpreter's time goes by programs.
-        monkeypatch.setattr(triton_backend, "BLOCK", size)
+        monkeypatch.setitem(kernels.tuning.TABLE, "interpreter", kernels.tuning.Tuning(block=size))
     (start,) = tensors([size], device)
     name, options = CASES[case]
     options = accepted(name, {"lr": 0.01, "weight_decay": 0.01} | options)

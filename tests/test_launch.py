@@ -46,10 +46,12 @@ def report(request, tmp_path_factory):
 
 
 def test_every_case_was_launched(report):
-    assert len(report) == 3
+    assert len(report) == 4
     for case, (direct, _) in report.items():
+        at_once = case.endswith("at once")
         # The norm, the update.
-        assert len(direct) == (1 if case.endswith("plain") else 2), case
+        assert len(direct) == (1 if case.endswith("plain") or at_once else 2), case
+        assert {record["cooperative"] for record in direct} == {int(at_once)}, case
 
 
 def test_the_handle_gets_what_the_binder_would_give(report):

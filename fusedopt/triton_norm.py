@@ -1,0 +1,108 @@
+"""The verdict on the device: norm kernels, one launch per bucket, and nobody waits."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .clipping import Skips, Terms, Verdict
+from .distributed import Reduction
+from .kernels import norm
+from .launch import Launches
+from .triton_tables import Tables
+
+SLOTS = 1024
+"""Partial sums of the norm per bucket, whatever the device: the order of addition must not depend on it."""
+
+
+class Norm:
+    """The norm of one bucket's gradients."""
+
+    def __init__(self, tables: Tables, device: torch.device, launch: Launches):
+        self.tables = tables
+        self.device = device
+        self.launch = launch
+        self.slots: Tensor | None = None
+
+    def workspace(self, buckets: int) -> tuple[Tensor, Tensor]:
+        """Slots, and the ticket or barrier. Zeroed once: every step writes the same slots, and leaves the other as
+        the next one needs it."""
+        if self.slots is None or len(self.slots) != buckets * SLOTS:
+            self.slots = torch.zeros(buckets * SLOTS, dtype=torch.float64, device=self.device)
+            self.counters = torch.zeros(2, 1, dtype=torch.int32, device=self.device)
+        return self.slots, self.counters
+
+    def wait(self) -> float:
+        """The norm, waited for: only for buckets on several devices or backends."""
+        slots, verdict = (torch.zeros(n, dtype=torch.float64, device=self.device) for n in (SLOTS, 4))
+        self.add_squares(slots, 0, None, verdict, Terms())
+        return math.sqrt(slots.sum().item())
+
+    def add_squares(self, slots: Tensor, first_slot: int, ticket: Tensor | None, verdict: Tensor, terms: Terms) -> None:
+        """Launch the norm kernel over this bucket; with a ticket its last program passes the verdict."""
+        judging, constants, variant = on_device(self.device, terms)
+        tables, tiles, tuning = self.tables, self.tables.norm_tiles, self.tables.tuning
+        self.launch(
+            norm.sum_of_squares, (ticket is None, variant), min(tiles.count, SLOTS),
+            tables.device_copy, tiles.table, tiles.count, tables.roles.grad, slots, first_slot, slots.numel(),
+            ticket, verdict, *judging, **constants,
+            FIELDS=tables.fields, BLOCK=tables.norm_block, SLOTS=SLOTS,
+            num_warps=tuning.norm_warps, enable_fp_fusion=False,
+        )  # fmt: skip
+
+    def judge(self, slots: Tensor, verdict: Tensor, terms: Terms) -> None:
+        """Pass the verdict on what the slots hold, in a launch of its own."""
+        judging, constants, variant = on_device(self.device, terms)
+        self.launch(
+            norm.judge, variant, 1, slots, slots.numel(), verdict, *judging,
+            **constants, SLOTS=SLOTS, enable_fp_fusion=False,
+        )  # fmt: skip
+
+
+def judge(executors: Sequence[Any], terms: Terms, skips: Skips, reduction: Reduction) -> Verdict:
+    """Pass the verdict on the gradients of all buckets of one device."""
+    verdict = skips.verdict(executors[0].bucket.device)
+    last = executors[-1].norms
+    if reduction.communicates and terms.joins_ranks:
+        _judge_with_other_ranks(executors, terms, verdict, reduction)
+        return Verdict(norm=math.nan if terms.needs_norm else None, device=verdict)
+    filled = [executor.norms for executor in executors if executor.tables.tiles.count] if terms.needs_norm else []
+    slots, (ticket, _) = last.workspace(max(len(filled), 1))
+    for i, norms in enumerate(filled):
+        norms.add_squares(slots, i * SLOTS, ticket if norms is filled[-1] else None, verdict, terms)
+    if not filled:
+        last.judge(slots, verdict, terms)
+    return Verdict(norm=math.nan if terms.needs_norm else None, device=verdict)
+
+
+def _judge_with_other_ranks(executors: Sequence[Any], terms: Terms, verdict: Tensor, reduction: Reduction) -> None:
+    """The sums of squares by spread, one all_reduce per group, then the verdict in a launch of its own."""
+    device, last = executors[0].bucket.device, executors[-1].norms
+    keys = reduction.keys
+    alike = [[executor for executor in executors if executor.bucket.spread == key] for key in keys]
+    longest = max(map(len, alike)) if terms.needs_norm else 0
+    squares = torch.zeros(len(keys), dtype=torch.float64, device=device)
+    if longest:
+        slots, _ = last.workspace(len(keys) * longest)
+        for i, row in enumerate(alike):
+            for k, executor in enumerate(row):
+                if executor.tables.tiles.count:
+                    executor.norms.add_squares(slots, (i * longest + k) * SLOTS, None, verdict, terms)
+        squares = slots.view(len(keys), -1).sum(1)
+    total = reduction.total(squares.to(reduction.device), terms.found_inf).to(device, non_blocking=True)
+    if terms.found_inf is not None:
+        terms = terms._replace(found_inf=total[1:])
+    last.judge(torch.nn.functional.pad(total[:1], (0, SLOTS - 1)), verdict, terms)
+
+
+def on_device(device: torch.device, terms: Terms) -> tuple[tuple, dict[str, bool], tuple]:
+    """The kernels' last arguments, the constants that go with them, and which variant of a kernel they are."""
+    # A scaler keeps its scale where the loss is, which may be another GPU.
+    scaler = [x if x is None else x.to(device, non_blocking=True) for x in (terms.loss_scale, terms.found_inf)]
+    constants = {"CLIP": terms.clip is not None, "SKIP": terms.skip_nonfinite}
+    variant = *constants.values(), *(x if x is None else x.data_ptr() & 15 == 0 for x in scaler)
+    return (*(terms.clip or (math.inf, 0.0, 1.0)), *scaler), constants, variant

@@ -1,0 +1,130 @@
+"""What the kernels are told of a bucket's tensors: where each lies, in which form, and which tiles it is cut into."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import numpy as np
+import torch
+import triton.language as tl
+from torch import Tensor
+from triton.runtime import driver
+
+from .backends import interpreting
+from .forms import QUANTIZED
+from .kernels import address, rounding, tuning
+from .plan import Bucket
+from .storage import part_key
+from .upload import Upload, on
+
+TYPES = {
+    torch.float64: tl.float64,
+    torch.float32: tl.float32,
+    torch.bfloat16: tl.bfloat16,
+    torch.float16: tl.float16,
+    torch.int16: tl.int16,
+    torch.int8: tl.int8,
+    torch.uint8: tl.uint8,
+}
+
+
+class Tiles:
+    """The parts of at most ``block`` elements into which tensors are cut, on the device: int32 [count, 2]."""
+
+    def __init__(self, sizes: Sequence[int], block: int, device: torch.device):
+        self.of_tensors = -(-np.asarray(sizes) // block)
+        tiles = np.stack([np.repeat(np.arange(len(sizes)), self.of_tensors), _ranges(self.of_tensors)], axis=1)
+        self.count = len(tiles)
+        self.table = torch.from_numpy(tiles.astype(np.int32)).to(device)
+
+
+class Tables:
+    """The tables of one bucket, and the compile-time arguments that go with them."""
+
+    def __init__(self, bucket: Bucket, params: Sequence[Tensor]):
+        """``params``: the members' parameters, or dense copies of them."""
+        members = bucket.members
+        parts = {part_key(role, part): part for role, form in bucket.stored.roles for part in form.parts}
+        self.forms = _of_roles([rounding.FORMS[form.name] for _, form in bucket.stored.roles], bucket, rounding.Forms)
+        param, grad = address.PARAM.value, _role(address.GRAD.value, bucket.grad_dtype)
+        if bucket.flat:
+            buffers = {"": members[0].place.space.buffers["param"], **members[0].place.space.buffers}
+            found = {key: address.Base(buffers[key], tl.constexpr(part.per)) for key, part in parts.items()}
+            self.address, self.fields = address.flat, param + 1
+        else:
+            found = {key: _role(param + i, part.dtype, part.per) for i, (key, part) in enumerate(parts.items())}
+            self.address, self.fields = address.scattered, param + len(parts)
+        by_role = [tuple(found[part_key(role, part)] for part in form.parts) for role, form in bucket.stored.roles]
+        self.roles = _of_roles(by_role, bucket, partial(address.Tensors, grad))
+
+        self.records = np.zeros((len(members), self.fields), dtype=np.int64)
+        self.records[:, address.NUMEL.value] = sizes = [p.numel() for p in params]
+        self.records[:, address.ROW.value] = [m.cohort for m in members]
+        self.records[:, address.DRAW.value] = [m.first_draw for m in members]
+        dense = [param]
+        if bucket.flat:
+            self.records[:, param] = [m.place.space.offsets[m.place.index] for m in members]
+        else:
+            self.records[:, param] = [p.data_ptr() for p in params]
+            for i, key in enumerate(list(parts)[1:], start=param + 1):
+                self.records[:, i] = [m.place.views[key].data_ptr() for m in members]
+            # A scale for many elements may lie anywhere.
+            dense = [param + i for i, part in enumerate(parts.values()) if part.per == 1]
+        self.in_line = np.bitwise_or.reduce(self.records[:, dense], axis=1) & 15 == 0
+        self.upload = Upload(bucket.device)
+        self.addresses: list[int] | None = None
+        """The gradients', as the device knows them."""
+
+        self.tuning = tuned(bucket.device)
+        self.tiles = Tiles(sizes, self.tuning.block, bucket.device)
+        self.norm_block = self.tuning.norm_bytes // bucket.grad_dtype.itemsize
+        self.norm_tiles = Tiles(sizes, self.norm_block, bucket.device)
+        quantizes = bucket.stored.quantizes
+        self.granule = QUANTIZED if quantizes else 8
+        # Threads hold 16 bytes of the widest part, and a warp whole blocks of quantized ones.
+        widths = [bucket.grad_dtype.itemsize, *(part.dtype.itemsize for part in parts.values())]
+        width = 2 if quantizes else max(widths)
+        self.vector = self.tuning.bytes_at_once // width
+        """Elements that a thread takes at once."""
+        threads = 32 if interpreting() else driver.active.get_current_target().warp_size
+        self.num_warps = max(1, self.tuning.block // (threads * self.vector))
+        self.wide_block = self.tuning.norm_warps * threads * self.vector
+        """The tile of an update with as many warps as the norm: it divides the norm's."""
+
+    @property
+    def device_copy(self) -> Tensor:
+        return self.upload.device_copy
+
+    def point_to(self, grads: Sequence[Tensor]) -> None:
+        """Tell the device where the gradients are, if it does not know."""
+        addresses = list(map(Tensor.data_ptr, grads))
+        if addresses != self.addresses:
+            self.addresses = addresses
+            self.records[:, address.GRAD.value] = addresses
+            self.records[:, address.IS_ALIGNED.value] = (self.records[:, address.GRAD.value] & 15 == 0) & self.in_line
+            self.upload.send(self.records)
+
+
+def tuned(device: torch.device) -> tuning.Tuning:
+    """The table's row for that device."""
+    if interpreting():
+        return tuning.TABLE["interpreter"]
+    with on(device):
+        target = driver.active.get_current_target()
+    return tuning.tuning(target.backend, target.arch)
+
+
+def _role(field: int, dtype: torch.dtype, per: int = 1) -> address.Role:
+    return address.Role(tl.constexpr(field), tl.constexpr(TYPES[dtype]), tl.constexpr(per))
+
+
+def _of_roles(found: list, bucket: Bucket, make: Callable) -> tuple:
+    """What belongs to the parameter, to the states and to the averages."""
+    end = 1 + len(bucket.rule.states)
+    return make(found[0], tuple(found[1:end]), tuple(found[end:]))
+
+
+def _ranges(counts: np.ndarray) -> np.ndarray:
+    """0 .. n-1 for each count n, one after the other."""
+    return np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)

@@ -1,0 +1,102 @@
+"""The clipped step in one launch: norm, grid barrier, verdict, update.
+
+All programs of a cooperative launch run at the same time, so that each may wait for the others. Each of them sums the
+squares of its slots, waits, passes the same verdict from the same slots, and updates the tiles of its own slots, the
+latest first, whose gradients may still lie in the second-level cache. The same functions as in norm.py and step.py do
+the work, and the result is theirs to the last bit.
+"""
+
+import triton
+import triton.language as tl
+
+from .address import NUMEL
+from .norm import SKIPPED, squares_of, weigh, write_down
+from .step import late_skips, update_tile
+
+
+def named_after_rule(specialization):
+    return f"clipped_{specialization.constants['RULE'].__name__}"
+
+
+@triton.jit(repr=named_after_rule, do_not_specialize=["tile_count", "known_skips", "variants", "seed"])
+def clipped_step(
+    table,
+    tiles,  # int32 [tile_count, 2]: those of the norm
+    tile_count: tl.int32,
+    rows,
+    slots,  # float64 [SLOTS]
+    barrier,  # int32 [1]; bit 31 turns over with every launch, the others are zero between launches
+    verdict,
+    target: tl.float64,
+    epsilon: tl.float64,
+    largest: tl.float64,
+    loss_scale,
+    found_inf,
+    known_skips: tl.int64,
+    variants: tl.int64,
+    seed: tl.int64,
+    roles,
+    forms,
+    h,
+    on_grad,
+    on_update,
+    averages,
+    CLIP: tl.constexpr,
+    SKIP: tl.constexpr,
+    RULE: tl.constexpr,
+    ADDRESS: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    FIELDS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    GRANULE: tl.constexpr,
+    DRAWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    NORM_BLOCK: tl.constexpr,
+    SLOTS: tl.constexpr,
+):
+    program = tl.program_id(0)
+    programs = tl.num_programs(0)
+    # Before the barrier: behind it the first program counts on.
+    skipped = tl.load(verdict + SKIPPED)
+    for slot in tl.range(program, SLOTS, programs):
+        tl.store(slots + slot, squares_of(table, tiles, slot, tile_count, roles.grad, FIELDS, NORM_BLOCK, SLOTS))
+    arrive_and_wait(barrier)
+    weighed = weigh(slots, SLOTS, target, epsilon, largest, loss_scale, found_inf, CLIP, SKIP, SLOTS)
+    if program == 0:
+        write_down(verdict, weighed, skipped)
+    norm, factor, skip = weighed
+    if skip == 0:
+        late = late_skips(skipped, known_skips, variants)
+        own_slots = tl.cdiv(SLOTS - program, programs)
+        for i in tl.range(0, own_slots):
+            slot = program + (own_slots - 1 - i) * programs
+            own_tiles = tl.cdiv(tl.maximum(tile_count - slot, 0), SLOTS)
+            for j in tl.range(0, own_tiles):
+                tile = tiles + 2 * (slot + (own_tiles - 1 - j) * SLOTS)
+                tensor = tl.load(tile).to(tl.int64)
+                first = tl.load(tile + 1).to(tl.int64) * NORM_BLOCK
+                numel = tl.load(table + tensor * FIELDS + NUMEL)
+                parts = tl.cdiv(tl.minimum(numel - first, NORM_BLOCK), BLOCK)
+                for k in tl.range(0, parts):
+                    start = tl.multiple_of(first + (parts - 1 - k) * BLOCK, BLOCK)
+                    update_tile(
+                        table, tensor, start, rows, None, factor.to(COMPUTE), late, variants, seed, roles, forms,
+                        h, on_grad, on_update, averages,
+                        RULE, ADDRESS, COMPUTE, FIELDS, 0, WIDTH, GRANULE, DRAWS, BLOCK,
+                    )  # fmt: skip
+
+
+@triton.jit
+def arrive_and_wait(barrier):
+    """Wait until all programs of the grid have come here; what each stored before, all see behind it.
+
+    Every program adds 1, the first one what is missing to 2^31: bit 31 turns over when the last has come, and the other
+    bits are zero again. Nothing has to be reset and nobody counts the launches, so a graph may replay them.
+    """
+    tl.debug_barrier()
+    here = tl.where(tl.program_id(0) == 0, -2147483648 - (tl.num_programs(0) - 1), 1).to(tl.int32)
+    before = tl.atomic_add(barrier, here, sem="release", scope="gpu")
+    # Reading by adding 0: Triton makes it the load with acquire that a volatile load is not.
+    while ((before ^ tl.atomic_add(barrier, 0, sem="acquire", scope="gpu")) & -2147483648) == 0:
+        pass
+    tl.debug_barrier()

@@ -1,0 +1,53 @@
+"""Tile, warps, grid and mode for each class of GPU: a table, never tried out at run time, since a kernel that updates
+its parameters in place cannot be run twice to see which is faster.
+
+A row says where its numbers come from: a row of ``bench/history.csv``, or REASONED.
+"""
+
+from typing import NamedTuple
+
+REASONED = "compiled ahead of time and counted, 2026-11-21; not measured on a GPU"
+
+
+class Tuning(NamedTuple):
+    block: int = 1024
+    """Elements per tile of the update: a multiple of 256, where tensors in flat buffers start."""
+    bytes_at_once: int = 16
+    """Bytes of the widest dtype that a thread takes at once."""
+    norm_bytes: int = 8192
+    """Bytes of gradient per tile of the norm: two loads of 16 bytes for each thread, to have enough under way."""
+    norm_warps: int = 8
+    """Warps per program of the norm; a warp has 32 threads, on AMD 64."""
+    max_registers: int | None = 80
+    """Per thread of the cooperative kernel, where the compiler can be told."""
+    launches: int = 2
+    """With clipping, where the user leaves it to us: a norm and an update, or one cooperative launch."""
+    programs: int = 4
+    """Cooperative programs per multiprocessor, if that many can run there at the same time."""
+    origin: str = REASONED
+
+
+DEFAULT = Tuning()
+
+TABLE = {
+    # Half as many threads per multiprocessor as later ones.
+    "sm_75": Tuning(programs=2),
+    "sm_80": Tuning(),
+    "sm_86": Tuning(programs=3),
+    "sm_89": Tuning(programs=3),
+    "sm_90": Tuning(),
+    "sm_100": Tuning(),
+    # Wavefronts of 64: as many threads in half as many. How many programs fit is not worked out: one does.
+    "gfx942": Tuning(norm_warps=4, programs=1, max_registers=None),
+    # Time there goes by programs.
+    "interpreter": Tuning(max_registers=None),
+}
+
+
+def tuning(backend: str, architecture: int | str) -> Tuning:
+    """The row for a Triton target, e.g. ("cuda", 90) or ("hip", "gfx942"); for one that is not listed the row of the
+    nearest older one of its kind, else the default."""
+    if backend != "cuda":
+        return TABLE.get(str(architecture).split(":")[0], DEFAULT if backend == "cuda" else TABLE["gfx942"])
+    older = [int(name[3:]) for name in TABLE if name.startswith("sm_") and int(name[3:]) <= architecture]
+    return TABLE[f"sm_{max(older)}"] if older else DEFAULT
