@@ -106,7 +106,7 @@ def test_like_torchs_optimizer(name, scheduler, tensor, backend, device):
     assert len({str(numbers) for numbers in histories[0]}) > 1
     assert list(map(as_number, schedulers[0].get_last_lr())) == list(map(as_number, schedulers[1].get_last_lr()))
     assert pair.opt._engine.executors is executors
-    assert all(len(executor.chains) == 1 for executor in executors if backend == "triton")
+    assert all(len(executor.rows.chains) == 1 for executor in executors if backend == "triton")
     if tensor:
         assert all(group["lr"] is lr for group, lr in zip(pair.opt.param_groups, objects))
     pair.check()
