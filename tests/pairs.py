@@ -5,7 +5,8 @@ faults of their own.
 """
 
 import torch
-from cases import LR, STATEFUL, STEADY, give_gradients, in_two_groups, model
+from cases import STEADY, give_gradients, in_two_groups, model
+from options import LR, STATEFUL
 from oracles import oracle_class
 
 import fusedopt

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from cases import LR, clip_settings, give_gradients, interpreter_noise, kinds, model
+from cases import clip_settings, give_gradients, interpreter_noise, kinds, model
+from options import LR
 from pairs import close, same_bits
 
 import fusedopt

@@ -5,7 +5,8 @@ import math
 
 import pytest
 import torch
-from cases import IN_TORCH, every_optimizer, every_optimizer_and_backend, model
+from cases import every_optimizer, every_optimizer_and_backend, model
+from options import IN_TORCH
 from pairs import Pair, assert_same, raised, snapshot
 
 import fusedopt

@@ -7,7 +7,8 @@ import warnings
 
 import pytest
 import torch
-from cases import IN_TORCH, LR, STATEFUL, give_gradients, in_two_groups, model
+from cases import give_gradients, in_two_groups, model
+from options import IN_TORCH, LR, STATEFUL
 from pairs import assert_same, clip, close, snapshot
 from torch.optim import lr_scheduler
 

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import NAMES, STATEFUL, model
+from cases import model
+from options import NAMES, STATEFUL
 from pairs import assert_same, close, snapshot
 
 import fusedopt

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import NAMES
+from options import NAMES
 
 import fusedopt
 

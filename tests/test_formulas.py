@@ -6,10 +6,6 @@ import pytest
 import torch
 from cases import (
     CLIPS,
-    LR,
-    NAMES,
-    OPTIONS,
-    STATEFUL,
     clip_settings,
     every_kind_and_backend,
     every_optimizer,
@@ -19,6 +15,7 @@ from cases import (
     model,
     options_of,
 )
+from options import LR, NAMES, OPTIONS, STATEFUL
 from oracles import oracle_class
 from pairs import Pair
 

@@ -4,7 +4,8 @@ import copy
 
 import pytest
 import torch
-from cases import AFTER_LOADING, IN_TORCH, STATEFUL, every_optimizer, every_optimizer_and_backend, give_gradients, model
+from cases import AFTER_LOADING, every_optimizer, every_optimizer_and_backend, give_gradients, model
+from options import IN_TORCH, STATEFUL
 from oracles import oracle_class
 from pairs import Pair, assert_same, close, raised, snapshot
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook

@@ -5,7 +5,8 @@ import math
 
 import pytest
 import torch
-from cases import IN_TORCH, KERNEL_NAMES, clip_settings, every_optimizer, kinds, label, model, options_of
+from cases import KERNEL_NAMES, clip_settings, every_optimizer, kinds, label, model, options_of
+from options import IN_TORCH
 from pairs import Pair, assert_same, close, snapshot
 from rule_cases import optimizer, parameters, results, same_bits, set_gradients, tensors
 

@@ -3,51 +3,16 @@
 The oracle is torch.optim's for-loop in float64, where torch's own tests compare its implementations with each other.
 """
 
-import copy
-import io
 import warnings
 
 import pytest
 import torch
-from cases import AFTER_LOADING, IN_TORCH, give_gradients, model
-from pairs import Pair, assert_same, close, raised, same_bits, snapshot
+from cases import give_gradients, model
+from options import IN_TORCH
+from pairs import Pair, close, raised, same_bits
+from torch_table import INFOS, every_info, every_input, exact, inputs
 
 import fusedopt
-
-table = pytest.importorskip(
-    "torch.testing._internal.common_optimizers", reason="torch's table needs the package expecttest"
-)
-
-INFOS = {info.optim_cls.__name__: info for info in table.optim_db}
-FLAGS = ("foreach", "fused", "differentiable")
-
-
-def ours(name):
-    """torch's description of an optimizer, with our class in place of torch's."""
-    info = copy.copy(INFOS[name])
-    info.optim_cls = fusedopt.registry[name]
-    return info
-
-
-def inputs(name):
-    """Every option set of torch's table."""
-    return INFOS[name].optim_inputs_func(device="cpu")
-
-
-every_info = pytest.mark.parametrize("name", IN_TORCH)
-every_input = pytest.mark.parametrize(
-    ("name", "index"),
-    [
-        pytest.param(name, index, id=f"{name}-{each.desc.replace(' ', '_')}")
-        for name in IN_TORCH
-        for index, each in enumerate(inputs(name))
-    ],
-)
-
-
-def exact(options):
-    """The same options, but a tensor lr in float64: torch computes in the dtype of a tensor lr."""
-    return {key: value.double() if isinstance(value, torch.Tensor) else value for key, value in options.items()}
 
 
 def test_torchs_table_knows_our_classes():
@@ -202,89 +167,6 @@ def test_printed_as_torchs(name, index):
         for cls in (fusedopt.registry[name], getattr(torch.optim, name))
     ]
     assert printed[0] == printed[1]
-
-
-@every_input
-@pytest.mark.parametrize("steps", [0, 1, 5])
-def test_states_exchanged_with_torch(name, index, steps, device):
-    """ours -> torch's -> file -> ours: the same bits, and afterwards the same steps to the last bit; but for numbers
-    beside the step count, which torch casts."""
-    options = exact(inputs(name)[index].kwargs)
-    pair = Pair(name, options, "tiny", device=device, start=0)
-    pair.step(steps)
-    before = snapshot(pair.opt)
-    copies = [torch.nn.Parameter(p.detach().clone()) for p in pair.ours]
-    middle = len(copies) // 2
-    groups = [{"params": copies[:middle]}, {"params": copies[middle:]}]
-    theirs = getattr(torch.optim, name)([dict(group) for group in groups], **options)
-    theirs.load_state_dict(pair.opt.state_dict())
-    file = io.BytesIO()
-    torch.save(theirs.state_dict(), file)
-    file.seek(0)
-    again = fusedopt.registry[name](groups, **options)
-    again.load_state_dict(torch.load(file, weights_only=True))
-    casts = AFTER_LOADING[name] > 1e-12
-    if not casts:
-        assert_same(before, snapshot(again))
-    for number in range(steps, steps + 4):
-        for params, optimizer in ((pair.ours, pair.opt), (copies, again)):
-            give_gradients(params, number)
-            optimizer.step()
-    if casts:
-        close(pair.ours, copies, AFTER_LOADING[name])
-    else:
-        assert_same(snapshot(pair.opt), snapshot(again))
-
-
-@every_input
-def test_older_checkpoints(name, index, device):
-    """Without the options that torch's class got later, and with steps that are numbers."""
-    options = exact(inputs(name)[index].kwargs)
-    pair = Pair(name, options, "tiny", device=device)
-    pair.step(3)
-    for optimizer in (pair.opt, pair.oracle):
-        old = copy.deepcopy(optimizer.state_dict())
-        for group in old["param_groups"]:
-            for flag in INFOS[name].not_og_supported_flags:
-                group.pop(flag, None)
-        for state in old["state"].values():
-            if isinstance(state.get("step"), torch.Tensor):
-                state["step"] = state["step"].item()
-        optimizer.load_state_dict(old)
-        for group in optimizer.param_groups:
-            group.update(maximize=options.get("maximize", False), foreach=False)
-    pair.step(3)
-    pair.check(AFTER_LOADING[name])
-
-
-@every_info
-@pytest.mark.parametrize("saved_named", [True, False])
-@pytest.mark.parametrize("loaded_named", [True, False])
-def test_named_parameters(name, saved_named, loaded_named):
-    """The names of a checkpoint win; without any, the optimizer's own stay."""
-
-    def build(cls, named):
-        torch.manual_seed(0)
-        module = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.LayerNorm(2)).double()
-        params = module.named_parameters() if named else module.parameters()
-        return module, cls(params, lr=0.01)
-
-    results = []
-    for cls in (fusedopt.registry[name], getattr(torch.optim, name)):
-        module, optimizer = build(cls, saved_named)
-        for _ in range(2):
-            optimizer.zero_grad()
-            module(torch.ones(4, 3, dtype=torch.float64)).sum().backward()
-            optimizer.step()
-        other, loaded = build(cls, loaded_named)
-        loaded.load_state_dict(optimizer.state_dict())
-        other.load_state_dict(module.state_dict())
-        other(torch.ones(4, 3, dtype=torch.float64)).sum().backward()
-        loaded.step()
-        results.append((list(other.parameters()), loaded.state_dict()["param_groups"]))
-    close(results[0][0], results[1][0], AFTER_LOADING[name])
-    assert results[0][1][0].get("param_names") == results[1][1][0].get("param_names")
-    assert ("param_names" in results[0][1][0]) == (saved_named or loaded_named)
 
 
 @every_info

@@ -4,16 +4,8 @@ import inspect
 
 import pytest
 import torch
-from cases import (
-    LR,
-    OPTIONS,
-    every_optimizer,
-    every_optimizer_and_backend,
-    every_torch_optimizer,
-    give_gradients,
-    kinds,
-    model,
-)
+from cases import every_optimizer, every_optimizer_and_backend, every_torch_optimizer, give_gradients, kinds, model
+from options import LR, OPTIONS
 from oracles import oracle_class
 from pairs import Pair
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook

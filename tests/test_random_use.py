@@ -10,7 +10,8 @@ import random
 
 import pytest
 import torch
-from cases import AFTER_LOADING, KERNEL_NAMES, LR, NAMES, STATEFUL, give_gradients, laid_out, model
+from cases import AFTER_LOADING, KERNEL_NAMES, give_gradients, laid_out, model
+from options import LR, NAMES, STATEFUL
 from pairs import Pair, clip, close
 
 import fusedopt

@@ -4,7 +4,8 @@ import copy
 
 import pytest
 import torch
-from cases import LR, STATEFUL, every_optimizer_and_backend
+from cases import every_optimizer_and_backend
+from options import LR, STATEFUL
 from oracles import oracle_class
 from pairs import assert_same, close, raised, snapshot
 from torch.nn.parallel import DistributedDataParallel

@@ -5,7 +5,8 @@ import warnings
 
 import pytest
 import torch
-from cases import LR, STATEFUL, TENSOR_LR, every_optimizer, every_optimizer_and_backend, model
+from cases import every_optimizer, every_optimizer_and_backend, model
+from options import LR, STATEFUL, TENSOR_LR
 from oracles import oracle_class
 from pairs import Pair, close
 from torch.optim import lr_scheduler

@@ -6,7 +6,7 @@ from copy import deepcopy
 
 import pytest
 import torch
-from cases import NAMES
+from options import NAMES
 from oracles import oracle_class
 from torch.optim import lr_scheduler
 

@@ -7,8 +7,6 @@ import pickle
 import pytest
 import torch
 from cases import (
-    LR,
-    STATEFUL,
     clip_settings,
     every_kind_and_backend,
     every_optimizer,
@@ -17,6 +15,7 @@ from cases import (
     kinds,
     model,
 )
+from options import LR, STATEFUL
 from oracles import oracle_class
 from pairs import Pair, assert_same, close, snapshot
 

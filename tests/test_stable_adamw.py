@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from cases import LR, kinds, model
+from cases import kinds, model
+from options import LR
 from pairs import Pair, close
 
 import fusedopt

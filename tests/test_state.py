@@ -6,16 +6,8 @@ import pickle
 
 import pytest
 import torch
-from cases import (
-    AFTER_LOADING,
-    LR,
-    STATEFUL,
-    every_kind_and_backend,
-    every_optimizer,
-    give_gradients,
-    kinds,
-    model,
-)
+from cases import AFTER_LOADING, every_kind_and_backend, every_optimizer, give_gradients, kinds, model
+from options import LR, STATEFUL
 from oracles import oracle_class
 from pairs import Pair, assert_same, close, snapshot
 

@@ -7,9 +7,6 @@ import pickle
 import pytest
 import torch
 from cases import (
-    IN_TORCH,
-    LR,
-    STATEFUL,
     every_optimizer,
     every_optimizer_and_backend,
     every_option,
@@ -17,6 +14,7 @@ from cases import (
     give_gradients,
     model,
 )
+from options import IN_TORCH, LR, STATEFUL
 from oracles import oracle_class
 from pairs import Pair, assert_same, close, raised, snapshot
 from torch.profiler import ProfilerActivity, profile

@@ -6,7 +6,8 @@ optimizers stand for all.
 
 import pytest
 import torch
-from cases import LR, STATEFUL, give_gradients, model
+from cases import give_gradients, model
+from options import LR, STATEFUL
 from pairs import Pair, clip, close
 from torch._dynamo.utils import counters
 

@@ -7,7 +7,8 @@ import math
 
 import pytest
 import torch
-from cases import KERNEL_NAMES, NAMES, STATEFUL, every_optimizer, every_optimizer_and_backend, model
+from cases import KERNEL_NAMES, every_optimizer, every_optimizer_and_backend, model
+from options import NAMES, STATEFUL
 from oracles import oracle_class
 from pairs import Pair, close, raised, same_bits
 

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from cases import LR, STATEFUL, every_torch_optimizer, give_gradients, model
+from cases import every_torch_optimizer, give_gradients, model
+from options import LR, STATEFUL
 from pairs import both, close
 
 import fusedopt

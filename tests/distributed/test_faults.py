@@ -1,6 +1,6 @@
 """What goes wrong on many ranks: nothing waits for ever, and nothing goes on as if nothing had happened.
 
-A NaN on one rank, a rank without gradients and an optimizer built too early are in test_fsdp2.py, a rank that is
+A NaN on one rank, a rank without gradients and an optimizer built too early are in test_fsdp2_faults.py, a rank that is
 killed in test_demo_distributed.py.
 """
 
@@ -11,8 +11,8 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from sharding import sharded
 from test_checkpoint import save, trained
-from test_fsdp2 import sharded
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict
 from training import full, loss_of, ours, train, weights

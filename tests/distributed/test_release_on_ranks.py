@@ -3,7 +3,7 @@
 import warnings
 
 import pytest
-from test_fsdp2 import sharded
+from sharding import sharded
 from torch.nn.parallel import DistributedDataParallel
 from training import close, loss_of, moved, net, ours, same_on_all_ranks, train, weights
 

@@ -1,0 +1,35 @@
+"""Models under fully_shard, and what their steps communicate."""
+
+import contextlib
+from unittest import mock
+
+import torch.distributed as dist
+from torch.distributed.fsdp import fully_shard
+from training import (
+    Net,
+    net,
+)
+
+
+def sharded(build=Net, **options):
+    model = net(build)
+    for layer in (model.first, model.second, model.last):
+        fully_shard(layer, **options)
+    return fully_shard(model, **options)
+
+
+@contextlib.contextmanager
+def counted(optimizer):
+    """The sizes of all all_reduces that the optimizer's steps make."""
+    calls, stepping = [], []
+    optimizer.register_step_pre_hook(lambda *_: stepping.append(True))
+    optimizer.register_step_post_hook(lambda *_: stepping.clear())
+    real = dist.all_reduce
+
+    def all_reduce(tensor, *args, **kwargs):
+        if stepping:
+            calls.append(tensor.numel())
+        return real(tensor, *args, **kwargs)
+
+    with mock.patch.object(dist, "all_reduce", all_reduce):
+        yield calls
