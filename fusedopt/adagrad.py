@@ -12,25 +12,20 @@ Sources: Duchi, Hazan and Singer, JMLR 12 (2011); defaults and state of torch.op
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 
 from .optimizer import FusedOptimizer
-from .rule import Rule, divisible, step_tensors
+from .rule import Rule, divisible, root_of_sum, root_plus_eps, step_tensors
 from .settings import EpsSettings
 
 
-def adagrad(g, state, h):
+def adagrad(g, state, h, denominator=root_plus_eps):
     sum = state[0]
     eps = h[0]
     sum.addcmul_(g, g)
-    return torch.div(g, sum.sqrt().add_(eps))
-
-
-def adagrad_eps_inside(g, state, h):
-    sum = state[0]
-    eps = h[0]
-    sum.addcmul_(g, g)
-    return torch.div(g, sum.add(eps).sqrt_())
+    return torch.div(g, denominator(sum, eps))
 
 
 def fused(params, grads, states, t, group, scale):
@@ -44,7 +39,7 @@ def fused(params, grads, states, t, group, scale):
 ADAGRAD = Rule(
     "adagrad", ("sum",), adagrad, fused, frozenset((torch.float32, torch.float64)), list_threads=1, squares=("sum",)
 )
-EPS_INSIDE = Rule("adagrad_eps_inside", ("sum",), adagrad_eps_inside, squares=("sum",))
+EPS_INSIDE = Rule("adagrad_eps_inside", ("sum",), partial(adagrad, denominator=root_of_sum), squares=("sum",))
 
 
 class Adagrad(FusedOptimizer, torch.optim.Adagrad):

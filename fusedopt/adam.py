@@ -18,50 +18,30 @@ arXiv 1904.09237; defaults and state of torch.optim 2.13.
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 
 import torch
 
 from .optimizer import FusedOptimizer
-from .rule import FOREVER, Rule, divisible, step_tensors
+from .rule import FOREVER, Rule, divisible, root_of_sum, root_plus_eps, step_tensors
 from .settings import EpsSettings, flag, setting
 
 
-def adam(g, state, h):
+def adam(g, state, h, denominator=root_plus_eps):
     m, v = state
     weight1, weight2, eps, correction1, correction2 = h
     m.lerp_(g, weight1)
     v.mul_(1 - weight2).addcmul_(g, g, value=weight2)
-    root_v_hat = v.sqrt().mul_(correction2)
-    return m.mul(correction1).div_(root_v_hat.add_(eps))
+    return m.mul(correction1).div_(denominator(v, eps, correction2))
 
 
-def amsgrad(g, state, h):
+def amsgrad(g, state, h, denominator=root_plus_eps):
     m, v, v_max = state
     weight1, weight2, eps, correction1, correction2 = h
     m.lerp_(g, weight1)
     v.mul_(1 - weight2).addcmul_(g, g, value=weight2)
     torch.maximum(v_max, v, out=v_max)
-    root_v_hat = v_max.sqrt().mul_(correction2)
-    return m.mul(correction1).div_(root_v_hat.add_(eps))
-
-
-def adam_eps_inside(g, state, h):
-    m, v = state
-    weight1, weight2, eps, correction1, correction2 = h
-    m.lerp_(g, weight1)
-    v.mul_(1 - weight2).addcmul_(g, g, value=weight2)
-    root = v.mul(correction2**2).add_(eps).sqrt_()
-    return m.mul(correction1).div_(root)
-
-
-def amsgrad_eps_inside(g, state, h):
-    m, v, v_max = state
-    weight1, weight2, eps, correction1, correction2 = h
-    m.lerp_(g, weight1)
-    v.mul_(1 - weight2).addcmul_(g, g, value=weight2)
-    torch.maximum(v_max, v, out=v_max)
-    root = v_max.mul(correction2**2).add_(eps).sqrt_()
-    return m.mul(correction1).div_(root)
+    return m.mul(correction1).div_(denominator(v_max, eps, correction2))
 
 
 def fused(params, grads, states, t, group, scale):
@@ -89,8 +69,8 @@ MAX_STATES = (*STATES, "max_exp_avg_sq")
 SQUARES = MAX_STATES[1:]
 ADAM = Rule("adam", STATES, adam, fused, DTYPES, list_threads=1, squares=SQUARES)
 AMSGRAD = Rule("amsgrad", MAX_STATES, amsgrad, fused, DTYPES, list_threads=1, squares=SQUARES)
-ADAM_EPS_INSIDE = Rule("adam_eps_inside", STATES, adam_eps_inside, squares=SQUARES)
-AMSGRAD_EPS_INSIDE = Rule("amsgrad_eps_inside", MAX_STATES, amsgrad_eps_inside, squares=SQUARES)
+ADAM_EPS_INSIDE = Rule("adam_eps_inside", STATES, partial(adam, denominator=root_of_sum), squares=SQUARES)
+AMSGRAD_EPS_INSIDE = Rule("amsgrad_eps_inside", MAX_STATES, partial(amsgrad, denominator=root_of_sum), squares=SQUARES)
 UNCORRECTED = {rule.name: rule._replace(fused=fused_uncorrected) for rule in (ADAM, AMSGRAD)}
 
 

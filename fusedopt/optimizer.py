@@ -6,44 +6,24 @@ validation, parameter groups, hooks and checkpoints stay torch's own.
 
 from __future__ import annotations
 
-import inspect
 import math
-import sys
-import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import _get_scalar_dtype
 
-from . import checkpoints, conversion, ema, storage
+from . import appearance, checkpoints, conversion, ema, storage
 from .ema import EmaParameters
 from .engine import Engine
-from .rule import Numbers, Rule, Stage, Update
-from .settings import Settings
+from .formula import Formula
 from .survey import NotFusable
 
 registry: dict[str, type[FusedOptimizer]] = {}
 """Every optimizer by name. Tests and benchmarks take their cases from here."""
 
-SETTINGS_DOC = """
 
-    Besides torch's arguments (keyword-only; also attributes that may be changed between steps):
-
-{settings}
-
-    Parameters may be float64, float32, bfloat16 or float16, of any shape and strides, on any number of
-    devices. States have the parameter's dtype, as in torch; 16-bit ones are computed in float32 and
-    rounded once. Errors are torch's own where torch raises, else ValueError, TypeError or RuntimeError,
-    raised before anything is changed.
-"""
-
-
-CAUTIOUS = Stage("cautious", (), None, term="agreement")
-
-
-class FusedOptimizer(torch.optim.Optimizer):
+class FusedOptimizer(Formula, torch.optim.Optimizer):
     """Base of the optimizers.
 
         g <- clip, negate, decay (g)      u, states <- rule(g, states, h)      p <- p - lr decay (u)
@@ -57,28 +37,16 @@ class FusedOptimizer(torch.optim.Optimizer):
     torch raises, else ValueError, TypeError or RuntimeError, before anything is changed. Source: the protocol of
     torch.optim 2.13."""
 
-    counts_steps = True
-    """Whether torch keeps ``state[p]["step"]``."""
-
-    settings_class = Settings
-    """What the class takes besides torch's arguments."""
-
     def __init_subclass__(cls, register: bool | None = None, **kwargs: Any) -> None:
         """``register``: whether the class is entered in ``fusedopt.registry``; by default the package's own are."""
         super().__init_subclass__(**kwargs)
-        _add_attributes(cls)
-        if "__init__" in vars(cls):
-            cls.__signature__ = _own_signature(cls)
-        else:
-            cls.__signature__ = _merged_signature(cls)
+        appearance.add_attributes(cls)
+        cls.__signature__ = appearance.signature(cls, FusedOptimizer)
         ours = cls.__module__.startswith("fusedopt.")
         if register or (ours and register is None):
             registry[cls.__name__] = cls
         if ours:
-            # The formulas and sources stand in the module's docstring; help() on the class should show them.
-            formulas = textwrap.indent(sys.modules[cls.__module__].__doc__ or "", "    ")
-            ours = SETTINGS_DOC.format(settings=cls.settings_class.documentation())
-            cls.__doc__ = f"{cls.__doc__}\n\n{formulas}{ours}"
+            appearance.add_documentation(cls)
 
     def __init__(self, params: Any, *args: Any, **kwargs: Any) -> None:
         names = self.settings_class.fields()
@@ -96,59 +64,6 @@ class FusedOptimizer(torch.optim.Optimizer):
             raise ValueError(
                 f"state_dtype={self.state_dtype!r}: {type(self).__name__} with these options has no states"
             )
-
-    # What a rule's numbers are made of
-
-    def rule(self, group: dict[str, Any]) -> Rule:
-        """The formula that this group's options select. ValueError if they contradict the settings."""
-        raise NotImplementedError
-
-    def hyper(self, group: dict[str, Any], t: int, *scalars: Tensor) -> Numbers:
-        """The rule's ``h`` at the group's ``t``-th step, counted from 1, in float64."""
-        raise NotImplementedError
-
-    def lr(self, group: dict[str, Any], t: int, *scalars: Tensor) -> float:
-        return float(group["lr"])
-
-    def averages(self, group: dict[str, Any], t: int, *scalars: Tensor) -> Numbers:
-        """The weight of the new parameter in each of the rule's averages."""
-        return ()
-
-    def initial_scalars(self, group: dict[str, Any]) -> tuple[Tensor, ...]:
-        """The rule's scalars before the first step."""
-        values = (self.initial_value(group, key) for key in self.rule(group).scalars)
-        return tuple(torch.tensor(value, dtype=_get_scalar_dtype(), device="cpu") for value in values)
-
-    def next_scalars(self, group: dict[str, Any], t: int, *scalars: Tensor) -> Sequence[Tensor]:
-        """What the ``t``-th step makes of the rule's scalars; it used ``scalars``."""
-        raise NotImplementedError
-
-    def decoupled(self, group: dict[str, Any]) -> bool:
-        """Whether weight decay is added after the rule instead of to the gradient."""
-        return False
-
-    def decays(self, group: dict[str, Any]) -> tuple[float, float]:
-        """How much of the parameter is added to the gradient, and to what the rule returns."""
-        weight_decay = float(group.get("weight_decay", 0.0))
-        return (0.0, weight_decay) if self.decoupled(group) else (weight_decay, 0.0)
-
-    def initial_value(self, group: dict[str, Any], key: str) -> float:
-        """What the state ``key`` is filled with before the first step."""
-        return 0.0
-
-    def update(self, group: dict[str, Any], t: int, *scalars: Tensor) -> Update:
-        """All numbers of one step of one group. Order as in torch: clip, negate, decay."""
-        in_gradient, in_update = self.decays(group)
-        on_grad = (
-            Stage("clip_value", self._settings.value_limits, (-math.inf, math.inf)),
-            Stage("maximize", (-1.0 if group.get("maximize") else 1.0,), (1.0,)),
-            Stage("decay", (in_gradient,), (0.0,)),
-        )
-        on_update = (Stage("decay", (in_update,), (0.0,)),)
-        if self._settings.cautious:
-            on_update = (CAUTIOUS, *on_update)
-        lr, h, averages = (of(group, t, *scalars) for of in (self.lr, self.hyper, self.averages))
-        return Update(lr, h, on_grad, on_update, averages)
 
     # The protocol
 
@@ -351,49 +266,4 @@ class FusedOptimizer(torch.optim.Optimizer):
         return self._engine.layout()
 
 
-def _setting(name: str) -> property:
-    def get(self: FusedOptimizer) -> Any:
-        return getattr(self._settings, name)
-
-    def set(self: FusedOptimizer, value: Any) -> None:
-        before = getattr(self._settings, name)
-        setattr(self._settings, name, value)
-        try:
-            self._check_settings()
-        except ValueError:  # a group's options contradict it
-            setattr(self._settings, name, before)
-            raise
-
-    return property(get, set, doc=f"The setting ``{name}``: see the class.")
-
-
-def _add_attributes(cls: type[FusedOptimizer]) -> None:
-    for name in cls.settings_class.fields():
-        if not hasattr(cls, name):
-            setattr(cls, name, _setting(name))
-
-
-_add_attributes(FusedOptimizer)
-
-
-def _merged_signature(cls: type[FusedOptimizer]) -> inspect.Signature:
-    """torch's arguments as the installed version has them, then ours."""
-    base = next(c for c in cls.__mro__[1:] if "__init__" in vars(c) and c is not FusedOptimizer)
-    if issubclass(base, FusedOptimizer):
-        return inspect.signature(base)
-    parameters = [
-        *inspect.signature(base).parameters.values(),
-        *inspect.signature(cls.settings_class).parameters.values(),
-    ]
-    # A user's class before ours may hand on **options, which stand last.
-    return inspect.Signature(sorted(parameters, key=lambda parameter: parameter.kind))
-
-
-def _own_signature(cls: type[FusedOptimizer]) -> inspect.Signature:
-    """That of the class's own ``__init__``, with our settings for the ``**settings`` that it hands on."""
-    signature = inspect.signature(cls.__init__)
-    _, *parameters = signature.parameters.values()
-    hands_on = next(c for c in cls.__mro__[1:] if "__init__" in vars(c)) is FusedOptimizer
-    if hands_on and parameters and parameters[-1].kind is inspect.Parameter.VAR_KEYWORD:
-        parameters[-1:] = inspect.signature(cls.settings_class).parameters.values()
-    return signature.replace(parameters=parameters)
+appearance.add_attributes(FusedOptimizer)

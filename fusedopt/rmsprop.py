@@ -17,49 +17,32 @@ and state of torch.optim 2.13.
 from __future__ import annotations
 
 import threading
+from functools import partial
 
 import torch
 
 from .normalized import KEEP
 from .optimizer import FusedOptimizer
-from .rule import FOREVER, Rule, divisible
+from .rule import FOREVER, Rule, divisible, root_of_sum, root_plus_eps
 from .settings import EpsSettings
 
 
-def rmsprop(g, state, h):
-    return g / root_plus_eps(mean_square(g, *state, h), h)
+def rmsprop(g, state, h, denominator=root_plus_eps):
+    return g / denominator(mean_square(g, *state, h), h[1])
 
 
-def rmsprop_centered(g, state, h):
-    return g / root_plus_eps(variance(g, *state, h), h)
+def rmsprop_centered(g, state, h, denominator=root_plus_eps):
+    return g / denominator(variance(g, *state, h), h[1])
 
 
-def rmsprop_momentum(g, state, h):
+def rmsprop_momentum(g, state, h, denominator=root_plus_eps):
     v, b = state
-    return b.mul_(h[2]).addcdiv_(g, root_plus_eps(mean_square(g, v, h), h))
+    return b.mul_(h[2]).addcdiv_(g, denominator(mean_square(g, v, h), h[1]))
 
 
-def rmsprop_centered_momentum(g, state, h):
+def rmsprop_centered_momentum(g, state, h, denominator=root_plus_eps):
     v, b, a = state
-    return b.mul_(h[2]).addcdiv_(g, root_plus_eps(variance(g, v, a, h), h))
-
-
-def rmsprop_eps_inside(g, state, h):
-    return g / root_of_sum(mean_square(g, *state, h), h)
-
-
-def rmsprop_centered_eps_inside(g, state, h):
-    return g / root_of_sum(variance(g, *state, h), h)
-
-
-def rmsprop_momentum_eps_inside(g, state, h):
-    v, b = state
-    return b.mul_(h[2]).addcdiv_(g, root_of_sum(mean_square(g, v, h), h))
-
-
-def rmsprop_centered_momentum_eps_inside(g, state, h):
-    v, b, a = state
-    return b.mul_(h[2]).addcdiv_(g, root_of_sum(variance(g, v, a, h), h))
+    return b.mul_(h[2]).addcdiv_(g, denominator(variance(g, v, a, h), h[1]))
 
 
 def mean_square(g, v, h):
@@ -71,14 +54,6 @@ def variance(g, v, a, h, out=None):
     weight, eps, mu = h
     a.lerp_(g, weight)
     return torch.addcmul(mean_square(g, v, h), a, a, value=-1, out=out)
-
-
-def root_plus_eps(v, h):
-    return v.sqrt().add_(h[1])
-
-
-def root_of_sum(v, h):
-    return v.add(h[1]).sqrt_()
 
 
 # torch has no fused RMSprop, but its fused Adam and AdamW do the work, where they are told to. Their square root
@@ -194,13 +169,8 @@ BOTH = Rule(
 WITHOUT_FUSED = {rule.name: rule._replace(fused=None) for rule in (PLAIN, MOMENTUM, CENTERED, BOTH)}
 
 EPS_INSIDE = {
-    rule.name: Rule(f"{rule.name}_eps_inside", rule.states, twin, squares=rule.squares, exact=rule.exact)
-    for rule, twin in (
-        (PLAIN, rmsprop_eps_inside),
-        (MOMENTUM, rmsprop_momentum_eps_inside),
-        (CENTERED, rmsprop_centered_eps_inside),
-        (BOTH, rmsprop_centered_momentum_eps_inside),
-    )
+    rule.name: rule._replace(name=f"{rule.name}_eps_inside", twin=partial(rule.twin, denominator=root_of_sum))
+    for rule in WITHOUT_FUSED.values()
 }
 
 

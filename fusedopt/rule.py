@@ -69,6 +69,17 @@ def divisible(eps: float) -> float:
     return float(eps) or SMALLEST
 
 
+def root_plus_eps(v: Tensor, eps: float, correction: float = 1.0) -> Tensor:
+    """sqrt(v_hat) + eps, where sqrt(v_hat) = correction sqrt(v)."""
+    root = v.sqrt()
+    return (root if correction == 1 else root.mul_(correction)).add_(eps)
+
+
+def root_of_sum(v: Tensor, eps: float, correction: float = 1.0) -> Tensor:
+    """sqrt(v_hat + eps)."""
+    return (v.add(eps) if correction == 1 else v.mul(correction**2).add_(eps)).sqrt_()
+
+
 FOREVER = torch.tensor(2.0**100, device="cpu")
 """A step count at which Adam's bias corrections are 1 for every beta below 1."""
 

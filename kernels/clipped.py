@@ -11,14 +11,10 @@ import triton.language as tl
 
 from .address import NUMEL
 from .norm import SKIPPED, squares_of, weigh, write_down
-from .step import late_skips, update_tile
+from .step import late_skips, named, update_tile
 
 
-def named_after_rule(specialization):
-    return f"clipped_{specialization.constants['RULE'].__name__}"
-
-
-@triton.jit(repr=named_after_rule, do_not_specialize=["tile_count", "known_skips", "variants", "seed"])
+@triton.jit(repr=named("clipped"), do_not_specialize=["tile_count", "known_skips", "variants", "seed"])
 def clipped_step(
     table,
     tiles,  # int32 [tile_count, 2]: those of the norm

@@ -9,10 +9,9 @@ import triton
 import triton.language as tl
 
 from .address import IS_ALIGNED, NUMEL
-from .norm import FACTOR, NONFINITE, SKIPPED
 from .rounding import Span
 from .stages import columns
-from .step import direction, late_skips, row_of
+from .step import direction, heed, named, row_of
 
 # The fields of a chunk: tensor, first tile within the tensor, tiles, the tensor's first chunk, how many it has.
 CHUNK_FIELDS = tl.constexpr(5)
@@ -21,11 +20,7 @@ PARTIALS = tl.constexpr(128)
 """Sums of a tensor's programs that are added at once."""
 
 
-def named_after_rule(specialization):
-    return f"means_{specialization.constants['RULE'].__name__}"
-
-
-@triton.jit(repr=named_after_rule, do_not_specialize=["known_skips", "variants"])
+@triton.jit(repr=named("means"), do_not_specialize=["known_skips", "variants"])
 def means_of_terms(
     table,  # int64 [tensors, FIELDS]: see address.py
     chunks,  # int32 [programs, CHUNK_FIELDS]
@@ -54,13 +49,9 @@ def means_of_terms(
     chunk = chunks + program * CHUNK_FIELDS
     tensor = tl.load(chunk).to(tl.int64)
     record = table + tensor * FIELDS
-    factor = None
-    late = 0
-    if verdict is not None:
-        if tl.load(verdict + NONFINITE) != 0:
-            return
-        factor = tl.load(verdict + FACTOR).to(COMPUTE)
-        late = late_skips(tl.load(verdict + SKIPPED), known_skips, variants)
+    skip, factor, late = heed(verdict, known_skips, variants, COMPUTE)
+    if skip != 0:
+        return
     row = row_of(record, rows, late, variants, WIDTH)
 
     SMALL: tl.constexpr = max(BLOCK // 8, GRANULE)

@@ -111,19 +111,21 @@ def rmsprop_centered(g, state, h):
 @triton.jit
 def rmsprop_momentum(g, state, h):
     """b <- mu b + u of rmsprop;  u = b"""
-    v, b = state
-    u, v = rmsprop(g, (v,), h)
-    b = h[2] * b + u
-    return b, (v[0], b)
+    return accumulated(rmsprop, g, state, h)
 
 
 @triton.jit
 def rmsprop_centered_momentum(g, state, h):
     """b <- mu b + u of rmsprop_centered;  u = b"""
-    v, b, a = state
-    u, va = rmsprop_centered(g, (v, a), h)
-    b = h[2] * b + u
-    return b, (va[0], b, va[1])
+    return accumulated(rmsprop_centered, g, state, h)
+
+
+@triton.jit
+def accumulated(RULE: tl.constexpr, g, state, h):
+    """b <- mu b + u, where u is the rule's and b the second of the states;  u = b"""
+    u, rest = RULE(g, state[:1] + state[2:], h)
+    b = h[2] * state[1] + u
+    return b, rest[:1] + (b,) + rest[1:]  # noqa: RUF005, Triton knows no star in a tuple
 
 
 @triton.jit
@@ -283,19 +285,13 @@ def rmsprop_centered_eps_inside(g, state, h):
 @triton.jit
 def rmsprop_momentum_eps_inside(g, state, h):
     """b <- mu b + u of rmsprop_eps_inside;  u = b"""
-    v, b = state
-    u, v = rmsprop_eps_inside(g, (v,), h)
-    b = h[2] * b + u
-    return b, (v[0], b)
+    return accumulated(rmsprop_eps_inside, g, state, h)
 
 
 @triton.jit
 def rmsprop_centered_momentum_eps_inside(g, state, h):
     """b <- mu b + u of rmsprop_centered_eps_inside;  u = b"""
-    v, b, a = state
-    u, va = rmsprop_centered_eps_inside(g, (v, a), h)
-    b = h[2] * b + u
-    return b, (va[0], b, va[1])
+    return accumulated(rmsprop_centered_eps_inside, g, state, h)
 
 
 @triton.jit

@@ -15,11 +15,12 @@ from .rounding import Span, read
 from .stages import columns, through, through_with_means
 
 
-def named_after_rule(specialization):
-    return f"step_{specialization.constants['RULE'].__name__}"
+def named(kernel):
+    """A kernel's name in profiles and caches: with the rule that it was compiled for."""
+    return lambda specialization: f"{kernel}_{specialization.constants['RULE'].__name__}"
 
 
-@triton.jit(repr=named_after_rule, do_not_specialize=["known_skips", "variants", "seed"])
+@triton.jit(repr=named("step"), do_not_specialize=["known_skips", "variants", "seed"])
 def step(
     table,  # int64 [tensors, FIELDS]: see address.py
     tiles,  # int32 [programs, 2]: tensor, tile within the tensor
@@ -46,13 +47,10 @@ def step(
     BLOCK: tl.constexpr,
 ):
     program = tl.program_id(0).to(tl.int64)
-    factor = None
-    late = 0
+    skip, factor, late = heed(verdict, known_skips, variants, COMPUTE)
+    if skip != 0:
+        return
     if verdict is not None:
-        if tl.load(verdict + NONFINITE) != 0:
-            return
-        factor = tl.load(verdict + FACTOR).to(COMPUTE)
-        late = late_skips(tl.load(verdict + SKIPPED), known_skips, variants)
         # The gradients that the norm was told last still lie in the second-level cache.
         program = tl.num_programs(0) - 1 - program
     tensor = tl.load(tiles + 2 * program).to(tl.int64)
@@ -61,6 +59,16 @@ def step(
         table, tensor, start, rows, means, factor, late, variants, seed, roles, forms, h, on_grad, on_update, averages,
         RULE, ADDRESS, COMPUTE, FIELDS, MEANS, WIDTH, GRANULE, DRAWS, BLOCK,
     )  # fmt: skip
+
+
+@triton.jit
+def heed(verdict, known_skips, variants, COMPUTE: tl.constexpr):
+    """What the verdict says, if there is one: (whether to skip, the gradients' factor or None, the late skips)"""
+    if verdict is None:
+        return 0, None, 0
+    else:
+        late = late_skips(tl.load(verdict + SKIPPED), known_skips, variants)
+        return tl.load(verdict + NONFINITE), tl.load(verdict + FACTOR).to(COMPUTE), late
 
 
 @triton.jit

@@ -1,0 +1,77 @@
+"""What an optimizer class says of its formula: the rule, and the numbers of a group's step, computed in float64."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import _get_scalar_dtype
+
+from .rule import Numbers, Rule, Stage, Update
+from .settings import Settings
+
+CAUTIOUS = Stage("cautious", (), None, term="agreement")
+
+
+class Formula:
+    """What ``FusedOptimizer`` asks a subclass."""
+
+    counts_steps = True
+    """Whether torch keeps ``state[p]["step"]``."""
+
+    settings_class = Settings
+    """What the class takes besides torch's arguments."""
+
+    def rule(self, group: dict[str, Any]) -> Rule:
+        """The formula that this group's options select. ValueError if they contradict the settings."""
+        raise NotImplementedError
+
+    def hyper(self, group: dict[str, Any], t: int, *scalars: Tensor) -> Numbers:
+        """The rule's ``h`` at the group's ``t``-th step, counted from 1, in float64."""
+        raise NotImplementedError
+
+    def lr(self, group: dict[str, Any], t: int, *scalars: Tensor) -> float:
+        return float(group["lr"])
+
+    def averages(self, group: dict[str, Any], t: int, *scalars: Tensor) -> Numbers:
+        """The weight of the new parameter in each of the rule's averages."""
+        return ()
+
+    def initial_scalars(self, group: dict[str, Any]) -> tuple[Tensor, ...]:
+        """The rule's scalars before the first step."""
+        values = (self.initial_value(group, key) for key in self.rule(group).scalars)
+        return tuple(torch.tensor(value, dtype=_get_scalar_dtype(), device="cpu") for value in values)
+
+    def next_scalars(self, group: dict[str, Any], t: int, *scalars: Tensor) -> Sequence[Tensor]:
+        """What the ``t``-th step makes of the rule's scalars; it used ``scalars``."""
+        raise NotImplementedError
+
+    def decoupled(self, group: dict[str, Any]) -> bool:
+        """Whether weight decay is added after the rule instead of to the gradient."""
+        return False
+
+    def decays(self, group: dict[str, Any]) -> tuple[float, float]:
+        """How much of the parameter is added to the gradient, and to what the rule returns."""
+        weight_decay = float(group.get("weight_decay", 0.0))
+        return (0.0, weight_decay) if self.decoupled(group) else (weight_decay, 0.0)
+
+    def initial_value(self, group: dict[str, Any], key: str) -> float:
+        """What the state ``key`` is filled with before the first step."""
+        return 0.0
+
+    def update(self, group: dict[str, Any], t: int, *scalars: Tensor) -> Update:
+        """All numbers of one step of one group. Order as in torch: clip, negate, decay."""
+        in_gradient, in_update = self.decays(group)
+        on_grad = (
+            Stage("clip_value", self._settings.value_limits, (-math.inf, math.inf)),
+            Stage("maximize", (-1.0 if group.get("maximize") else 1.0,), (1.0,)),
+            Stage("decay", (in_gradient,), (0.0,)),
+        )
+        on_update = (Stage("decay", (in_update,), (0.0,)),)
+        if self._settings.cautious:
+            on_update = (CAUTIOUS, *on_update)
+        lr, h, averages = (of(group, t, *scalars) for of in (self.lr, self.hyper, self.averages))
+        return Update(lr, h, on_grad, on_update, averages)
