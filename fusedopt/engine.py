@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 
 from . import clipping, torch_backend, torch_forms
+from .buckets import Bucket
 from .cohorts import Cohort
-from .plan import Bucket, Place, Plan
+from .places import Place
+from .plan import Plan, without_collection
 from .rule import Update
 from .settings import CLIP, Settings
 from .shards import is_distributed, local_grads
@@ -121,6 +123,7 @@ class Engine:
                 stacklevel=6,  # the line that called optimizer.step()
             )
 
+    @without_collection()
     def _build(self, optimizer: Any, grads: list[Tensor | None]) -> None:
         self.settle(optimizer)
         self.plan, self.verdict = None, clipping.UNJUDGED

@@ -6,6 +6,7 @@ freeing one never touches the whole buffer.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -59,14 +60,26 @@ class Space:
         self.numbers: dict[str, Tensor] = {}
         """What is one number per tensor: step counts and their like, on the host as in torch."""
         self.copies: dict[tuple[str, torch.dtype], Tensor] = {}
+        self.unclaimed: dict[str, dict[int, Tensor]] = {}
+        """By role and index: made all at once, which is faster, for those who claim them."""
 
     def allocate(self, role: str, dtype: torch.dtype, per: int = 1) -> None:
         """A buffer with one number ``per`` so many elements."""
         self.buffers[role] = torch.zeros(self.size // per, dtype=dtype, device=self.device)
         self.per[role] = per
+        views = map(self.view, itertools.repeat(role), range(len(self.sizes)))
+        if per == 1:
+            views = map(self.buffers[role].as_strided, self.sizes, self.strides, self.offsets)
+        self.unclaimed[role] = dict(enumerate(map(alias, views)))
 
     def allocate_numbers(self, role: str, dtype: torch.dtype) -> None:
         self.numbers[role] = torch.zeros(len(self.sizes), dtype=dtype, device="cpu")
+        self.unclaimed[role] = dict(enumerate(map(alias, self.numbers[role].unbind())))
+
+    def claim(self, role: str, index: int) -> Tensor:
+        """The ``index``-th tensor in that role for others to see: with storage of its own."""
+        view = self.unclaimed[role].pop(index, None)
+        return alias(self.view(role, index)) if view is None else view
 
     def view(self, role: str, index: int) -> Tensor:
         """The ``index``-th tensor in that role: its number, or what has its parameter's shape and strides."""
@@ -85,7 +98,7 @@ class Space:
         return self.copies[role, dtype]
 
     def part_like(self, buffer: Tensor, index: int) -> Tensor:
-        return buffer[self.offsets[index] :].as_strided(self.sizes[index], self.strides[index])
+        return buffer.as_strided(self.sizes[index], self.strides[index], self.offsets[index])
 
     def uses(self) -> list[int]:
         """How many tensors hold on to each buffer. Every view given out is one of them, until it is freed or somebody

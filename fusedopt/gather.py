@@ -4,11 +4,38 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import groupby
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .plan import Member
+from .buckets import Bucket, Member
+from .cohorts import Cohort
+from .flat import is_dense
+from .settings import Settings
+
+
+class Ways(NamedTuple):
+    """How a cohort's parameters come to the calls that update them."""
+
+    joined: list[Member]
+    """Side by side in buffers, gradients too; copied there, or there for good."""
+    listed: list[Member]
+    """Where they are, with gradients in a buffer."""
+    direct: list[Member]
+    """Where they are, with gradients where those are."""
+
+
+def find_ways(bucket: Bucket, cohort: Cohort, settings: Settings) -> Ways:
+    ways = Ways([], [], [])
+    for m in cohort.members:
+        if not m.place.packed:
+            ways.direct.append(m)
+        elif m.place.flattened is not None or not (bucket.listed and is_dense(m.param)):
+            ways.joined.append(m)
+        else:
+            (ways.listed if settings.needs_norm else ways.direct).append(m)
+    return ways
 
 
 class Gather:

@@ -7,16 +7,20 @@ tensor of their own) is copied in; only memory shared between processes is used 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from functools import partial
+from operator import is_
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .cohorts import Scalar
-from .flat import Space, alias, is_dense
+from .flat import Space, is_dense
+from .rule import Rule
+from .settings import Settings
 from .shards import local
-from .storage import Part, Storage, converted, part_key, superseded
+from .storage import Part, Storage, beginning, converted, superseded
 
 
 @dataclasses.dataclass(slots=True, eq=False)
@@ -37,6 +41,13 @@ class Place:
     """Whether the parameter's memory is an earlier place's, and so may be moved again."""
     like: Tensor | None = None
     """The distributed parameter: its states are distributed like it, each in memory of its own."""
+    terms: tuple | None = None
+    """On which the state was adopted; None as long as it was not."""
+    keys: Sequence[str] = ()
+    """Of the state that was adopted then."""
+    held: Sequence[Tensor] = ()
+    """Its views, in that order, and where they lay."""
+    held_at: Sequence[int] = ()
 
     @property
     def strides(self) -> tuple[int, ...]:
@@ -51,13 +62,13 @@ class Place:
             return whole
         if key not in self.space.buffers:
             self.space.allocate(key, dtype, per)
-        return self.keep(key, alias(self.space.view(key, self.index)))
+        return self.keep(key, self.space.claim(key, self.index))
 
     def open_number(self, key: str, dtype: torch.dtype) -> Tensor:
         """A view of this parameter's number among those of ``key``, with storage of its own."""
         if key not in self.space.numbers:
             self.space.allocate_numbers(key, dtype)
-        return self.keep(key, alias(self.space.view(key, self.index)))
+        return self.keep(key, self.space.claim(key, self.index))
 
     def keep(self, key: str, view: Tensor) -> Tensor:
         self.views[key] = view
@@ -76,24 +87,49 @@ class Place:
             self.copies[role, dtype] = copy
         return copy
 
-    def fits(self, p: Tensor, parts: dict[str, Part], numbers: dict[str, Scalar], packed: bool) -> bool:
+    def is_for(self, p: Tensor) -> bool:
+        """Whether the parameter, or this rank's part of it, still has the layout for which the place was made."""
         space, i = self.space, self.index
-        if (space.device, space.dtype, space.sizes[i]) != (p.device, p.dtype, p.size()) or packed < self.packed:
+        if space.sizes[i] != p.size() or space.dtype != p.dtype or space.device != p.device:
             return False
-        if is_dense(p):
-            if space.strides[i] != p.stride():
-                return False
-        elif packed and not self.packed:
+        return space.strides[i] == p.stride() or not is_dense(p)
+
+    def packs(self, p: Tensor, packed: bool) -> bool:
+        """Whether the place is good enough for a parameter that is to be packed, or not."""
+        return packed >= self.packed and (self.packed or not packed or is_dense(p))
+
+    def fits(self, p: Tensor, parts: dict[str, Part | Scalar]) -> bool:
+        """Whether the place has, or can get, memory for all of these."""
+        buffers = {**self.space.buffers, **self.space.numbers}
+        return self.is_for(p) and all(buffers[key].dtype == x.dtype for key, x in parts.items() if key in buffers)
+
+    def settle(self, agreed: tuple, keys: Sequence[str]) -> None:
+        """Note on which terms the state was adopted, and under which keys it is."""
+        self.terms, self.keys = agreed, keys
+        self.held = [self.views[key] for key in keys]
+        self.held_at = [self.addresses[key] for key in keys]
+
+    def is_settled(self, p: Tensor, state: dict[str, Any], agreed: tuple) -> bool:
+        """Whether nothing of terms, parameter and state has changed since."""
+        if self.terms != agreed or len(state) != len(self.keys) or not self.is_for(p):
             return False
-        buffers = {**space.buffers, **space.numbers}
-        return all(buffers[key].dtype == x.dtype for key, x in {**parts, **numbers}.items() if key in buffers)
+        values = map(state.get, self.keys)
+        if self.like is not None:
+            values = map(local, values)
+        return all(map(is_, values, self.held)) and list(map(Tensor.data_ptr, self.held)) == self.held_at
+
+
+def terms(rule: Rule, settings: Settings) -> tuple:
+    """What decides how a state is adopted, besides the parameter and the state themselves."""
+    return rule, settings.layout
 
 
 def has_shared_state(optimizer: Any, p: Tensor, place: Place | None) -> bool:
     """Whether a state lies in memory shared between processes, as Adagrad.share_memory() puts it."""
-    return any(
+    state = optimizer.state.get(p)
+    return bool(state) and any(
         is_shared(value)
-        for key, value in optimizer.state.get(p, {}).items()
+        for key, value in state.items()
         if place is None or not place.holds(key, value) or not place.packed
     )
 
@@ -102,25 +138,46 @@ def is_shared(value: Any) -> bool:
     return isinstance(value, Tensor) and value.is_cpu and value.is_shared()
 
 
+Write = tuple[Tensor, Tensor | float]
+"""A view, and what it is to be filled with."""
+
+
+def begin_states(
+    optimizer: Any, p: Tensor, group: dict, place: Place, stored: Storage, numbers: dict[str, Scalar]
+) -> list[Write]:
+    """Give the empty ``optimizer.state[p]`` views of the place. Returns what has to be written into them. ``numbers``
+    are the step count, where there is one, and the rule's scalars."""
+    blank = place.terms is None  # new memory holds zeros
+    state, writes = optimizer.state[p], []
+    for key, number in numbers.items():
+        view = state[key] = place.open_number(key, number.dtype)
+        if number.value or not blank:
+            writes.append((view, number.value))
+    for role, form, parts in stored.kept_parts:
+        if parts:
+            initial = partial(optimizer.initial_value, group, role)
+            values = beginning(role, form, local(p), place.strides, initial)
+            for (key, part), value in zip(parts.items(), values):
+                view = state[key] = place.open(key, part.dtype, part.per)
+                if not blank or isinstance(value, Tensor) or value:
+                    writes.append((local(view), value))
+    return writes
+
+
 def adopt_states(
     optimizer: Any, p: Tensor, group: dict, place: Place, stored: Storage, numbers: dict[str, Scalar]
-) -> list[tuple[Tensor, Tensor | float]]:
-    """Make ``optimizer.state[p]`` hold views of the place. Returns what has to be written into them. ``numbers`` are
-    the step count, where there is one, and the rule's scalars."""
-    if not numbers and not stored.parts:
-        return []
+) -> list[Write]:
+    """The same where something is there already: the views get its values."""
     state = optimizer.state[p]
-    writes = []
+    here = {key: local(value) for key, value in state.items()}
+    writes: list[Write] = []
     for key, number in numbers.items():
-        if not place.holds(key, state.get(key)):
+        if not place.holds(key, here.get(key)):
             view = state[key] = place.open_number(key, number.dtype)
             writes.append((view, number.value))
-    for role, form in (("", stored.param), *stored.kept):
-        parts = {part_key(role, part): part for part in form.parts}
-        parts.pop("", None)
-        if parts and all(place.holds(key, state.get(key)) for key in parts):
+    for role, form, parts in stored.kept_parts:
+        if parts and all([place.holds(key, here.get(key)) for key in parts]):
             continue
-        here = {key: local(value) for key, value in state.items()}
         value = here.get(role)
         if form.plain and is_shared(value) and not place.packed:
             place.keep(role, value)

@@ -7,76 +7,39 @@ the ones that it was built from.
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+import contextlib
+import gc
+from collections.abc import Callable, Iterable, Iterator
 from itertools import chain, compress
 from operator import attrgetter, is_, itemgetter
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import _get_scalar_dtype
 
-from . import ema
-from .backends import Backend
-from .cohorts import Cohort, Scalar
-from .distributed import Groups, Reduction
-from .flat import Space, is_dense
-from .places import Place, adopt_states, flatten, has_shared_state, write
-from .rule import Rule
+from .buckets import Bucket, Member, settle
+from .distributed import Reduction
+from .flat import Space
+from .places import Place
 from .shards import Shards, is_distributed, local
-from .storage import Storage, counts_steps, state_keys
-from .survey import Entry, NotFusable, survey
-
-SMALL = 16384
-"""Elements below which a CPU spends more on calling an operation than on the numbers."""
-
-FEW, FEW_LISTED = 2, 8
-"""Fewer small tensors than this are not worth gathering: where each takes several calls, where one call takes all."""
-
+from .storage import state_keys
+from .survey import survey
 
 get_dtype = attrgetter("dtype")
 get_params = itemgetter("params")
 
 
-@dataclasses.dataclass(slots=True, eq=False)
-class Member:
-    """One parameter with a gradient."""
-
-    owner: Tensor
-    """The parameter as the optimizer holds it, the key of its state."""
-    param: Tensor
-    """What this rank updates: the owner, or its local part."""
-    position: int
-    """Its gradient's position among this step's gradients."""
-    cohort: int
-    place: Place
-    first_draw: int
-    """The number of its first eight elements among all eights of the optimizer: see philox.py."""
-
-
-@dataclasses.dataclass(slots=True, eq=False)
-class Bucket:
-    """What one kernel can update: one device, one set of dtypes, one rule; over all groups."""
-
-    rule: Rule
-    device: torch.device
-    dtype: torch.dtype
-    grad_dtype: torch.dtype
-    backend: Backend
-    flat: bool
-    """Whether all parameters lie in one flat buffer."""
-    stored: Storage
-    averages: tuple[str, ...]
-    """Roles in the members' places that follow the new parameter, in the order of ``Update.averages``."""
-    fused: bool
-    """Whether torch's fused CPU kernel updates them."""
-    listed: bool
-    """Whether that kernel takes small parameters as a list, where they are; otherwise they are gathered."""
-    spread: Groups
-    """The process groups over which the elements are spread."""
-    cohorts: list[Cohort]
-    members: list[Member]
+@contextlib.contextmanager
+def without_collection() -> Iterator[None]:
+    """Planning makes objects by the million and drops next to none: Python's search for garbage among them would take
+    half as long again."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 class Plan:
@@ -93,12 +56,12 @@ class Plan:
         self.reduction = Reduction(self.params, optimizer._settings.clip_group)
         if optimizer._settings.needs_norm:
             self.reduction.check()
-        newcomers = survey(optimizer, rules, grads, self.reduction)
-        for stale in set(places).difference(self.params):
-            del places[stale]
-        for stale in set(optimizer._ema).difference(self.params):
-            del optimizer._ema[stale]
-        self.buckets = [_settle(optimizer, key, entries, places) for key, entries in newcomers.items()]
+        newcomers = survey(optimizer, rules, grads, self.reduction, places)
+        known = set(map(id, self.params))
+        for kept in (places, optimizer._ema):
+            for stale in [p for p in kept if id(p) not in known]:
+                del kept[stale]
+        self.buckets = [settle(optimizer, key, entries, places) for key, entries in newcomers.items()]
 
         members = [member for bucket in self.buckets for member in bucket.members]
         self.active = list(map(local, compress(self.params, self.present)))
@@ -108,7 +71,7 @@ class Plan:
         self.strides = list(map(Tensor.stride, self.active))
         self.spaces = list({id(m.place.space): m.place.space for m in members}.values())
         self.steps = [space.numbers["step"] for space in self.spaces if "step" in space.numbers]
-        self.stepped = [_stepped(space, members) for space in self.spaces if "step" in space.numbers]
+        self.stepped = _stepped(self.spaces, members)
         self.numbers = [numbers for space in self.spaces for numbers in space.numbers.values()]
         self.has_scalars = any(bucket.rule.scalars for bucket in self.buckets)
         self.identities = _identities(optimizer, self.params)
@@ -194,104 +157,14 @@ def _same(a: list[Any], b: list[Any]) -> bool:
     return len(a) == len(b) and all(map(is_, a, b))
 
 
-def _stepped(space: Space, members: list[Member]) -> Tensor:
-    """1 for each of the space's tensors that takes this step, else 0."""
-    stepped = torch.zeros_like(space.numbers["step"])
-    stepped[[m.place.index for m in members if m.place.space is space]] = 1
-    return stepped
-
-
-def _settle(optimizer: Any, key: tuple, entries: list[Entry], places: dict[Tensor, Place]) -> Bucket:
-    """Give every parameter of a bucket its place, and its state the place's memory."""
-    device, dtype, grad_dtype, rule, choice, stored, spread, _ = key
-    distributed = spread is not None
-    owners, params = [entry.owner for entry in entries], [entry.param for entry in entries]
-    overlapping = _overlapping(params)
-    if overlapping and (choice.name == "triton" or any(id(p) in overlapping and not is_dense(p) for p in params)):
-        raise NotFusable("parameters that share memory, or whose elements lie between each other's")
-    if distributed and choice.name == "torch" and not all(map(is_dense, params)):
-        raise NotFusable("distributed parameters with gaps in memory")
-    # Blocks of quantized values, and random bits, go by tensor.
-    joins = choice.name == "torch" and stored.plain
-    irregular = [joins and not is_dense(p) for p in params]
-    gathers = joins and device.type == "cpu" and not distributed
-    small = [
-        gathers and p.numel() < SMALL and id(p) not in overlapping and not has_shared_state(optimizer, p, places.get(p))
-        for p in params
-    ]
-    settings = optimizer._settings
-    fused = stored.plain and rule.fuses(device, {dtype, grad_dtype, *stored.dtypes}) and not settings.cautious
-    listed = fused and torch.get_num_threads() <= rule.list_threads
-    # One call serves a list already; a list costs more than its calls only where it is longer.
-    enough = sum(small) >= (FEW_LISTED if fused and rule.list_threads else FEW)
-    enough = enough and (not listed or settings.flatten or settings.needs_norm)
-    # What was gathered once stays so, or parameters that have no gradient at some steps would wander.
-    packed = [a or (b and (enough or (p in places and places[p].packed))) for a, b, p in zip(irregular, small, owners)]
-
-    counts = counts_steps(optimizer, stored)
-    numbers = [_numbers(entry, rule, counts) for entry in entries]
-    homeless = [
-        (entry, pack)
-        for entry, beside, pack in zip(entries, numbers, packed)
-        if entry.owner not in places or not places[entry.owner].fits(entry.param, stored.parts, beside, pack)
-    ]
-    if homeless:
-        # Small ones first, and group by group, so that each cohort's lie side by side; within a group by shape, so
-        # that gradients can be gathered by few calls.
-        homeless.sort(key=lambda pair: (not pair[1], pair[0].number, pair[0].param.shape[1:] if pair[1] else ()))
-        space = Space([entry.param for entry, _ in homeless], packed=sum(pack for _, pack in homeless))
-        for index, (entry, pack) in enumerate(homeless):
-            owner = entry.owner
-            earlier = places.get(owner)
-            owned = earlier is not None and earlier.flattened == owner.data_ptr()
-            places[owner] = Place(space, index, pack, owned=owned, like=owner if distributed else None)
-
-    flattened = flatten([places[p] for p in owners], params, settings.flatten and not distributed)
-    cohorts: dict[tuple, Cohort] = {}
-    members, writes = [], []
-    for (owner, p, position, number, group, taken, scalars, first_draw), beside in zip(entries, numbers):
-        place = places[owner]
-        writes += adopt_states(optimizer, owner, group, place, stored, beside)
-        if settings.ema_decay is not None:
-            writes += ema.adopt(optimizer._ema, owner, place)
-        key = (number, taken, scalars)
-        if key not in cohorts:
-            cohorts[key] = Cohort(len(cohorts), group, taken, tuple(map(Scalar.tensor, scalars)))
-        cohort = cohorts[key]
-        member = Member(owner, p, position, cohort.number, place, first_draw)
-        cohort.members.append(member)
-        members.append(member)
-    write(optimizer, writes)
-    for cohort in cohorts.values() if rule.scalars else ():
-        cohort.find_slots()
-    averages = rule.averages if settings.ema_decay is None else (*rule.averages, ema.ROLE)
-    return Bucket(
-        rule, device, dtype, grad_dtype, choice, flattened, stored, averages, fused, listed, spread or (),
-        list(cohorts.values()), members,
-    )  # fmt: skip
-
-
-def _numbers(entry: Entry, rule: Rule, counts: bool) -> dict[str, Scalar]:
-    """What stands beside a parameter's states: its step count, its rule's scalars."""
-    step = {"step": Scalar(float(entry.taken), _get_scalar_dtype())} if counts else {}
-    return {**step, **dict(zip(rule.scalars, entry.scalars))}
-
-
-def _overlapping(params: Sequence[Tensor]) -> set[int]:
-    """The ids of parameters whose memory begins inside another one's, and of those others."""
-    ends = sorted(((p.data_ptr(), p.data_ptr() + _extent(p), id(p)) for p in params if p.numel()), key=itemgetter(0))
-    found: set[int] = set()
-    reach, owner = 0, 0
-    for start, end, number in ends:
-        if start < reach:
-            found |= {owner, number}
-        if end > reach:
-            reach, owner = end, number
+def _stepped(spaces: list[Space], members: list[Member]) -> list[Tensor]:
+    """For each space that counts steps: 1 for each of its tensors that takes this step, else 0."""
+    indices: dict[int, list[int]] = {id(space): [] for space in spaces}
+    for m in members:
+        indices[id(m.place.space)].append(m.place.index)
+    found = []
+    for space in spaces:
+        if "step" in space.numbers:
+            stepped = torch.zeros_like(space.numbers["step"])
+            found.append(stepped.index_fill_(0, torch.tensor(indices[id(space)], device="cpu"), 1))
     return found
-
-
-def _extent(p: Tensor) -> int:
-    """Bytes from its first element to the end of its last."""
-    if p.is_contiguous():
-        return p.nbytes
-    return (sum((size - 1) * stride for size, stride in zip(p.size(), p.stride())) + 1) * p.element_size()

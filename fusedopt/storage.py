@@ -58,6 +58,11 @@ class Storage(NamedTuple):
         return _parts(self)
 
     @property
+    def kept_parts(self) -> list[tuple[str, Form, dict[str, Part]]]:
+        """The same by role."""
+        return _kept_parts(self)
+
+    @property
     def state_keys(self) -> list[str]:
         """The keys of everything but the parameter's own parts."""
         return [part_key(role, part) for role, form in self.kept for part in form.parts]
@@ -65,9 +70,16 @@ class Storage(NamedTuple):
 
 @functools.cache
 def _parts(storage: Storage) -> dict[str, Part]:
-    roles = (("", storage.param), *storage.kept)
-    found = {part_key(role, part): part for role, form in roles for part in form.parts}
-    del found[""]  # the parameter itself
+    return {key: part for _, _, parts in _kept_parts(storage) for key, part in parts.items()}
+
+
+@functools.cache
+def _kept_parts(storage: Storage) -> list[tuple[str, Form, dict[str, Part]]]:
+    found = []
+    for role, form in (("", storage.param), *storage.kept):
+        parts = {part_key(role, part): part for part in form.parts}
+        parts.pop("", None)  # the parameter itself
+        found.append((role, form, parts))
     return found
 
 
@@ -96,6 +108,13 @@ def counts_steps(optimizer: Any, stored: Storage) -> bool:
 def state_keys(optimizer: Any, rule: Rule, stored: Storage) -> list[str]:
     """The keys of ``optimizer.state[p]``."""
     return [*(("step",) if counts_steps(optimizer, stored) else ()), *rule.scalars, *stored.parts]
+
+
+def traits(p: Tensor, rule: Rule, state: dict[str, Any]) -> tuple:
+    """What of a parameter and its state decides how it is stored, numbers beside it included: equal traits, equal
+    storage."""
+    dtypes = [getattr(state.get(key), "dtype", None) for key in (*rule.keys, *rule.scalars)] if state else ()
+    return p.dtype, p.numel() < SMALL, *dtypes
 
 
 def storage(p: Tensor, rule: Rule, settings: Settings, state: dict[str, Any]) -> Storage:
@@ -211,11 +230,20 @@ def converted(
     if role == "":
         return encode_master(form, None if there is None else decode_master(*there), p, strides)
     values = None if there is None else there[1][0] if there[0].plain else decode(*there, wide(p))
-    if values is None and (form.plain or form.draws):
-        return [initial()]
     if values is None:
-        values = torch.full(p.size(), initial(), dtype=wide(p), device=p.device)
+        return beginning(role, form, p, strides, initial)
     return [values.detach()] if form.plain or form.draws else encode(form, values.detach(), strides)
+
+
+def beginning(
+    role: str, form: Form, p: Tensor, strides: tuple[int, ...], initial: Callable[[], float]
+) -> list[Tensor | float]:
+    """The same for a role that is not there."""
+    if role == "":
+        return encode_master(form, None, p, strides)
+    if form.plain or form.draws:
+        return [initial()]
+    return encode(form, torch.full(p.size(), initial(), dtype=wide(p), device=p.device), strides)
 
 
 def superseded(role: str, form: Form, state: dict[str, Any], p: Tensor) -> list[str]:

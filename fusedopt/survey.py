@@ -15,9 +15,10 @@ from torch.optim.optimizer import _get_scalar_dtype
 from .backends import Backend, backend
 from .cohorts import Scalar
 from .distributed import Reduction
+from .places import Place, terms
 from .rule import Rule
 from .shards import PLAIN, alike, is_distributed, local
-from .storage import Storage, quantization_problem, storage
+from .storage import Storage, quantization_problem, storage, traits
 
 
 class NotFusable(Exception):
@@ -26,6 +27,17 @@ class NotFusable(Exception):
 
 def is_differentiable(group: dict[str, Any]) -> bool:
     return group.get("differentiable", False)
+
+
+class Where(NamedTuple):
+    """Which parameter an error is about."""
+
+    position: int
+    group: int
+    owner: Tensor
+
+    def __str__(self) -> str:
+        return f"parameter {self.position} (group {self.group}, shape {tuple(self.owner.shape)})"
 
 
 class Entry(NamedTuple):
@@ -44,48 +56,68 @@ class Entry(NamedTuple):
     scalars: tuple[Scalar, ...]
     """What its rule keeps beside that count."""
     first_draw: int
-    """See plan.Member."""
+    """See buckets.Member."""
+    settled: bool
+    """Whether its state lies in its place already."""
 
 
 def survey(
-    optimizer: Any, rules: list[Rule], grads: list[Tensor | None], reduction: Reduction
+    optimizer: Any,
+    rules: list[Rule],
+    grads: list[Tensor | None],
+    reduction: Reduction,
+    places: dict[Tensor, Place],
 ) -> dict[tuple, list[Entry]]:
     """Every parameter with a gradient, by bucket. Changes nothing, so an error leaves all as it was."""
     buckets: dict[tuple, list[Entry]] = {}
     choices: dict[torch.device, Backend] = {}
     active = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    if len(set(active)) != len(active):
+    if len(set(map(id, active))) != len(active):
         raise NotFusable("a parameter that is listed twice")
     position = eights = 0
     for number, (group, rule) in enumerate(zip(optimizer.param_groups, rules)):
+        agreed = terms(rule, optimizer._settings)
+        # Most parameters of a group are of one kind: what concerns the kind is looked at once.
+        kinds: dict[tuple, list[Entry]] = {}
         for owner in group["params"]:
             p, g = local(owner), grads[position]
             position += 1
             first_draw, eights = eights, eights - (-owner.numel() // 8)
             if g is None:
                 continue
-            where = f"parameter {position - 1} (group {number}, shape {tuple(owner.shape)})"
-            if reason := _not_fusable(p, g, group):
-                raise NotFusable(f"{reason} ({where})")
-            if g.device != p.device:
-                raise RuntimeError(f"the gradient of {where} is on {g.device}, the parameter on {p.device}")
+            where = Where(position - 1, number, owner)
+            state, place = optimizer.state.get(owner, {}), places.get(owner)
+            spread = reduction.spread(owner) if is_distributed(owner) else None
+            kind = type(p), p.device, type(g), g.device, g.dtype, g.layout, spread, *traits(owner, rule, state)
+            if kind not in kinds:
+                _look_at_kind(p, g, group, where)
             if g.shape != p.shape:
                 raise RuntimeError(f"the gradient of {where} has shape {tuple(g.shape)}")
-            state = optimizer.state.get(owner, {})
-            _look_at_state(owner, rule, state, where)
-            stored = storage(owner, rule, optimizer._settings, state)
+            settled = place is not None and place.is_settled(p, state, agreed)
+            if state and not settled:
+                _look_at_state(owner, rule, state, where)
+            if kind not in kinds:
+                stored = storage(owner, rule, optimizer._settings, state)
+                if p.device not in choices:
+                    choices[p.device] = backend(p.device, optimizer.backend)
+                if spread or hasattr(owner, "_fsdp_flattened"):
+                    _refuse_means(optimizer, group, where)
+                key = p.device, p.dtype, g.dtype, rule, choices[p.device], stored, spread
+                dtypes = tuple(s.dtype for s in _scalars(optimizer, rule, group, state, where))
+                kinds[kind] = stored, buckets.setdefault((*key, dtypes), [])
+            stored, entries = kinds[kind]
             taken = _steps_taken(optimizer, rule, stored, state, where)
             scalars = _scalars(optimizer, rule, group, state, where) if rule.scalars else ()
-            if p.device not in choices:
-                choices[p.device] = backend(p.device, optimizer.backend)
-            choice = choices[p.device]
-            spread = reduction.spread(owner) if is_distributed(owner) else None
-            if spread or hasattr(owner, "_fsdp_flattened"):
-                _refuse_means(optimizer, group, taken, where)
-            key = (p.device, p.dtype, g.dtype, rule, choice, stored, spread, tuple(s.dtype for s in scalars))
-            entry = Entry(owner, p, position - 1, number, group, taken, scalars, first_draw)
-            buckets.setdefault(key, []).append(entry)
+            entries.append(Entry(owner, p, position - 1, number, group, taken, scalars, first_draw, settled))
     return buckets
+
+
+def _look_at_kind(p: Tensor, g: Tensor, group: dict[str, Any], where: Where) -> None:
+    """What concerns all parameters and gradients of these types, devices and dtypes."""
+    if reason := _not_fusable(p, g, group):
+        raise NotFusable(f"{reason} ({where})")
+    if g.device != p.device:
+        raise RuntimeError(f"the gradient of {where} is on {g.device}, the parameter on {p.device}")
 
 
 def _not_fusable(p: Tensor, g: Tensor, group: dict[str, Any]) -> str | None:
@@ -106,8 +138,8 @@ def _not_fusable(p: Tensor, g: Tensor, group: dict[str, Any]) -> str | None:
     return None
 
 
-def _refuse_means(optimizer: Any, group: dict[str, Any], taken: int, where: str) -> None:
-    update = optimizer.update(group, taken + 1, *optimizer.initial_scalars(group))
+def _refuse_means(optimizer: Any, group: dict[str, Any], where: Where) -> None:
+    update = optimizer.update(group, 1, *optimizer.initial_scalars(group))
     needy = [stage.name for stage in update.on_update if stage.term is not None]
     if needy:
         raise RuntimeError(
@@ -116,7 +148,7 @@ def _refuse_means(optimizer: Any, group: dict[str, Any], taken: int, where: str)
         )
 
 
-def _look_at_state(owner: Tensor, rule: Rule, state: dict[str, Any], where: str) -> None:
+def _look_at_state(owner: Tensor, rule: Rule, state: dict[str, Any], where: Where) -> None:
     p = local(owner)
     for key in rule.keys:
         value = state.get(key)
@@ -141,7 +173,7 @@ def _look_at_state(owner: Tensor, rule: Rule, state: dict[str, Any], where: str)
             raise RuntimeError(f"{problem} ({where})")
 
 
-def _steps_taken(optimizer: Any, rule: Rule, stored: Storage, state: dict[str, Any], where: str) -> int:
+def _steps_taken(optimizer: Any, rule: Rule, stored: Storage, state: dict[str, Any], where: Where) -> int:
     if not optimizer.counts_steps:
         # Only whether the buffers were ever written matters, except for random bits.
         written = all(state.get(key) is not None for key in rule.keys)
@@ -151,16 +183,23 @@ def _steps_taken(optimizer: Any, rule: Rule, stored: Storage, state: dict[str, A
 
 
 def _scalars(
-    optimizer: Any, rule: Rule, group: dict[str, Any], state: dict[str, Any], where: str
+    optimizer: Any, rule: Rule, group: dict[str, Any], state: dict[str, Any], where: Where
 ) -> tuple[Scalar, ...]:
     """The rule's scalars, in the dtype that they have, or as they begin."""
-    values = [optimizer.initial_value(group, key) if state.get(key) is None else state[key] for key in rule.scalars]
-    dtypes = [x.dtype if isinstance(x, Tensor) and x.is_floating_point() else _get_scalar_dtype() for x in values]
-    numbers = (_number(float, key, x, where) for key, x in zip(rule.scalars, values))
-    return tuple(Scalar.rounded(x, dtype) for x, dtype in zip(numbers, dtypes))
+    found = []
+    for key in rule.scalars:
+        value = state.get(key)
+        if value is None:
+            value = optimizer.initial_value(group, key)
+        number = _number(float, key, value, where)
+        if isinstance(value, Tensor) and value.is_floating_point():
+            found.append(Scalar(number, value.dtype))
+        else:
+            found.append(Scalar.rounded(number, _get_scalar_dtype()))
+    return tuple(found)
 
 
-def _number(kind: type, key: str, value: Any, where: str) -> Any:
+def _number(kind: type, key: str, value: Any, where: Where) -> Any:
     try:
         return kind(value)
     except (TypeError, ValueError, OverflowError, RuntimeError) as error:

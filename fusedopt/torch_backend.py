@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from . import means
+from .buckets import Bucket, Member
 from .clipping import Skips, Verdict, hypot
 from .cohorts import Cohort
-from .flat import is_dense, memory_order
-from .gather import Gather
-from .plan import Bucket, Member
+from .flat import memory_order
+from .gather import Gather, Ways, find_ways
 from .rule import Stage, Update
 from .settings import Settings
 
@@ -89,39 +89,29 @@ class Executor:
         self.compute_dtype = torch.promote_types(bucket.dtype, torch.float32)
         self.computes_in_place = dtypes | {bucket.dtype} == {self.compute_dtype}
         self.block = BLOCK if bucket.device.type == "cpu" else max(m.param.numel() for m in bucket.members) or 1
-        gathered = [m for m in bucket.members if self._gathers(m)]
+        ways = [find_ways(bucket, cohort, settings) for cohort in bucket.cohorts]
+        joined = [m for way in ways for m in way.joined]
+        gathered = joined + [m for way in ways for m in way.listed]
         self.gather = Gather(gathered, bucket.grad_dtype)
-        staged = [m for m in gathered if self._stages(m)]
+        staged = [m for m in joined if m.place.flattened is None]
         self.staged = [m.param for m in staged]
         self.staging_views = [m.place.packed_copy("param", bucket.dtype) for m in staged]
         spaces = {id(m.place.space): m.place.space for m in gathered}.values()
         self.scratch = [space.packed_copies("grad", bucket.grad_dtype) for space in spaces]
         for buffer in self.scratch:
             buffer.zero_()  # gradients of parameters that have none at this step
-        self.in_place = [m.param for m in bucket.members if not self._stages(m)]
-        self.runs = [self._run(cohort) for cohort in bucket.cohorts]
+        in_copies = set(map(id, staged))
+        self.in_place = [m.param for m in bucket.members if id(m) not in in_copies]
+        self.runs = list(map(self._run, bucket.cohorts, ways))
         self.direct = [m for run in self.runs for m in run.direct]
         self.positions = [m.position for m in self.direct]
         self.strides = [m.place.strides for m in self.direct]
 
-    def _stages(self, m: Member) -> bool:
-        """Whether the parameter is updated in a copy: side by side with others, or because it has gaps in memory."""
-        return m.place.packed and m.place.flattened is None and not (self.bucket.listed and is_dense(m.param))
-
-    def _gathers(self, m: Member) -> bool:
-        """Whether its gradient is copied into the scratch buffer."""
-        joined = m.place.flattened is not None or self._stages(m)
-        return m.place.packed and (joined or self.settings.needs_norm)
-
-    def _run(self, cohort: Cohort) -> Run:
-        gathered = [m for m in cohort.members if self._gathers(m)]
-        joined = [m for m in gathered if m.place.flattened is not None or self._stages(m)]
-        listed = [m for m in gathered if m.place.flattened is None and not self._stages(m)]
-        direct = [m for m in cohort.members if not self._gathers(m)]
+    def _run(self, cohort: Cohort, ways: Ways) -> Run:
         lists = [[] for _ in self.keys]
         count = len(self.bucket.rule.states)
-        run = Run(cohort, [], lists[:count], lists[count:], [], direct)
-        for first, last in _neighbours(joined):
+        run = Run(cohort, [], lists[:count], lists[count:], [], ways.direct)
+        for first, last in _neighbours(ways.joined):
             space = first.place.space
             part = slice(space.offsets[first.place.index], space.end(last.place.index))
             in_place = first.place.flattened is not None
@@ -131,12 +121,12 @@ class Executor:
             run.gathered.append(space.packed_copies("grad", self.bucket.grad_dtype)[part])
             for tensors, key in zip(lists, self.keys):
                 tensors.append(space.buffers[key][part])
-        run.gathered += [m.place.packed_copy("grad", self.bucket.grad_dtype) for m in listed]
-        for m in listed + direct:
-            run.params.append(m.param)
-            run.sizes.append([m.param.numel()])
-            for tensors, key in zip(lists, self.keys):
-                tensors.append(m.place.views[key])
+        run.gathered += [m.place.packed_copy("grad", self.bucket.grad_dtype) for m in ways.listed]
+        alone = ways.listed + ways.direct
+        run.params += [m.param for m in alone]
+        run.sizes += [[m.param.numel()] for m in alone]
+        for tensors, key in zip(lists, self.keys):
+            tensors += [m.place.views[key] for m in alone]
         if not self.bucket.fused:
             for tensors in zip(run.params, *lists):
                 run.blocks.append(list(zip(*(memory_order(x).split(self.block) for x in tensors))))

@@ -10,11 +10,13 @@ import torch
 from torch import Tensor
 
 from . import torch_backend
+from .buckets import Bucket, Member
 from .clipping import Skips, Verdict
+from .cohorts import Cohort
 from .flat import is_dense, memory_order
 from .forms import QUANTIZED, TWINS
+from .gather import Ways
 from .philox import Draw
-from .plan import Bucket, Cohort, Member
 from .rule import Update
 from .settings import Settings
 from .storage import part_key
@@ -39,7 +41,7 @@ class Executor(torch_backend.Executor):
         self.t = 0
         super().__init__(bucket, settings)
 
-    def _run(self, cohort: Cohort) -> Run:
+    def _run(self, cohort: Cohort, ways: Ways) -> Run:
         # Quantized elements that share a scale stay together.
         self.block = -(-self.block // QUANTIZED) * QUANTIZED
         blocks = [self._blocks(m) for m in cohort.members]

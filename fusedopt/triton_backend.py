@@ -16,13 +16,13 @@ from triton.runtime.jit import JITFunction
 
 from . import occupancy, triton_norm
 from .backends import interpreting
+from .buckets import Bucket, Member
 from .clipping import Skips, Terms, Verdict
 from .flat import is_dense
 from .kernels import clipped, means, rules
 from .kernels import step as step_kernel
 from .launch import Launches
 from .means import Chunks
-from .plan import Bucket, Member
 from .rule import Rule, Update
 from .settings import Settings
 from .triton_norm import Norm, judge, on_device

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 import triton.language as tl
 
+from .buckets import Bucket
 from .kernels import stages
-from .plan import Bucket
 from .rule import Update
 from .upload import Upload
 

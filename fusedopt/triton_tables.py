@@ -12,9 +12,9 @@ from torch import Tensor
 from triton.runtime import driver
 
 from .backends import interpreting
+from .buckets import Bucket
 from .forms import QUANTIZED
 from .kernels import address, rounding, tuning
-from .plan import Bucket
 from .storage import part_key
 from .upload import Upload, on
 

@@ -18,3 +18,12 @@ def test_every_case_is_measured():
     # The median and the least of two of ours, and of torch's fused and foreach.
     assert all(len(row) == 3 + 8 for row in rows)
     assert all(10 < float(row[column]) < 100_000 for row in rows for column in (3, 5, 7, 9))
+
+
+@pytest.mark.skipif(backends.triton_problem() is not None, reason="measures the Triton backend")
+def test_plans_of_every_size_are_measured():
+    done = program(sys.executable, BENCH / "scale.py", "--counts", "20", "40", "--repeats", "1")
+    assert done.returncode == 0, done.stderr[-2000:]
+    _, *rows = [line.split() for line in done.stdout.splitlines()]
+    assert [row[:2] for row in rows] == [[b, count] for b in ("torch", "triton") for count in ("20", "40")]
+    assert all(0 < float(row[column]) < 10_000 for row in rows for column in (2, 4, 6))

@@ -1,0 +1,181 @@
+"""What one kernel updates: parameters of one device, one set of dtypes and one rule, each in its place."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from operator import itemgetter
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import _get_scalar_dtype
+
+from . import ema
+from .backends import Backend
+from .cohorts import Cohort, Scalar
+from .distributed import Groups
+from .flat import Space, is_dense
+from .places import Place, adopt_states, begin_states, flatten, has_shared_state, terms, write
+from .rule import Rule
+from .storage import Storage, counts_steps, state_keys
+from .survey import Entry, NotFusable
+
+SMALL = 16384
+"""Elements below which a CPU spends more on calling an operation than on the numbers."""
+
+FEW, FEW_LISTED = 2, 8
+"""Fewer small tensors than this are not worth gathering: where each takes several calls, where one call takes all."""
+
+
+@dataclasses.dataclass(slots=True, eq=False)
+class Member:
+    """One parameter with a gradient."""
+
+    owner: Tensor
+    """The parameter as the optimizer holds it, the key of its state."""
+    param: Tensor
+    """What this rank updates: the owner, or its local part."""
+    position: int
+    """Its gradient's position among this step's gradients."""
+    cohort: int
+    place: Place
+    first_draw: int
+    """The number of its first eight elements among all eights of the optimizer: see philox.py."""
+
+
+@dataclasses.dataclass(slots=True, eq=False)
+class Bucket:
+    """What one kernel can update: one device, one set of dtypes, one rule; over all groups."""
+
+    rule: Rule
+    device: torch.device
+    dtype: torch.dtype
+    grad_dtype: torch.dtype
+    backend: Backend
+    flat: bool
+    """Whether all parameters lie in one flat buffer."""
+    stored: Storage
+    averages: tuple[str, ...]
+    """Roles in the members' places that follow the new parameter, in the order of ``Update.averages``."""
+    fused: bool
+    """Whether torch's fused CPU kernel updates them."""
+    listed: bool
+    """Whether that kernel takes small parameters as a list, where they are; otherwise they are gathered."""
+    spread: Groups
+    """The process groups over which the elements are spread."""
+    cohorts: list[Cohort]
+    members: list[Member]
+
+
+def settle(optimizer: Any, key: tuple, entries: list[Entry], places: dict[Tensor, Place]) -> Bucket:
+    """Give every parameter of a bucket its place, and its state the place's memory."""
+    device, dtype, grad_dtype, rule, choice, stored, spread, _ = key
+    distributed = spread is not None
+    owners, params = [entry.owner for entry in entries], [entry.param for entry in entries]
+    overlapping = _overlapping(params)
+    if overlapping and (choice.name == "triton" or any(id(p) in overlapping and not is_dense(p) for p in params)):
+        raise NotFusable("parameters that share memory, or whose elements lie between each other's")
+    if distributed and choice.name == "torch" and not all(map(is_dense, params)):
+        raise NotFusable("distributed parameters with gaps in memory")
+    # Blocks of quantized values, and random bits, go by tensor.
+    joins = choice.name == "torch" and stored.plain
+    irregular = [joins and not is_dense(p) for p in params]
+    gathers = joins and device.type == "cpu" and not distributed
+    small = [gathers and _is_small(optimizer, entry, places.get(entry.owner), overlapping) for entry in entries]
+    settings = optimizer._settings
+    fused = stored.plain and rule.fuses(device, {dtype, grad_dtype, *stored.dtypes}) and not settings.cautious
+    listed = fused and torch.get_num_threads() <= rule.list_threads
+    # One call serves a list already; a list costs more than its calls only where it is longer.
+    enough = sum(small) >= (FEW_LISTED if fused and rule.list_threads else FEW)
+    enough = enough and (not listed or settings.flatten or settings.needs_norm)
+    # What was gathered once stays so, or parameters that have no gradient at some steps would wander.
+    packed = [a or (b and (enough or (p in places and places[p].packed))) for a, b, p in zip(irregular, small, owners)]
+
+    counts = counts_steps(optimizer, stored)
+    homeless = [
+        (entry, pack)
+        for entry, pack in zip(entries, packed)
+        if not _has_home(entry, places.get(entry.owner), stored, rule, counts, pack)
+    ]
+    if homeless:
+        # Small ones first, and group by group, so that each cohort's lie side by side; within a group by shape, so
+        # that gradients can be gathered by few calls.
+        homeless.sort(key=lambda pair: (not pair[1], pair[0].number, pair[0].param.shape[1:] if pair[1] else ()))
+        space = Space([entry.param for entry, _ in homeless], packed=sum(pack for _, pack in homeless))
+        for index, (entry, pack) in enumerate(homeless):
+            owner = entry.owner
+            earlier = places.get(owner)
+            owned = earlier is not None and earlier.flattened == owner.data_ptr()
+            places[owner] = Place(space, index, pack, owned=owned, like=owner if distributed else None)
+
+    flattened = flatten([places[p] for p in owners], params, settings.flatten and not distributed)
+    cohorts: dict[tuple, Cohort] = {}
+    members, writes = [], []
+    agreed, keys = terms(rule, settings), tuple(state_keys(optimizer, rule, stored))
+    for owner, p, position, number, group, taken, scalars, first_draw, settled in entries:
+        place = places[owner]
+        if not settled or place.terms is None:
+            adopt = adopt_states if optimizer.state.get(owner) else begin_states
+            if keys:
+                writes += adopt(optimizer, owner, group, place, stored, _numbers(taken, rule, scalars, counts))
+            place.settle(agreed, keys)
+        if settings.ema_decay is not None:
+            writes += ema.adopt(optimizer._ema, owner, place)
+        key = (number, taken, scalars)
+        if key not in cohorts:
+            cohorts[key] = Cohort(len(cohorts), group, taken, tuple(map(Scalar.tensor, scalars)))
+        cohort = cohorts[key]
+        member = Member(owner, p, position, cohort.number, place, first_draw)
+        cohort.members.append(member)
+        members.append(member)
+    write(optimizer, writes)
+    for cohort in cohorts.values() if rule.scalars else ():
+        cohort.find_slots()
+    averages = rule.averages if settings.ema_decay is None else (*rule.averages, ema.ROLE)
+    return Bucket(
+        rule, device, dtype, grad_dtype, choice, flattened, stored, averages, fused, listed, spread or (),
+        list(cohorts.values()), members,
+    )  # fmt: skip
+
+
+def _is_small(optimizer: Any, entry: Entry, place: Place | None, overlapping: set[int]) -> bool:
+    """Whether the parameter is worth gathering, and may be."""
+    if entry.param.numel() >= SMALL or id(entry.param) in overlapping:
+        return False
+    return (entry.settled and place.packed) or not has_shared_state(optimizer, entry.owner, place)
+
+
+def _has_home(entry: Entry, place: Place | None, stored: Storage, rule: Rule, counts: bool, packed: bool) -> bool:
+    """Whether the parameter's place will do."""
+    if place is None or not place.packs(entry.param, packed):
+        return False
+    if entry.settled:
+        return True
+    return place.fits(entry.param, {**stored.parts, **_numbers(entry.taken, rule, entry.scalars, counts)})
+
+
+def _numbers(taken: int, rule: Rule, scalars: Sequence[Scalar], counts: bool) -> dict[str, Scalar]:
+    """What stands beside a parameter's states: its step count, its rule's scalars."""
+    step = {"step": Scalar(float(taken), _get_scalar_dtype())} if counts else {}
+    return {**step, **dict(zip(rule.scalars, scalars))} if scalars else step
+
+
+def _overlapping(params: Sequence[Tensor]) -> set[int]:
+    """The ids of parameters whose memory begins inside another one's, and of those others."""
+    ends = sorted(((p.data_ptr(), p.data_ptr() + _extent(p), id(p)) for p in params if p.numel()), key=itemgetter(0))
+    found: set[int] = set()
+    reach, owner = 0, 0
+    for start, end, number in ends:
+        if start < reach:
+            found |= {owner, number}
+        if end > reach:
+            reach, owner = end, number
+    return found
+
+
+def _extent(p: Tensor) -> int:
+    """Bytes from its first element to the end of its last."""
+    if p.is_contiguous():
+        return p.nbytes
+    return (sum((size - 1) * stride for size, stride in zip(p.size(), p.stride())) + 1) * p.element_size()
