@@ -22,7 +22,9 @@ class Instruction(NamedTuple):
 
     @property
     def target(self) -> str | None:
-        """Where a branch goes."""
+        """Where a branch goes. One that is taken if no lane has anything to do is none: whole tiles keep all busy."""
+        if "s_cbranch_execz" in self.text:
+            return None
         found = re.search(r"\bBRA\S*\s.*?(0x[0-9a-f]+)|\bs_c?branch\S*\s+(\S+)", self.text)
         return next(filter(None, found.groups())) if found else None
 

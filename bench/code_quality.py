@@ -1,4 +1,5 @@
-"""What the compiler makes of every kernel, without a GPU: rule x address x dtype for several GPUs.
+"""What the compiler makes of every kernel, without a GPU: rule x address x dtype for several GPUs, and some rules with
+bfloat16 parameters in each form in which they and their states can be stored.
 
     python bench/code_quality.py [--targets sm_90] [--dtypes float32]    a table, compared with the committed one
     python bench/code_quality.py --check                                 fails where a kernel became worse
@@ -27,8 +28,9 @@ sys.path.insert(0, str(TESTS))
 import aot  # noqa: E402
 import triton  # noqa: E402
 from assembly import disassemble, whole_tiles  # noqa: E402
+from form_cases import FORMS, RULES  # noqa: E402
 from measure import NORM_KERNEL  # noqa: E402
-from rule_cases import ADDRESSES, CASES, declared_rules  # noqa: E402
+from rule_cases import ADDRESSES, CASES  # noqa: E402
 from shapes import MODELS, elements  # noqa: E402
 from triton.runtime import driver  # noqa: E402
 
@@ -36,7 +38,7 @@ from fusedopt import backends  # noqa: E402
 
 REPORT = Path(__file__).with_name("code_quality.csv")
 TARGETS = {name: aot.TARGETS[name] for name in ("sm_80", "sm_90", "sm_100", "gfx942")}
-DTYPES = "float32", "bfloat16", "mixed"
+STORED = "float32", "bfloat16", "mixed", *FORMS
 MANY = 20
 """Changes to name; more come with another Triton, or when the report is first written."""
 
@@ -78,7 +80,7 @@ class Kernel:
     store_bits: int
     instructions: float
     """Per element, on the path for whole tiles; what a program does once per tile is included."""
-    bytes: int
+    bytes: float
     """Per element."""
     a100_us: float | None = None
     h100_us: float | None = None
@@ -106,36 +108,43 @@ def report(targets: list[str], dtypes: list[str], cases: list[str], addresses: l
             seen: set[str] = set()
             for address in addresses:
                 for case in cases:
+                    if dtype in FORMS and (dtype not in RULES.get(case, ()) or address != ADDRESSES[0]):
+                        continue
                     before = set(gpu.compiled())
-                    aot.step_once(case, address, dtype, max_grad_norm=1.0)
+                    step = aot.step_stored if dtype in FORMS else aot.step_once
+                    made = step(case, address, dtype, max_grad_norm=1.0)
+                    moved = bytes_per_element(made)
                     for kernel in sorted(set(gpu.compiled()) - before, key=lambda kernel: kernel.metadata.name):
-                        line = describe(kernel, target, address, dtype)
+                        line = describe(kernel, target, address, dtype, moved)
                         # The norm kernel is compiled for every length of the table's records, and is the same code.
                         if f"{line.kernel} {line.address}" not in seen:
                             seen.add(f"{line.kernel} {line.address}")
                             yield line
 
 
-def describe(kernel: Any, target: str, address: str, dtype: str) -> Kernel:
+def bytes_per_element(optimizer: Any) -> dict[str, float]:
+    """Of the norm, which reads gradients, and of the update, which reads them, and reads and writes all else."""
+    (bucket,) = optimizer._engine.plan.buckets
+    kept = sum(part.dtype.itemsize / part.per for _, form in bucket.stored.roles for part in form.parts)
+    return {"norm": bucket.grad_dtype.itemsize, "step": bucket.grad_dtype.itemsize + 2 * kept}
+
+
+def describe(kernel: Any, target: str, address: str, dtype: str, bytes_moved: dict[str, float]) -> Kernel:
     facts = aot.facts(kernel)
     way = whole_tiles(disassemble(kernel))
     name = kernel.metadata.name
-    param, state = aot.DTYPES[dtype]
-    tile = kernel.src.constants[(kernel.src.fn.arg_names.index("BLOCK"),)]
-    per_thread = tile / (kernel.metadata.num_warps * TARGETS[target].warp_size)
+    per_thread = aot.per_thread(kernel)
     updates = name.startswith("step_")
     if updates:
-        # Gradient read; parameter and states read and written.
-        states = len(declared_rules()[name.removeprefix("step_")].states)
-        moved = 3 * param.itemsize + 2 * states * state.itemsize
+        moved = bytes_moved["step"]
     elif name == NORM_KERNEL:
-        moved = param.itemsize
+        moved = bytes_moved["norm"]
     else:
         moved = round(way.loads * way.load_bits / 8 / per_thread)  # means: they write a number per tensor
     made = Kernel(
         triton.__version__, target, name, address if updates else "", dtype, facts["registers"], facts["stack"],
         facts["shared"], way.load_bits, way.store_bits,
-        round(way.instructions / per_thread, 1), moved,
+        round(way.instructions / per_thread, 1), round(moved, 2),
     )  # fmt: skip
     for label, gpu in GPUS.items():
         if gpu.target == target:
@@ -146,7 +155,7 @@ def describe(kernel: Any, target: str, address: str, dtype: str) -> Kernel:
 
 
 HEADER = (
-    f"{'target':7} {'kernel':31} {'address':10} {'dtype':9} regs stack  smem  ld  st  inst/el  B/el  issue  "
+    f"{'target':7} {'kernel':31} {'address':10} {'dtype':21} regs stack  smem  ld  st  inst/el   B/el  issue  "
     "floor us for GPT-2 124M"
 )
 
@@ -154,9 +163,9 @@ HEADER = (
 def line(kernel: Kernel) -> str:
     floors = {label: getattr(kernel, f"{label}_us") for label in GPUS}
     return (
-        f"{kernel.target:7} {kernel.kernel:31} {kernel.address:10} {kernel.dtype:9} {kernel.registers:4} "
+        f"{kernel.target:7} {kernel.kernel:31} {kernel.address:10} {kernel.dtype:21} {kernel.registers:4} "
         f"{kernel.stack:5} {kernel.shared:5} {kernel.load_bits:3} {kernel.store_bits:3} {kernel.instructions:8} "
-        f"{kernel.bytes:5} {'' if kernel.issue is None else kernel.issue:>6}  "
+        f"{kernel.bytes:6.2f} {'' if kernel.issue is None else kernel.issue:>6}  "
         f"{', '.join(f'{label} {floor}' for label, floor in floors.items() if floor is not None)}"
     )
 
@@ -205,7 +214,7 @@ def write(kernels: list[Kernel], path: Path = REPORT) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
-    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
+    parser.add_argument("--dtypes", nargs="+", choices=STORED, default=list(STORED), metavar="DTYPE")
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--addresses", nargs="+", choices=ADDRESSES, default=list(ADDRESSES))
     parser.add_argument("--check", action="store_true", help="exit code 1 if a kernel became worse")

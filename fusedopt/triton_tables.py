@@ -88,7 +88,8 @@ class Tables:
         self.vector = self.tuning.bytes_at_once // width
         """Elements that a thread takes at once."""
         threads = 32 if interpreting() else driver.active.get_current_target().warp_size
-        self.num_warps = max(1, self.tuning.block // (threads * self.vector))
+        vectors = self.tuning.quantized_vectors if quantizes else 1
+        self.num_warps = max(1, self.tuning.block // (threads * self.vector * vectors))
         self.wide_block = self.tuning.norm_warps * threads * self.vector
         """The tile of an update with as many warps as the norm: it divides the norm's."""
 

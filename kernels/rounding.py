@@ -41,17 +41,24 @@ class Span(NamedTuple):
     first: object
     count: object
     mask: object
+    whole: object  # whether quantized elements that share a scale are all there or all missing
+
+
+@triton.jit
+def lanes_of(span):
+    # Eight at once, where a thread has more: sixteen of a narrow dtype would have to change places with other threads.
+    return tl.max_contiguous(tl.arange(0, span.mask.shape[0]), 8)
 
 
 @triton.jit
 def read(pointer, span):
-    lanes = tl.arange(0, span.mask.shape[0])
+    lanes = lanes_of(span)
     return tl.load(pointer + (span.first + lanes), mask=span.mask, other=0, eviction_policy="evict_first")
 
 
 @triton.jit
 def write(pointer, span, x):
-    lanes = tl.arange(0, span.mask.shape[0])
+    lanes = lanes_of(span)
     tl.store(pointer + (span.first + lanes), x, mask=span.mask, eviction_policy="evict_first")
 
 
@@ -170,7 +177,7 @@ def store_root8(parts, span, x, draw, ROLE: tl.constexpr):
     root must not see a zero that is none"""
     root = tl.math.sqrt_rn(x.to(tl.float32))
     q = quantized(root, 255, parts[1], span)
-    write(parts[0], span, whole(tl.where(root > 0, tl.maximum(q, 1.0), q)).to(tl.uint8))
+    write(parts[0], span, whole(tl.maximum(q, tl.where(root > 0, 1.0, 0.0))).to(tl.uint8))
 
 
 @triton.jit
@@ -183,7 +190,9 @@ def whole(q):
 def quantized(x, STEPS: tl.constexpr, scales, span):
     """x / scale, for each block's scale; stores the scales."""
     ROWS: tl.constexpr = x.shape[0] // QUANTIZED
-    blocks = tl.reshape(tl.where(span.mask, x, 0.0), (ROWS, QUANTIZED))
+    if not span.whole:
+        x = tl.where(span.mask, x, 0.0)
+    blocks = tl.reshape(x, (ROWS, QUANTIZED))
     # As integers, NaN is larger than inf, and inf than any number.
     largest = tl.max(blocks.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 1).to(tl.float32, bitcast=True)
     scale = largest * (1.0 / STEPS)

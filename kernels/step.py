@@ -100,13 +100,13 @@ def update_tile(
     vectors = tl.where(tl.load(record + IS_ALIGNED) != 0, valid // GRANULE * GRANULE, 0)
     if vectors > 0:
         t = ADDRESS(record, roles, True)
-        span = Span(start, vectors, tl.arange(0, BLOCK) < tl.multiple_of(vectors, GRANULE))
+        span = Span(start, vectors, tl.arange(0, BLOCK) < tl.multiple_of(vectors, GRANULE), True)
         update(t, span, row, factor, means, draw, forms, h, on_grad, on_update, averages, RULE, COMPUTE)
     if vectors < valid:
         t = ADDRESS(record, roles, False)
         SMALL: tl.constexpr = max(BLOCK // 8, GRANULE)
         for at in tl.range(vectors, valid, SMALL):
-            span = Span(start + at, valid - at, at + tl.arange(0, SMALL) < valid)
+            span = Span(start + at, valid - at, at + tl.arange(0, SMALL) < valid, False)
             update(t, span, row, factor, means, draw, forms, h, on_grad, on_update, averages, RULE, COMPUTE)
 
 

@@ -14,6 +14,9 @@ class Tuning(NamedTuple):
     """Elements per tile of the update: a multiple of 256, where tensors in flat buffers start."""
     bytes_at_once: int = 16
     """Bytes of the widest dtype that a thread takes at once."""
+    quantized_vectors: int = 2
+    """How often a thread does so where states are quantized: these have most to compute per byte, and what every thread
+    begins with, reading tables and rows, counts half as much per element."""
     norm_bytes: int = 8192
     """Bytes of gradient per tile of the norm: two loads of 16 bytes for each thread, to have enough under way."""
     norm_warps: int = 8

@@ -2,9 +2,10 @@
 
 A program of its own, since Triton's interpreter and its compiler cannot live in one process::
 
-    python tests/aot.py sm_90:float32 gfx942:mixed launches
+    python tests/aot.py sm_90:float32 gfx942:mixed sm_90:stored launches
 
-prints JSON: facts about every kernel for a target and dtypes, and how often 50 steps compile. Whole
+prints JSON: facts about every kernel for a target and dtypes, or for a target and the forms in which values
+are stored, and how often 50 steps compile. Whole
 optimizer steps run on CPU tensors: planning, tables, Triton's binder and cache, its compiler and ptxas are
 the real ones, and only the launch does nothing.
 """
@@ -21,6 +22,7 @@ from unittest import mock
 
 import torch
 import triton
+from form_cases import FORMS, stored_cases
 from rule_cases import (
     ADDRESSES,
     AT_ONCE,
@@ -121,6 +123,36 @@ def step_once(case, address, dtype, scaler=False, **settings):
         for key in made.rule(made.param_groups[0]).keys:
             made.state[p] |= {key: torch.zeros_like(p, dtype=state), "step": torch.tensor(1.0)}
     made.step()
+    return made
+
+
+def step_stored(case, address, form, **settings):
+    """One step of a small model of bfloat16 parameters in that form, all large enough to have quantized states."""
+    params = parameters([5000, 9001], "cpu", torch.bfloat16)
+    made = optimizer(case, params, address, **FORMS[form], **settings)
+    set_gradients(params, [torch.ones_like(p) for p in params])
+    made.step()
+    return made
+
+
+def stored_facts(target):
+    """Facts about the update in every form, with the norm and clipping before it."""
+    gpu = NoGPU(target, "stored")
+    driver.set_active(gpu)
+    for case, form in stored_cases(EXTENT):
+        before = set(gpu.compiled())
+        made = step_stored(case, "scattered", form, max_grad_norm=1.0)
+        (stored,) = {bucket.stored for bucket in made._engine.plan.buckets}
+        for kernel in set(gpu.compiled()) - before:
+            if kernel.metadata.name.startswith("step_"):
+                parts = [(part.dtype.itemsize, part.per) for _, role in stored.roles for part in role.parts]
+                yield facts(kernel) | {"form": form, "parts": parts, "per_thread": per_thread(kernel)}
+
+
+def per_thread(kernel):
+    """Elements of a tile for each thread."""
+    tile = kernel.src.constants[(kernel.src.fn.arg_names.index("BLOCK"),)]
+    return tile / (kernel.metadata.num_warps * kernel.metadata.target.warp_size)
 
 
 def all_facts(target, dtype):
@@ -212,7 +244,8 @@ def main(jobs):
             report[job] |= {f"{case}, at once": compiles(case, "scattered", launches=1) for case in AT_ONCE[:1]}
             report[job] |= {f"{case}, means": compiles(case, "flat", **more) for case, more in WITH_MEANS.items()}
         else:
-            report[job] = list(all_facts(*job.split(":")))
+            target, what = job.split(":")
+            report[job] = list(stored_facts(target) if what == "stored" else all_facts(target, what))
     print(json.dumps(report))
 
 

@@ -20,7 +20,7 @@ if not GPU:
 
 if backends.triton_problem() is not None:
     # They cannot even import the kernels.
-    collect_ignore_glob = ["test_kernel*.py", "test_compile.py"]
+    collect_ignore_glob = ["test_kernel*.py", "test_compile*.py"]
 elif not GPU:
     import interpreter
 

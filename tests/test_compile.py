@@ -6,21 +6,14 @@ GPU, which takes some minutes; see rule_cases.compiled_rules for what is left ou
 """
 
 import collections
-import json
-import os
 import re
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
+from compiling import NVIDIA, TARGETS, TRITONS, compiled, count
 from rule_cases import ADDRESSES, AT_ONCE, CASES, WITH_MEANS, compiled_rules, declared_rules
 
-PROGRAM = Path(__file__).parent / "aot.py"
-OLD_TRITON = os.environ.get("FUSEDOPT_OLD_TRITON")
-NVIDIA = ["sm_75", "sm_80", "sm_90", "sm_100"]
-TARGETS = [*NVIDIA, "gfx942"]
 # For float64 and mixed dtypes one GPU of each make will do: what differs between GPUs, the others show.
 DTYPES = {
     target: ["float32", "bfloat16", "float64", "mixed"] if target in ("sm_90", "gfx942") else ["float32", "bfloat16"]
@@ -38,35 +31,12 @@ MAX_REGISTERS_OF_MUCH = {"float32": 64, "mixed": 64, "float64": 80, "bfloat16": 
 sm_80. At 96 an SM holds 640 threads and 16 * 4 * 640 = 41 KB under way."""
 
 
-def old_triton():
-    return pytest.param(
-        "old",
-        marks=pytest.mark.skipif(not OLD_TRITON, reason="FUSEDOPT_OLD_TRITON names no folder with another Triton"),
-    )
-
-
-@pytest.fixture(scope="module", params=["installed", old_triton()])
+@pytest.fixture(scope="module", params=TRITONS)
 def report(request):
     """What the program says: facts by target, "launches" for the number of compiles, "triton" for its version."""
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    if request.param == "old":
-        environment.setdefault("FUSEDOPT_COMPILE", "core")
-        environment["PYTHONPATH"] = os.pathsep.join(filter(None, [OLD_TRITON, environment.get("PYTHONPATH")]))
-
-    def run(jobs):
-        # -W error: what warns us would warn every user.
-        command = [sys.executable, "-W", "error", PROGRAM, *jobs]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr[-4000:]
-        return json.loads(done.stdout)
-
     jobs = ["launches", *(f"{target}:{dtype}" for target in TARGETS for dtype in DTYPES[target])]
-    # One process per core, each with as much to do as the others.
-    workers = min(os.cpu_count(), len(jobs))
-    with ThreadPoolExecutor(workers) as pool:
-        parts = list(pool.map(run, [jobs[i::workers] for i in range(workers)]))
-    found = {key: value for part in parts for key, value in part.items()}
-    found["extent"] = environment.get("FUSEDOPT_COMPILE", "some")
+    extent, found = compiled(request.param, jobs)
+    found["extent"] = extent
     for target in TARGETS:
         found[target] = [kernel for dtype in DTYPES[target] for kernel in found[f"{target}:{dtype}"]]
     return found
@@ -83,11 +53,6 @@ def named(report, target, name):
 
 def label(kernel):
     return f"{kernel['name']} {kernel['address']} {kernel['dtype']}"
-
-
-def count(kernel, pattern):
-    """How many instructions match, once for each time that they stand in the assembly."""
-    return sum(number for opcode, number in kernel["opcodes"].items() if re.fullmatch(pattern, opcode))
 
 
 def test_the_other_triton_is_another(report, request):

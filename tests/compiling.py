@@ -1,0 +1,51 @@
+"""What the tests that compile share: which GPUs and Tritons, and how tests/aot.py is run and its report read."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+PROGRAM = Path(__file__).parent / "aot.py"
+EXTENT = os.environ.get("FUSEDOPT_COMPILE", "some")
+OLD_TRITON = os.environ.get("FUSEDOPT_OLD_TRITON")
+NVIDIA = ["sm_75", "sm_80", "sm_90", "sm_100"]
+TARGETS = [*NVIDIA, "gfx942"]
+
+TRITONS = [
+    "installed",
+    pytest.param(
+        "old",
+        marks=pytest.mark.skipif(not OLD_TRITON, reason="FUSEDOPT_OLD_TRITON names no folder with another Triton"),
+    ),
+]
+
+
+def compiled(which, jobs):
+    """(extent, what tests/aot.py says by job), with the installed Triton or the old one."""
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    if which == "old":
+        environment.setdefault("FUSEDOPT_COMPILE", "core")
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, [OLD_TRITON, environment.get("PYTHONPATH")]))
+
+    def run(jobs):
+        # -W error: what warns us would warn every user.
+        command = [sys.executable, "-W", "error", PROGRAM, *jobs]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-4000:]
+        return json.loads(done.stdout)
+
+    # One process per core, each with as much to do as the others.
+    workers = min(os.cpu_count(), len(jobs))
+    with ThreadPoolExecutor(workers) as pool:
+        parts = list(pool.map(run, [jobs[i::workers] for i in range(workers)]))
+    return environment.get("FUSEDOPT_COMPILE", "some"), {key: value for part in parts for key, value in part.items()}
+
+
+def count(kernel, pattern):
+    """How many instructions match, once for each time that they stand in the assembly."""
+    return sum(number for opcode, number in kernel["opcodes"].items() if re.fullmatch(pattern, opcode))

@@ -1,0 +1,32 @@
+"""What the tests and the report of code quality compile of the forms in which parameters and states are stored."""
+
+import torch
+
+FORMS = {
+    "nearest + 8bit": {"master": None, "state_dtype": "8bit"},
+    "stochastic + bfloat16": {"master": "stochastic", "state_dtype": torch.bfloat16},
+    "stochastic + 8bit": {"master": "stochastic", "state_dtype": "8bit"},
+    "kahan + bfloat16": {"master": "kahan", "state_dtype": torch.bfloat16},
+    "kahan + 8bit": {"master": "kahan", "state_dtype": "8bit"},
+    "split + bfloat16": {"master": "split", "state_dtype": torch.bfloat16},
+    "split + 8bit": {"master": "split", "state_dtype": "8bit"},
+    "split8 + bfloat16": {"master": "split8", "state_dtype": torch.bfloat16},
+    "split8 + 8bit": {"master": "split8", "state_dtype": "8bit"},
+    "fp32 + bfloat16": {"master": "fp32", "state_dtype": torch.bfloat16},
+    "fp32 + 8bit": {"master": "fp32", "state_dtype": "8bit"},
+}
+"""Of bfloat16 parameters."""
+
+SOME = ("nearest + 8bit", "stochastic + bfloat16", "split8 + 8bit")
+"""Of these also with other rules than Adam's: a form does not know the rule."""
+
+RULES = {"adam": tuple(FORMS), "momentum": SOME, "rmsprop_centered_momentum": SOME[:2], "adan": SOME}
+"""Which forms are compiled with which case: one, two (of which one is exact) and four states beside Adam's two."""
+
+
+def stored_cases(extent: str) -> list[tuple[str, str]]:
+    """(case, form): with extent "core" the forms of SOME with Adam's rule."""
+    if extent == "core":
+        return [("adam", form) for form in SOME]
+    rules = RULES if extent == "all" else {case: RULES[case] for case in ("adam", "momentum")}
+    return [(case, form) for case, forms in rules.items() for form in forms]
