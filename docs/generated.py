@@ -28,7 +28,7 @@ ARGUMENTS = {
     "foreach": "a hint for torch's own step; checked and kept, without effect here",
     "fused": "a hint for torch's own step; as in torch, `True` lets torch's GradScaler leave unscaling to the step",
     "differentiable": "`True` runs torch's own step",
-    "capturable": "for CUDA graphs, see [limits](../limits.md)",
+    "capturable": "for [CUDA graphs](../graphs.md)",
     "betas": "decay rates of the moments",
     "eps": "ε, keeps the division finite",
     "amsgrad": "use the largest v so far",

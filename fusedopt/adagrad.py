@@ -16,9 +16,10 @@ from functools import partial
 
 import torch
 
+from .capture import CapturableEpsSettings
+from .columns import number
 from .optimizer import FusedOptimizer
 from .rule import Rule, divisible, root_of_sum, root_plus_eps, step_tensors
-from .settings import EpsSettings
 
 
 def adagrad(g, state, h, denominator=root_plus_eps):
@@ -45,7 +46,7 @@ EPS_INSIDE = Rule("adagrad_eps_inside", ("sum",), partial(adagrad, denominator=r
 class Adagrad(FusedOptimizer, torch.optim.Adagrad):
     """Adagrad, with torch.optim.Adagrad's arguments and defaults."""
 
-    settings_class = EpsSettings
+    settings_class = CapturableEpsSettings
 
     def rule(self, group):
         return EPS_INSIDE if self._settings.eps_inside_sqrt and group["eps"] != 0 else ADAGRAD
@@ -54,7 +55,7 @@ class Adagrad(FusedOptimizer, torch.optim.Adagrad):
         return (divisible(group["eps"]),)
 
     def lr(self, group, t):
-        return float(group["lr"]) / (1 + (t - 1) * group["lr_decay"])
+        return number(group["lr"]) / (1 + (t - 1) * group["lr_decay"])
 
     def initial_value(self, group, key):
         return group["initial_accumulator_value"]

@@ -22,6 +22,7 @@ from functools import partial
 
 import torch
 
+from .columns import number
 from .optimizer import FusedOptimizer
 from .rule import FOREVER, Rule, divisible, root_of_sum, root_plus_eps, step_tensors
 from .settings import EpsSettings, flag, setting
@@ -96,7 +97,7 @@ class Adam(FusedOptimizer, torch.optim.Adam):
         return rule if settings.bias_correction else UNCORRECTED[rule.name]
 
     def hyper(self, group, t):
-        beta1, beta2 = map(float, group["betas"])
+        beta1, beta2 = map(number, group["betas"])
         eps = divisible(group["eps"])
         if not self._settings.bias_correction:
             return 1 - beta1, 1 - beta2, eps, 1.0, 1.0

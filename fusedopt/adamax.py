@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import torch
 
+from .columns import number
 from .optimizer import FusedOptimizer
 from .rule import Rule, divisible
 
@@ -39,4 +40,4 @@ class Adamax(FusedOptimizer, torch.optim.Adamax):
         return 1 - beta1, beta2, divisible(group["eps"])
 
     def lr(self, group, t):
-        return float(group["lr"]) / (1 - float(group["betas"][0]) ** t)
+        return number(group["lr"]) / (1 - float(group["betas"][0]) ** t)

@@ -18,6 +18,8 @@ from __future__ import annotations
 import torch
 
 from .arguments import check_betas, check_nonnegative
+from .capture import CapturableSettings
+from .columns import where
 from .optimizer import FusedOptimizer
 from .rule import Rule, Stage, divisible
 
@@ -51,6 +53,8 @@ class Adan(FusedOptimizer):
         maximize (bool): ascend instead of descend.
     """
 
+    settings_class = CapturableSettings
+
     def __init__(
         self, params, lr=1e-3, betas=(0.98, 0.92, 0.99), eps=1e-8, weight_decay=0.0, no_prox=False, *,
         maximize=False, **settings,
@@ -69,7 +73,7 @@ class Adan(FusedOptimizer):
     def hyper(self, group, t):
         beta1, beta2, beta3 = map(float, group["betas"])
         corrections = 1 / (1 - beta1**t), 1 / (1 - beta2**t), (1 - beta3**t) ** -0.5
-        return 1 - beta1, 1 - beta2, 1 - beta3, beta2, divisible(group["eps"]), *corrections, float(t == 1)
+        return 1 - beta1, 1 - beta2, 1 - beta3, beta2, divisible(group["eps"]), *corrections, where(t == 1, 1.0, 0.0)
 
     def decoupled(self, group):
         return True
@@ -79,5 +83,5 @@ class Adan(FusedOptimizer):
         strength = 0.0 if group["no_prox"] else float(group["weight_decay"])
         # (p - lr u) / (1 + lr weight_decay) = p - lr (u + weight_decay p) / (1 + lr weight_decay). Whether the stage is
         # there must not depend on lr, or a schedule that passes through 0 would compile another kernel.
-        damp = Stage("damp", (1 / (1 + update.lr * strength),), None if strength else (1.0,))
+        damp = Stage("damp", (1 / (1 + update.lr * strength) if strength else 1.0,), None if strength else (1.0,))
         return update._replace(on_update=(*update.on_update, damp))

@@ -17,6 +17,8 @@ import math
 import numbers
 
 from .arguments import check_betas, check_nonnegative
+from .capture import CapturableSettings
+from .columns import Number, minimum, where
 from .optimizer import FusedOptimizer
 from .rule import Rule, divisible
 
@@ -56,6 +58,8 @@ class AdEMAMix(FusedOptimizer):
         maximize (bool): ascend instead of descend.
     """
 
+    settings_class = CapturableSettings
+
     def __init__(
         self, params, lr=1e-3, betas=(0.9, 0.999, 0.9999), alpha=2.0, beta3_warmup=None, alpha_warmup=None,
         eps=1e-8, weight_decay=0.0, *, maximize=False, **settings,
@@ -77,7 +81,8 @@ class AdEMAMix(FusedOptimizer):
     def hyper(self, group, t):
         beta1, beta2, beta3 = map(float, group["betas"])
         alpha = float(group["alpha"]) * _share(t, group["alpha_warmup"])
-        beta3 = _between(beta1, beta3, _share(t, group["beta3_warmup"]))
+        if group["beta3_warmup"]:
+            beta3 = _between(beta1, beta3, _share(t, group["beta3_warmup"]))
         corrections = 1 / (1 - beta1**t), (1 - beta2**t) ** -0.5
         return 1 - beta1, 1 - beta2, 1 - beta3, divisible(group["eps"]), *corrections, alpha
 
@@ -85,14 +90,15 @@ class AdEMAMix(FusedOptimizer):
         return True
 
 
-def _share(t: int, steps: int | None) -> float:
+def _share(t: Number, steps: int | None) -> Number:
     """How much of a warm-up is done at the ``t``-th step."""
-    return min(t / steps, 1.0) if steps else 1.0
+    return minimum(t / steps, 1.0) if steps else 1.0
 
 
-def _between(start: float, end: float, share: float) -> float:
+def _between(start: float, end: float, share: Number) -> Number:
     """The beta whose half-life lies that share of the way from one's to the other's."""
-    return end if share == 1 else 0.5 ** (1 / ((1 - share) * _half_life(start) + share * _half_life(end) + 1))
+    life = (1 - share) * _half_life(start) + share * _half_life(end)
+    return where(share == 1, end, 0.5 ** (1 / (life + 1)))
 
 
 def _half_life(beta: float) -> float:

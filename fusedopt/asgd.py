@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import torch
 
+from .columns import maximum, number, tensor
 from .optimizer import FusedOptimizer
 from .rule import Rule
 
@@ -35,16 +36,16 @@ class ASGD(FusedOptimizer, torch.optim.ASGD):
         return ()
 
     def lr(self, group, t, eta, mu):
-        return float(eta)
+        return number(eta)
 
     def averages(self, group, t, eta, mu):
-        return (float(mu),)
+        return (number(mu),)
 
     def next_scalars(self, group, t, eta, mu):
-        lr = float(group["lr"])
-        numbers = lr / (1 + group["lambd"] * lr * t) ** group["alpha"], 1 / max(1, t - group["t0"])
+        lr = number(group["lr"])
+        eta, mu = lr / (1 + group["lambd"] * lr * t) ** group["alpha"], 1 / maximum(t - group["t0"], 1)
         # Rounded to the default dtype on their way, as in torch.
-        return tuple(torch.tensor(x, device="cpu") for x in numbers)
+        return tensor(eta), tensor(mu)
 
     def initial_value(self, group, key):
         return {"eta": float(group["lr"]), "mu": 1.0, "ax": 0.0}[key]

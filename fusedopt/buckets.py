@@ -16,7 +16,7 @@ from .backends import Backend
 from .cohorts import Cohort, Scalar
 from .distributed import Groups
 from .flat import Space, is_dense
-from .places import Place, adopt_states, begin_states, flatten, has_shared_state, terms, write
+from .places import Place, adopt_states, begin_states, count_aside, flatten, has_shared_state, terms, write
 from .rule import Rule
 from .storage import Storage, counts_steps, state_keys
 from .survey import Entry, NotFusable
@@ -64,13 +64,15 @@ class Bucket:
     """Whether that kernel takes small parameters as a list, where they are; otherwise they are gathered."""
     spread: Groups
     """The process groups over which the elements are spread."""
+    capturable: bool
+    """Whether the device counts the steps. The host's cohorts are whole groups then, and their counts mean nothing."""
     cohorts: list[Cohort]
     members: list[Member]
 
 
 def settle(optimizer: Any, key: tuple, entries: list[Entry], places: dict[Tensor, Place]) -> Bucket:
     """Give every parameter of a bucket its place, and its state the place's memory."""
-    device, dtype, grad_dtype, rule, choice, stored, spread, _ = key
+    device, dtype, grad_dtype, rule, choice, stored, spread, capturable, _ = key
     distributed = spread is not None
     owners, params = [entry.owner for entry in entries], [entry.param for entry in entries]
     overlapping = _overlapping(params)
@@ -93,16 +95,19 @@ def settle(optimizer: Any, key: tuple, entries: list[Entry], places: dict[Tensor
     packed = [a or (b and (enough or (p in places and places[p].packed))) for a, b, p in zip(irregular, small, owners)]
 
     counts = counts_steps(optimizer, stored)
+    # As in torch, whose fused kernels want float32 counts on the device.
+    fused_counts = capturable and any(entry.group.get("fused") for entry in entries)
+    count_dtype = _get_scalar_dtype(fused_counts) if counts else None
     homeless = [
         (entry, pack)
         for entry, pack in zip(entries, packed)
-        if not _has_home(entry, places.get(entry.owner), stored, rule, counts, pack)
+        if not _has_home(entry, places.get(entry.owner), stored, rule, count_dtype, pack, capturable)
     ]
     if homeless:
         # Small ones first, and group by group, so that each cohort's lie side by side; within a group by shape, so
         # that gradients can be gathered by few calls.
         homeless.sort(key=lambda pair: (not pair[1], pair[0].number, pair[0].param.shape[1:] if pair[1] else ()))
-        space = Space([entry.param for entry, _ in homeless], packed=sum(pack for _, pack in homeless))
+        space = Space([entry.param for entry, _ in homeless], sum(pack for _, pack in homeless), capturable)
         for index, (entry, pack) in enumerate(homeless):
             owner = entry.owner
             earlier = places.get(owner)
@@ -112,30 +117,33 @@ def settle(optimizer: Any, key: tuple, entries: list[Entry], places: dict[Tensor
     flattened = flatten([places[p] for p in owners], params, settings.flatten and not distributed)
     cohorts: dict[tuple, Cohort] = {}
     members, writes = [], []
-    agreed, keys = terms(rule, settings), tuple(state_keys(optimizer, rule, stored))
+    agreed, keys = terms(rule, settings, capturable), tuple(state_keys(optimizer, rule, stored))
     for owner, p, position, number, group, taken, scalars, first_draw, settled in entries:
         place = places[owner]
+        if capturable and not counts:
+            writes += count_aside(optimizer, owner, place, stored, taken)
         if not settled or place.terms is None:
             adopt = adopt_states if optimizer.state.get(owner) else begin_states
             if keys:
-                writes += adopt(optimizer, owner, group, place, stored, _numbers(taken, rule, scalars, counts))
+                writes += adopt(optimizer, owner, group, place, stored, _numbers(taken, rule, scalars, count_dtype))
             place.settle(agreed, keys)
         if settings.ema_decay is not None:
             writes += ema.adopt(optimizer._ema, owner, place)
-        key = (number, taken, scalars)
+        key = number if capturable else (number, taken, scalars)
         if key not in cohorts:
-            cohorts[key] = Cohort(len(cohorts), group, taken, tuple(map(Scalar.tensor, scalars)))
+            known = (0,) if capturable else (taken, tuple(map(Scalar.tensor, scalars)))
+            cohorts[key] = Cohort(len(cohorts), group, *known)
         cohort = cohorts[key]
         member = Member(owner, p, position, cohort.number, place, first_draw)
         cohort.members.append(member)
         members.append(member)
     write(optimizer, writes)
-    for cohort in cohorts.values() if rule.scalars else ():
+    for cohort in cohorts.values() if rule.scalars and not capturable else ():
         cohort.find_slots()
     averages = rule.averages if settings.ema_decay is None else (*rule.averages, ema.ROLE)
     return Bucket(
         rule, device, dtype, grad_dtype, choice, flattened, stored, averages, fused, listed, spread or (),
-        list(cohorts.values()), members,
+        capturable, list(cohorts.values()), members,
     )  # fmt: skip
 
 
@@ -146,18 +154,30 @@ def _is_small(optimizer: Any, entry: Entry, place: Place | None, overlapping: se
     return (entry.settled and place.packed) or not has_shared_state(optimizer, entry.owner, place)
 
 
-def _has_home(entry: Entry, place: Place | None, stored: Storage, rule: Rule, counts: bool, packed: bool) -> bool:
+def _has_home(
+    entry: Entry,
+    place: Place | None,
+    stored: Storage,
+    rule: Rule,
+    count_dtype: torch.dtype | None,
+    packed: bool,
+    capturable: bool,
+) -> bool:
     """Whether the parameter's place will do."""
     if place is None or not place.packs(entry.param, packed):
         return False
     if entry.settled:
         return True
-    return place.fits(entry.param, {**stored.parts, **_numbers(entry.taken, rule, entry.scalars, counts)})
+    beside = _numbers(entry.taken, rule, entry.scalars, count_dtype)
+    return place.fits(entry.param, {**stored.parts, **beside}, capturable)
 
 
-def _numbers(taken: int, rule: Rule, scalars: Sequence[Scalar], counts: bool) -> dict[str, Scalar]:
-    """What stands beside a parameter's states: its step count, its rule's scalars."""
-    step = {"step": Scalar(float(taken), _get_scalar_dtype())} if counts else {}
+def _numbers(
+    taken: int | Tensor, rule: Rule, scalars: Sequence[Scalar], count_dtype: torch.dtype | None
+) -> dict[str, Scalar]:
+    """What stands beside a parameter's states: its step count, if there is one, its rule's scalars."""
+    taken = taken if isinstance(taken, Tensor) else float(taken)
+    step = {} if count_dtype is None else {"step": Scalar(taken, count_dtype)}
     return {**step, **dict(zip(rule.scalars, scalars))} if scalars else step
 
 

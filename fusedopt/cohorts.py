@@ -17,13 +17,16 @@ from .rule import Rule
 
 
 class Scalar(NamedTuple):
-    """One number that torch keeps as a 0-dim tensor, rounded to that tensor's dtype."""
+    """One number that torch keeps as a 0-dim tensor, rounded to that tensor's dtype; the tensor, if it is on a device
+    which nobody waits for."""
 
-    value: float
+    value: float | Tensor
     dtype: torch.dtype
 
     @classmethod
-    def rounded(cls, value: float, dtype: torch.dtype) -> Scalar:
+    def rounded(cls, value: float | Tensor, dtype: torch.dtype) -> Scalar:
+        if isinstance(value, Tensor):
+            return cls(value, dtype)
         return cls(torch.tensor(value, dtype=dtype, device="cpu").item(), dtype)
 
     def tensor(self) -> Tensor:
@@ -32,7 +35,8 @@ class Scalar(NamedTuple):
 
 @dataclasses.dataclass(slots=True, eq=False)
 class Cohort:
-    """The parameters of one group that have been stepped equally often."""
+    """The parameters of one group that have been stepped equally often; all of a group, if only the device knows how
+    often."""
 
     number: int
     group: dict[str, Any]

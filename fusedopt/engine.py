@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import clipping, torch_backend, torch_forms
+from . import capture, clipping, torch_backend, torch_forms
 from .buckets import Bucket
 from .cohorts import Cohort
 from .places import Place
@@ -33,6 +33,8 @@ class Engine:
         self.plan: Plan | None = None
         self.executors: list[Any] = []
         self.prefers_one_launch = False
+        self.captured: list[Any] = []
+        """What CUDA graphs go on using."""
         self.began = False
         """Whether a step was taken."""
         self.distributed = False
@@ -125,6 +127,7 @@ class Engine:
 
     @without_collection()
     def _build(self, optimizer: Any, grads: list[Tensor | None]) -> None:
+        capture.refuse_to_build({p.device for group in optimizer.param_groups for p in group["params"]})
         self.settle(optimizer)
         self.plan, self.verdict = None, clipping.UNJUDGED
         plan = Plan(optimizer, self.places, grads)
@@ -136,18 +139,21 @@ class Engine:
         self.plan = plan
 
     def _run(self, optimizer: Any, grads: list[Tensor | None]) -> None:
+        captures = self.plan.may_be_captured and capture.check(optimizer, self.plan)
+        if captures:
+            self.captured.append((self.plan, self.executors))
         terms, reduction = clipping.terms(optimizer, self.scaling), self.plan.reduction
         decay = optimizer._settings.ema_decay
 
         def update(cohort: Cohort, skipped: int = 0) -> Update:
             """The numbers of this step, if ``skipped`` more steps were skipped than the host knows."""
             scalars = cohort.earlier if skipped else cohort.scalars
-            update = optimizer.update(cohort.group, cohort.t + 1 - skipped, *scalars)
+            update = optimizer.update(cohort.group, cohort.t + (1 - skipped), *scalars)
             return update if decay is None else update._replace(averages=(*update.averages, 1 - decay))
 
         waiting = self.executors
         is_deferred = self.deferred is not None and self.deferred.is_of(grads)
-        if self._takes_one_launch(optimizer, terms, update, is_deferred):
+        if self._takes_one_launch(optimizer, terms, is_deferred):
             self.verdict, waiting = self.executors[0].step_at_once(update, terms, self.skips), []
         elif is_deferred:
             self.verdict = self._deferred_verdict(terms)
@@ -169,13 +175,14 @@ class Engine:
             # What the latest step makes of the scalars depends on whether the one before it was skipped.
             self._hear(optimizer, wait=True)
         self.plan.advance(optimizer, 1)
-        if self.verdict.device is not None:
+        for executor in self.executors:
+            if executor.bucket.capturable:
+                executor.advance(optimizer, self.verdict)
+        if self.verdict.device is not None and self.plan.counted and not captures:
             self.skips.listen()
             self._hear(optimizer, wait=False)
 
-    def _takes_one_launch(
-        self, optimizer: Any, terms: clipping.Terms, update: Callable[..., Update], is_deferred: bool
-    ) -> bool:
+    def _takes_one_launch(self, optimizer: Any, terms: clipping.Terms, is_deferred: bool) -> bool:
         """Whether norm and update run as one launch. RuntimeError if that was asked for and cannot be."""
         launches = optimizer._settings.launches
         if launches == 2 or not self.executors or (launches == "auto" and not self.prefers_one_launch):
@@ -191,7 +198,7 @@ class Engine:
         elif self.plan.reduction.communicates and terms.joins_ranks:
             problem = "the norm is taken over several ranks"
         else:
-            problem = self.executors[0].problem_with_one_launch(update(bucket.cohorts[0]))
+            problem = self.executors[0].problem_with_one_launch(optimizer)
         if problem is not None and launches == 1:
             raise RuntimeError(f"launches=1 is not possible here: {problem}; use launches='auto' or 2")
         # Without a verdict the update is one launch by itself.
@@ -231,7 +238,7 @@ class Engine:
         """A momentum buffer exists only once it was written: its absence means the first step."""
         if optimizer.counts_steps:
             return
-        for bucket in self.plan.buckets:
+        for bucket in self.plan.counted:
             for member in bucket.members:
                 if bucket.cohorts[member.cohort].t == 0:
                     for key in bucket.stored.state_keys:

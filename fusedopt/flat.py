@@ -40,8 +40,10 @@ class Space:
     ALIGNMENT elements. Gaps hold zeros, and stay zero.
     """
 
-    def __init__(self, params: Sequence[Tensor], packed: int):
+    def __init__(self, params: Sequence[Tensor], packed: int, capturable: bool = False):
         self.device = params[0].device
+        self.capturable = capturable
+        """Whether step counts and their like are on the device too, instead of on the host."""
         self.dtype = params[0].dtype
         self.sizes = [p.size() for p in params]
         # States and copies follow the parameter's strides where these fill memory, as torch's do.
@@ -58,7 +60,7 @@ class Space:
         self.buffers: dict[str, Tensor] = {}
         self.per: dict[str, int] = {}
         self.numbers: dict[str, Tensor] = {}
-        """What is one number per tensor: step counts and their like, on the host as in torch."""
+        """What is one number per tensor: step counts and their like."""
         self.copies: dict[tuple[str, torch.dtype], Tensor] = {}
         self.unclaimed: dict[str, dict[int, Tensor]] = {}
         """By role and index: made all at once, which is faster, for those who claim them."""
@@ -73,7 +75,7 @@ class Space:
         self.unclaimed[role] = dict(enumerate(map(alias, views)))
 
     def allocate_numbers(self, role: str, dtype: torch.dtype) -> None:
-        self.numbers[role] = torch.zeros(len(self.sizes), dtype=dtype, device="cpu")
+        self.numbers[role] = torch.zeros(len(self.sizes), dtype=dtype, device=self.device if self.capturable else "cpu")
         self.unclaimed[role] = dict(enumerate(map(alias, self.numbers[role].unbind())))
 
     def claim(self, role: str, index: int) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import _get_scalar_dtype
 
+from .columns import Number, number
 from .rule import Numbers, Rule, Stage, Update
 from .settings import Settings
 
@@ -30,11 +31,12 @@ class Formula:
         raise NotImplementedError
 
     def hyper(self, group: dict[str, Any], t: int, *scalars: Tensor) -> Numbers:
-        """The rule's ``h`` at the group's ``t``-th step, counted from 1, in float64."""
+        """The rule's ``h`` at the group's ``t``-th step, counted from 1, in float64. Where the device counts, ``t``,
+        ``group["lr"]`` and the scalars are columns: see columns.py."""
         raise NotImplementedError
 
-    def lr(self, group: dict[str, Any], t: int, *scalars: Tensor) -> float:
-        return float(group["lr"])
+    def lr(self, group: dict[str, Any], t: Number, *scalars: Tensor) -> Number:
+        return number(group["lr"])
 
     def averages(self, group: dict[str, Any], t: int, *scalars: Tensor) -> Numbers:
         """The weight of the new parameter in each of the rule's averages."""
@@ -49,6 +51,10 @@ class Formula:
         """What the ``t``-th step makes of the rule's scalars; it used ``scalars``."""
         raise NotImplementedError
 
+    def is_capturable(self, group: dict[str, Any]) -> bool:
+        """Whether step counts and what follows from them stay on the device, so that a CUDA graph may hold the step."""
+        return bool(group.get("capturable") or getattr(self._settings, "capturable", False))
+
     def decoupled(self, group: dict[str, Any]) -> bool:
         """Whether weight decay is added after the rule instead of to the gradient."""
         return False
@@ -61,6 +67,11 @@ class Formula:
     def initial_value(self, group: dict[str, Any], key: str) -> float:
         """What the state ``key`` is filled with before the first step."""
         return 0.0
+
+    def first_update(self, group: dict[str, Any]) -> Update:
+        """Which stages a step has, whatever their numbers: as for the first step, with some learning rate."""
+        group = {**group, "lr": 1.0}
+        return self.update(group, 1, *self.initial_scalars(group))
 
     def update(self, group: dict[str, Any], t: int, *scalars: Tensor) -> Update:
         """All numbers of one step of one group. Order as in torch: clip, negate, decay."""

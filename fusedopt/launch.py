@@ -13,7 +13,7 @@ import torch
 from triton import knobs
 from triton.runtime import driver
 
-from .upload import on
+from .upload import capturing, on
 
 DIRECT = True
 """Tests switch it off, to have the binder compare every launch with what was compiled."""
@@ -46,6 +46,11 @@ class Launches:
         """
         known = self.known.get((id(kernel), variant))
         # Profilers want to hear of launches.
+        if known is None and DIRECT and capturing(self.device):
+            raise RuntimeError(
+                "this step would compile a kernel while a CUDA graph is captured: take a few steps with the same "
+                "settings and the same kinds of gradients before capturing"
+            )
         if known is None or knobs.runtime.launch_enter_hook.calls:
             with on(self.device):
                 compiled = kernel[(grid,)](*args, **constants)

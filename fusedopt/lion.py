@@ -12,6 +12,7 @@ from __future__ import annotations
 import torch
 
 from .arguments import check_betas, check_nonnegative
+from .capture import CapturableSettings
 from .optimizer import FusedOptimizer
 from .rule import Rule
 
@@ -37,6 +38,8 @@ class Lion(FusedOptimizer):
         weight_decay (float): decoupled.
         maximize (bool): ascend instead of descend.
     """
+
+    settings_class = CapturableSettings
 
     def __init__(self, params, lr=1e-4, betas=(0.9, 0.99), weight_decay=0.0, *, maximize=False, **settings):
         check_nonnegative(lr=lr, weight_decay=weight_decay)

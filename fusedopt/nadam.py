@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import torch
 
+from .columns import Number, number, product
 from .normalized import normalized
 from .optimizer import FusedOptimizer
 from .rule import Rule, divisible
@@ -41,13 +42,12 @@ class NAdam(FusedOptimizer, torch.optim.NAdam):
     def hyper(self, group, t, mu_product):
         beta1, beta2 = map(float, group["betas"])
         mu, mu_next = momentum(group, t), momentum(group, t + 1)
-        product = float(mu_product * mu)
-        g_weight, m_weight = (1 - mu) / (1 - product), mu_next / (1 - product * mu_next)
+        p = number(product(mu_product, mu))
+        g_weight, m_weight = (1 - mu) / (1 - p), mu_next / (1 - p * mu_next)
         return 1 - beta1, 1 - beta2, divisible(group["eps"]), g_weight, m_weight, (1 - beta2**t) ** -0.5
 
     def next_scalars(self, group, t, mu_product):
-        # In the tensor's own dtype, and so rounded as in torch.
-        return (mu_product * momentum(group, t),)
+        return (product(mu_product, momentum(group, t)),)
 
     def initial_value(self, group, key):
         return 1.0 if key == "mu_product" else 0.0
@@ -56,6 +56,6 @@ class NAdam(FusedOptimizer, torch.optim.NAdam):
         return group["decoupled_weight_decay"]
 
 
-def momentum(group: dict, t: int) -> float:
+def momentum(group: dict, t: Number) -> Number:
     """mu_t"""
     return float(group["betas"][0]) * (1 - 0.5 * 0.96 ** (t * group["momentum_decay"]))

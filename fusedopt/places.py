@@ -98,9 +98,11 @@ class Place:
         """Whether the place is good enough for a parameter that is to be packed, or not."""
         return packed >= self.packed and (self.packed or not packed or is_dense(p))
 
-    def fits(self, p: Tensor, parts: dict[str, Part | Scalar]) -> bool:
-        """Whether the place has, or can get, memory for all of these."""
+    def fits(self, p: Tensor, parts: dict[str, Part | Scalar], capturable: bool) -> bool:
+        """Whether the place has, or can get, memory for all of these, and numbers where they should be."""
         buffers = {**self.space.buffers, **self.space.numbers}
+        if self.space.capturable != capturable:
+            return False
         return self.is_for(p) and all(buffers[key].dtype == x.dtype for key, x in parts.items() if key in buffers)
 
     def settle(self, agreed: tuple, keys: Sequence[str]) -> None:
@@ -119,9 +121,9 @@ class Place:
         return all(map(is_, values, self.held)) and list(map(Tensor.data_ptr, self.held)) == self.held_at
 
 
-def terms(rule: Rule, settings: Settings) -> tuple:
+def terms(rule: Rule, settings: Settings, capturable: bool) -> tuple:
     """What decides how a state is adopted, besides the parameter and the state themselves."""
-    return rule, settings.layout
+    return rule, settings.layout, capturable
 
 
 def has_shared_state(optimizer: Any, p: Tensor, place: Place | None) -> bool:
@@ -190,6 +192,15 @@ def adopt_states(
         for key in superseded(role, form, here, local(p)):
             del state[key]
     return writes
+
+
+def count_aside(optimizer: Any, p: Tensor, place: Place, stored: Storage, taken: int) -> list[Write]:
+    """Make the place count steps where torch does not, so that the device knows a first step from others. Goes before
+    the states. Returns what has to be written."""
+    state = optimizer.state.get(p, {})
+    if "step" in place.views and all(place.holds(key, state.get(key)) for key in stored.state_keys):
+        return []
+    return [(place.open_number("step", torch.float32), float(taken))]
 
 
 def write(optimizer: Any, writes: list[tuple[Tensor, Tensor | float]]) -> None:

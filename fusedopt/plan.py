@@ -70,10 +70,15 @@ class Plan:
         self.addresses = list(map(Tensor.data_ptr, self.active))
         self.strides = list(map(Tensor.stride, self.active))
         self.spaces = list({id(m.place.space): m.place.space for m in members}.values())
-        self.steps = [space.numbers["step"] for space in self.spaces if "step" in space.numbers]
-        self.stepped = _stepped(self.spaces, members)
-        self.numbers = [numbers for space in self.spaces for numbers in space.numbers.values()]
-        self.has_scalars = any(bucket.rule.scalars for bucket in self.buckets)
+        self.devices = {bucket.device for bucket in self.buckets}
+        self.may_be_captured = any(b.capturable or b.device.type == "cuda" for b in self.buckets)
+        self.counted = [bucket for bucket in self.buckets if not bucket.capturable]
+        """Those whose steps the host counts."""
+        counting = [space for space in self.spaces if not space.capturable]
+        self.steps = [space.numbers["step"] for space in counting if "step" in space.numbers]
+        self.stepped = _stepped(counting, [m for bucket in self.counted for m in bucket.members])
+        self.numbers = [numbers for space in counting for numbers in space.numbers.values()]
+        self.has_scalars = any(bucket.rule.scalars for bucket in self.counted)
         self.identities = _identities(optimizer, self.params)
         self.views = [_views(optimizer, b) for b in self.buckets if state_keys(optimizer, b.rule, b.stored)]
         owners = [m.owner for m in members if is_distributed(m.owner)]
@@ -126,7 +131,7 @@ class Plan:
         step at most."""
         if not by:
             return
-        for bucket in self.buckets:
+        for bucket in self.counted:
             for cohort in bucket.cohorts:
                 cohort.turn(optimizer, bucket.rule, by)
         for steps, stepped in zip(self.steps, self.stepped):
@@ -149,8 +154,8 @@ def _views(optimizer: Any, bucket: Bucket) -> tuple[Callable[[], Iterable[Tensor
 def _identities(optimizer: Any, params: list[Tensor]) -> list[Any]:
     """Objects that must stay the same ones: groups and what they ask for, parameters, their states."""
     groups = optimizer.param_groups
-    differentiable = [group.get("differentiable") for group in groups]
-    return [*groups, *map(optimizer.rule, groups), *differentiable, *params, *optimizer.state.values()]
+    ways = [group.get(key) for key in ("capturable", "differentiable") for group in groups]
+    return [*groups, *map(optimizer.rule, groups), *ways, *params, *optimizer.state.values()]
 
 
 def _same(a: list[Any], b: list[Any]) -> bool:

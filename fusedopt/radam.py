@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import torch
 
+from .columns import Number, maximum, where
 from .normalized import normalized
 from .optimizer import FusedOptimizer
 from .rule import Rule, divisible
@@ -49,11 +50,12 @@ class RAdam(FusedOptimizer, torch.optim.RAdam):
         return group["decoupled_weight_decay"]
 
 
-def rectification(beta2: float, t: int) -> float:
+def rectification(beta2: float, t: Number) -> Number:
     """r sqrt(1 - beta2^t); 0 where the step is not adaptive yet."""
     longest = 2 / (1 - beta2) - 1
-    length = longest - 2 * t * beta2**t / (1 - beta2**t)
-    if length <= 5:
+    if longest <= 5:
         return 0.0
-    ratio = (length - 4) * (length - 2) * longest / ((longest - 4) * (longest - 2) * length)
-    return (ratio * (1 - beta2**t)) ** 0.5
+    length = longest - 2 * t * beta2**t / (1 - beta2**t)
+    rho = maximum(length, 5)
+    ratio = (rho - 4) * (rho - 2) * longest / ((longest - 4) * (longest - 2) * rho)
+    return where(length > 5, (ratio * (1 - beta2**t)) ** 0.5, 0.0)

@@ -25,9 +25,11 @@ import math
 
 import torch
 
+from .capture import CapturableSettings
+from .columns import number, where
 from .optimizer import FusedOptimizer
 from .rule import Rule
-from .settings import Settings, one_of, setting
+from .settings import one_of, setting
 
 
 def sgd(g, state, h):
@@ -103,7 +105,7 @@ FORMS = {"accumulated": MOMENTUM, "velocity": VELOCITY, "average": AVERAGE}
 
 
 @dataclasses.dataclass(kw_only=True)
-class SGDSettings(Settings):
+class SGDSettings(CapturableSettings):
     momentum_form: str = setting(
         "accumulated",
         one_of(*FORMS),
@@ -139,13 +141,13 @@ class SGD(FusedOptimizer, torch.optim.SGD):
             return ()
         match self._settings.momentum_form:
             case "accumulated":
-                return mu, 1 - float(group["dampening"]), nesterov, float(t == 1)
+                return mu, 1 - float(group["dampening"]), nesterov, where(t == 1, 1.0, 0.0)
             case "velocity":
-                return mu, float(group["lr"]), nesterov
+                return mu, number(group["lr"]), nesterov
             case "average":
                 return mu, 1 - mu, nesterov
 
     def lr(self, group, t):
         # A velocity holds the learning rates of its steps.
         inside = self._settings.momentum_form == "velocity" and group["momentum"] != 0
-        return 1.0 if inside else float(group["lr"])
+        return 1.0 if inside else number(group["lr"])

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from .adam import ADAM
 from .arguments import check_betas, check_nonnegative
+from .capture import CapturableSettings
 from .optimizer import FusedOptimizer
 from .rule import SMALLEST, Stage, divisible
 
@@ -28,6 +29,8 @@ class StableAdamW(FusedOptimizer):
         weight_decay (float): decoupled, and limited with the rest of u.
         maximize (bool): ascend instead of descend.
     """
+
+    settings_class = CapturableSettings
 
     def __init__(
         self, params, lr=1e-3, betas=(0.9, 0.99), eps=1e-6, weight_decay=1e-2, *, maximize=False, **settings

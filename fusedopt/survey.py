@@ -6,6 +6,7 @@ as they were.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -51,8 +52,8 @@ class Entry(NamedTuple):
     number: int
     """Its group's."""
     group: dict[str, Any]
-    taken: int
-    """Steps taken."""
+    taken: int | Tensor
+    """Steps taken: what the state holds, if the device counts."""
     scalars: tuple[Scalar, ...]
     """What its rule keeps beside that count."""
     first_draw: int
@@ -76,7 +77,9 @@ def survey(
         raise NotFusable("a parameter that is listed twice")
     position = eights = 0
     for number, (group, rule) in enumerate(zip(optimizer.param_groups, rules)):
-        agreed = terms(rule, optimizer._settings)
+        capturable = optimizer.is_capturable(group)
+        agreed = terms(rule, optimizer._settings, capturable)
+        read = _left_there if capturable else _number
         # Most parameters of a group are of one kind: what concerns the kind is looked at once.
         kinds: dict[tuple, list[Entry]] = {}
         for owner in group["params"]:
@@ -100,14 +103,16 @@ def survey(
                 stored = storage(owner, rule, optimizer._settings, state)
                 if p.device not in choices:
                     choices[p.device] = backend(p.device, optimizer.backend)
+                if capturable and choices[p.device].name == "torch":
+                    _refuse_capture(group, choices[p.device], where)
                 if spread or hasattr(owner, "_fsdp_flattened"):
                     _refuse_means(optimizer, group, where)
-                key = p.device, p.dtype, g.dtype, rule, choices[p.device], stored, spread
-                dtypes = tuple(s.dtype for s in _scalars(optimizer, rule, group, state, where))
+                key = p.device, p.dtype, g.dtype, rule, choices[p.device], stored, spread, capturable
+                dtypes = tuple(s.dtype for s in _scalars(optimizer, rule, group, state, read, where))
                 kinds[kind] = stored, buckets.setdefault((*key, dtypes), [])
             stored, entries = kinds[kind]
-            taken = _steps_taken(optimizer, rule, stored, state, where)
-            scalars = _scalars(optimizer, rule, group, state, where) if rule.scalars else ()
+            taken = _steps_taken(optimizer, rule, stored, state, read, where)
+            scalars = _scalars(optimizer, rule, group, state, read, where) if rule.scalars else ()
             entries.append(Entry(owner, p, position - 1, number, group, taken, scalars, first_draw, settled))
     return buckets
 
@@ -123,8 +128,6 @@ def _look_at_kind(p: Tensor, g: Tensor, group: dict[str, Any], where: Where) -> 
 def _not_fusable(p: Tensor, g: Tensor, group: dict[str, Any]) -> str | None:
     if is_differentiable(group):
         return "differentiable=True"
-    if group.get("capturable"):
-        return "capturable=True"
     if g.layout is not torch.strided:
         return "a sparse gradient"
     if p.is_complex():
@@ -138,8 +141,17 @@ def _not_fusable(p: Tensor, g: Tensor, group: dict[str, Any]) -> str | None:
     return None
 
 
+def _refuse_capture(group: dict[str, Any], choice: Backend, where: Where) -> None:
+    if "capturable" in group:
+        raise NotFusable(f"capturable=True without our kernels ({where})")
+    raise RuntimeError(
+        f"capturable=True keeps the step count on a GPU, and the backend of {where} is torch ({choice.reason}); "
+        "leave it away"
+    )
+
+
 def _refuse_means(optimizer: Any, group: dict[str, Any], where: Where) -> None:
-    update = optimizer.update(group, 1, *optimizer.initial_scalars(group))
+    update = optimizer.first_update(group)
     needy = [stage.name for stage in update.on_update if stage.term is not None]
     if needy:
         raise RuntimeError(
@@ -173,17 +185,19 @@ def _look_at_state(owner: Tensor, rule: Rule, state: dict[str, Any], where: Wher
             raise RuntimeError(f"{problem} ({where})")
 
 
-def _steps_taken(optimizer: Any, rule: Rule, stored: Storage, state: dict[str, Any], where: Where) -> int:
+def _steps_taken(
+    optimizer: Any, rule: Rule, stored: Storage, state: dict[str, Any], read: Callable, where: Where
+) -> int | Tensor:
     if not optimizer.counts_steps:
         # Only whether the buffers were ever written matters, except for random bits.
         written = all(state.get(key) is not None for key in rule.keys)
         if not written or not stored.draws or "step" not in state:
             return int(written and bool(rule.keys))
-    return _number(int, "step", state.get("step", 0), where)
+    return read(int, "step", state.get("step", 0), where)
 
 
 def _scalars(
-    optimizer: Any, rule: Rule, group: dict[str, Any], state: dict[str, Any], where: Where
+    optimizer: Any, rule: Rule, group: dict[str, Any], state: dict[str, Any], read: Callable, where: Where
 ) -> tuple[Scalar, ...]:
     """The rule's scalars, in the dtype that they have, or as they begin."""
     found = []
@@ -191,12 +205,19 @@ def _scalars(
         value = state.get(key)
         if value is None:
             value = optimizer.initial_value(group, key)
-        number = _number(float, key, value, where)
+        number = read(float, key, value, where)
         if isinstance(value, Tensor) and value.is_floating_point():
             found.append(Scalar(number, value.dtype))
         else:
             found.append(Scalar.rounded(number, _get_scalar_dtype()))
     return tuple(found)
+
+
+def _left_there(kind: type, key: str, value: Any, where: Where) -> Any:
+    """The number as it is, where reading it would mean to wait for a device."""
+    if isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex():
+        return value.detach().reshape(())
+    return _number(kind, key, value, where)
 
 
 def _number(kind: type, key: str, value: Any, where: Where) -> Any:

@@ -25,6 +25,7 @@ from .launch import Launches
 from .means import Chunks
 from .rule import Rule, Update
 from .settings import Settings
+from .triton_columns import Columns
 from .triton_norm import Norm, judge, on_device
 from .triton_rows import Chains, Rows
 from .triton_tables import TYPES, Tables
@@ -53,8 +54,9 @@ class Executor:
         self.tables = Tables(bucket, self.params)
         self.norms = Norm(self.tables, bucket.device, self.launch)
         self.compute_dtype = torch.promote_types(bucket.dtype, torch.float32)
-        self.rows = Rows(bucket, self.compute_dtype)
+        self.rows = (Columns if bucket.capturable else Rows)(bucket, self.compute_dtype)
         self.chunks: Chunks | None = None
+        self.needs_means: bool | None = None
         self.programs: dict[Any, int] = {}
         """The grid of each variant of the cooperative kernel."""
 
@@ -79,12 +81,14 @@ class Executor:
     def step(self, update: Callable[..., Update], verdict: Verdict, skips: Skips) -> None:
         """Launch the update."""
         if self.tables.tiles.count == 0:
+            if self.bucket.capturable:
+                self.rows.look()
             return
         judged = verdict.on(self.bucket.device)
-        known, variants = (skips.known, skips.variants) if verdict.device is not None else (0, 1)
+        known, variants = self._variants(skips) if verdict.device is not None else (0, 1)
         chains, shared = self._prepare(update, variants)
         variant = chains.used, judged is None
-        tables, rows = self.tables.device_copy, self.rows.upload.device_copy
+        tables, rows = self.tables.device_copy, self.rows.table
         tensors = self.tables.roles, self.tables.forms
         if chains.terms:
             chunks = self._chunks(len(chains.terms))
@@ -104,14 +108,15 @@ class Executor:
     def step_at_once(self, update: Callable[..., Update], terms: Terms, skips: Skips) -> Verdict:
         """Launch norm, verdict and update as one cooperative kernel."""
         verdict = skips.verdict(self.bucket.device)
-        chains, shared = self._prepare(update, skips.variants)
+        known, variants = self._variants(skips)
+        chains, shared = self._prepare(update, variants)
         slots, (_, barrier) = self.norms.workspace(1)
         judging, constants, variant = on_device(self.bucket.device, terms)
         variant = chains.used, variant
         tables, tiles = self.tables, self.tables.norm_tiles
         args = (
-            tables.device_copy, tiles.table, tiles.count, self.rows.upload.device_copy, slots, barrier, verdict,
-            *judging, skips.known, skips.variants, self.settings.seed, tables.roles, tables.forms,
+            tables.device_copy, tiles.table, tiles.count, self.rows.table, slots, barrier, verdict,
+            *judging, known, variants, self.settings.seed, tables.roles, tables.forms,
             chains.h, chains.on_grad, chains.on_update, chains.averages,
         )  # fmt: skip
         constants |= shared | {
@@ -128,11 +133,23 @@ class Executor:
         self._finish()
         return Verdict(norm=math.nan if terms.needs_norm else None, device=verdict)
 
-    def problem_with_one_launch(self, update: Update) -> str | None:
+    def advance(self, optimizer: Any, verdict: Verdict) -> None:
+        """Let the device count the step, unless the verdict skips it: after ``step``, for what is capturable."""
+        self.rows.advance(optimizer, None if verdict.device is None else verdict.device[2])
+
+    def _variants(self, skips: Skips) -> tuple[int, int]:
+        """Of how many skipped steps the rows know, and how many rows there are for further ones."""
+        # A device that counts knows of all.
+        return (0, 1) if self.bucket.capturable else (skips.known, skips.variants)
+
+    def problem_with_one_launch(self, optimizer: Any) -> str | None:
         """Why ``step_at_once`` cannot be used, or None."""
         if self.tables.tiles.count == 0:
             return "all parameters are empty"
-        if self.rows.view([update]).terms:
+        if self.needs_means is None:
+            first = optimizer.first_update(self.bucket.cohorts[0].group)
+            self.needs_means = any(stage.term is not None for stage in first.on_update)
+        if self.needs_means:
             return "cautious=True, or another setting that needs means over tensors, takes a launch between"
         return None
 
@@ -156,11 +173,12 @@ class Executor:
 
     def _prepare(self, update: Callable[..., Update], variants: int) -> tuple[Chains, dict[str, Any]]:
         """Write this step's rows; what the update kernels have in common."""
-        if self.tables.device_copy.is_cuda and torch.cuda.is_current_stream_capturing():
-            raise RuntimeError("step() in a CUDA graph needs capturable=True: its numbers would be frozen at capture")
-        numbered = [(cohort, skipped) for cohort in self.bucket.cohorts for skipped in range(variants)]
-        updates = [update(cohort, skipped) for cohort, skipped in numbered]
-        chains = self.rows.write(updates, [cohort.t + 1 - skipped for cohort, skipped in numbered])
+        if self.bucket.capturable:
+            chains = self.rows.write(update)
+        else:
+            numbered = [(cohort, skipped) for cohort in self.bucket.cohorts for skipped in range(variants)]
+            updates = [update(cohort, skipped) for cohort, skipped in numbered]
+            chains = self.rows.write(updates, [cohort.t + 1 - skipped for cohort, skipped in numbered])
         for member, copy in self.copied:
             copy.copy_(member.param)
         return chains, {

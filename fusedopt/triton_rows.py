@@ -47,6 +47,11 @@ class Rows:
         self.upload = Upload(bucket.device)
         self.chains: dict[tuple, Chains] = {}
 
+    @property
+    def table(self) -> torch.Tensor:
+        """The rows, on the device."""
+        return self.upload.device_copy
+
     def write(self, updates: Sequence[Update], steps: Sequence[int]) -> Chains:
         """Tell the device the numbers of these updates; ``steps`` are the steps that they make."""
         chains = self.view(updates)

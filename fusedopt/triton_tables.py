@@ -60,7 +60,8 @@ class Tables:
 
         self.records = np.zeros((len(members), self.fields), dtype=np.int64)
         self.records[:, address.NUMEL.value] = sizes = [p.numel() for p in params]
-        self.records[:, address.ROW.value] = [m.cohort for m in members]
+        # Where the device counts, every parameter has a row of its own.
+        self.records[:, address.ROW.value] = range(len(members)) if bucket.capturable else [m.cohort for m in members]
         self.records[:, address.DRAW.value] = [m.first_draw for m in members]
         dense = [param]
         if bucket.flat:
@@ -98,9 +99,9 @@ class Tables:
         return self.upload.device_copy
 
     def point_to(self, grads: Sequence[Tensor]) -> None:
-        """Tell the device where the gradients are, if it does not know."""
+        """Tell the device where the gradients are, if it does not know. A graph has a table of its own."""
         addresses = list(map(Tensor.data_ptr, grads))
-        if addresses != self.addresses:
+        if addresses != self.addresses or not self.upload.holds():
             self.addresses = addresses
             self.records[:, address.GRAD.value] = addresses
             self.records[:, address.IS_ALIGNED.value] = (self.records[:, address.GRAD.value] & 15 == 0) & self.in_line

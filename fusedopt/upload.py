@@ -19,6 +19,11 @@ def on(device: torch.device) -> contextlib.AbstractContextManager:
     return torch.cuda.device(device)
 
 
+def capturing(device: torch.device) -> bool:
+    """Whether what is launched now goes into a CUDA graph."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
 class Ring:
     """Pinned memory for copies that are under way. A piece is taken again only after its copy has ended; as long as
     the oldest is busy, another one is added."""
@@ -39,15 +44,36 @@ class Ring:
 
 
 class Upload:
-    """A small table on the device. Sending never waits."""
+    """A small table on the device. Sending never waits.
+
+    What is sent while a graph is captured belongs to the graph, which will send it again at every replay: a table of
+    its own, and memory on the host that nobody else writes to.
+    """
 
     def __init__(self, device: torch.device):
         self.device = device
         self.device_copy: Tensor | None = None
         self.ring: Ring | None = None
+        self.frozen: list[tuple[Tensor, Tensor]] = []
+        """What belongs to graphs."""
+        self.is_frozen = False
+        self.told: np.ndarray | None = None
+
+    def tell(self, values: np.ndarray) -> None:
+        """``send``, unless the device knows them."""
+        if not (self.holds() and self.told is not None and np.array_equal(self.told, values)):
+            self.told = values
+            self.send(values)
+
+    def holds(self) -> bool:
+        """Whether what was sent last may serve one more step: not across the border of a graph."""
+        return not self.is_frozen and not capturing(self.device)
 
     def send(self, values: np.ndarray) -> None:
-        if self.device_copy is None or self.device_copy.shape != values.shape:
+        if capturing(self.device):
+            self._freeze(values)
+            return
+        if self.device_copy is None or self.device_copy.shape != values.shape or self.is_frozen:
             self._allocate(values)
         with on(self.device):
             if self.ring is None:
@@ -58,10 +84,21 @@ class Upload:
             self.device_copy.copy_(memory, non_blocking=True)
             event.record()
 
+    def _freeze(self, values: np.ndarray) -> None:
+        memory = torch.from_numpy(values.copy())
+        if self.device.type == "cuda":
+            memory = memory.pin_memory()
+        with on(self.device):
+            self.device_copy = torch.empty_like(memory, device=self.device)
+            self.device_copy.copy_(memory, non_blocking=True)
+        self.frozen.append((self.device_copy, memory))
+        self.is_frozen = True
+
     def _allocate(self, values: np.ndarray) -> None:
         with on(self.device):
-            if self.device_copy is not None and self.device_copy.is_cuda:
+            if self.device_copy is not None and self.device_copy.is_cuda and not self.is_frozen:
                 # A kernel on this stream may still read it, wherever it was allocated.
                 self.device_copy.record_stream(torch.cuda.current_stream())
             self.device_copy = torch.empty_like(torch.from_numpy(values), device=self.device)
         self.ring = Ring(self.device_copy) if self.device_copy.is_cuda else None
+        self.is_frozen = False

@@ -1,0 +1,201 @@
+"""Rows of hyperparameters that the device makes: ``capturable=True``.
+
+Step counts, and the learning rate where it is a tensor, are on the device, and nobody waits for them. The formulas that
+make a row of Python numbers are evaluated on columns instead, one small operation of torch after the other, all of
+which a CUDA graph can hold. There is a row per parameter: its count is its own, whatever somebody writes to it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from . import upload
+from .cohorts import Cohort
+from .columns import is_column
+from .buckets import Bucket
+from .rule import Update
+from .triton_rows import Chains, Rows
+from .upload import Upload
+
+ASIDE = frozenset(("params", "param_names", "lr", "initial_lr", "foreach", "fused"))
+"""Keys of a group that formulas do not read, and the learning rate, which may differ within a class."""
+
+
+class Class(NamedTuple):
+    """Parameters whose groups have the same options, but for the learning rate: one evaluation serves them."""
+
+    groups: list[dict[str, Any]]
+    rows: Tensor
+    """Their rows."""
+    of_groups: Tensor
+    """For each row its group's position among ``groups``."""
+    rates: Upload
+    constants: Upload
+
+
+class Columns:
+    """The rows of one bucket. Has the methods of ``Rows`` that the executor uses."""
+
+    def __init__(self, bucket: Bucket, dtype: torch.dtype):
+        self.bucket = bucket
+        self.dtype = dtype
+        self.view = Rows(bucket, dtype).view
+        self.table: Tensor | None = None
+        places = [m.place for m in bucket.members]
+        self.spaces = list({id(place.space): place.space for place in places}.values())
+        # Where each row's numbers are, among those of all spaces one after the other.
+        starts = np.cumsum([0, *(len(space.sizes) for space in self.spaces)]).tolist()
+        first = {id(space): start for space, start in zip(self.spaces, starts)}
+        self.at = torch.tensor([first[id(place.space)] + place.index for place in places], device=bucket.device)
+        self.own = [
+            (space, *_indices([k for k, place in enumerate(places) if place.space is space], places, bucket.device))
+            for space in self.spaces
+        ]
+        self.alike: list[int] | None = None
+        """For each group the first one with the same options."""
+        self.classes: list[Class] = []
+        self.order: Tensor | None = None
+        self.evaluated: list[tuple[Class, Cohort]] = []
+        """The classes and their numbers at the latest step."""
+
+    def write(self, update: Callable[[Cohort], Update]) -> Chains:
+        """Make the rows of the next step."""
+        self.look()
+        updates = [update(cohort) for _, cohort in self.evaluated]
+        # Which stages there are must not depend on numbers that the host does not know.
+        chains = self.view([_structure(u) for u in updates])
+        blocks = []
+        for (one, cohort), u in zip(self.evaluated, updates):
+            values = chains.columns(u)
+            if self.bucket.stored.draws:
+                values.append(cohort.t + 1)
+            blocks.append(self._block(one, values))
+        table = blocks[0] if len(blocks) == 1 else torch.cat(blocks).index_select(0, self.order)
+        self.table = table.to(self.dtype)
+        return chains
+
+    def look(self) -> None:
+        """Take what the formulas need as it is now."""
+        self._sort()
+        counts = self._numbers("step").double()
+        scalars = [self._numbers(key) for key in self.bucket.rule.scalars]
+        self.evaluated = [(one, self._cohort(one, counts, scalars)) for one in self.classes]
+
+    def advance(self, optimizer: Any, skip: Tensor | None) -> None:
+        """Count the step that was looked at, and move the rule's scalars along; not where ``skip``, a
+        number on the device, is not 0."""
+        news = []
+        for _, cohort in self.evaluated:
+            later = optimizer.next_scalars(cohort.group, cohort.t + 1, *cohort.scalars) if cohort.scalars else ()
+            news.append([cohort.t + 1, *later])
+        for key, parts in zip(("step", *self.bucket.rule.scalars), zip(*news)):
+            column = parts[0] if len(parts) == 1 else torch.cat(parts).index_select(0, self.order)
+            before = self._numbers(key)
+            column = column.to(before.dtype)
+            if skip is not None:
+                column = torch.where(skip != 0, before, column)
+            for space, rows, indices in self.own:
+                space.numbers[key].index_copy_(0, indices, column.index_select(0, rows).squeeze(1))
+
+    def _numbers(self, key: str) -> Tensor:
+        """What the parameters' states hold under that key, as a column."""
+        numbers = [space.numbers[key] for space in self.spaces]
+        joined = numbers[0] if len(numbers) == 1 else torch.cat(numbers)
+        return joined.index_select(0, self.at).unsqueeze(1)
+
+    def _sort(self) -> None:
+        """Find the classes, if others have the same options now."""
+        groups = [cohort.group for cohort in self.bucket.cohorts]
+        first: dict[tuple, int] = {}
+        alike = [first.setdefault(_options(group), k) for k, group in enumerate(groups)]
+        if alike == self.alike:
+            return
+        device = self.bucket.device
+        if upload.capturing(device):
+            raise RuntimeError(
+                "parameter groups had the same options, or different ones, until the capture of a CUDA graph: take a "
+                "step with these options before capturing"
+            )
+        self.classes, order = [], []
+        cohorts = np.array([m.cohort for m in self.bucket.members])
+        for number in first.values():
+            numbers = [k for k, other in enumerate(alike) if other == number]
+            rows = np.flatnonzero(np.isin(cohorts, numbers))
+            order.extend(rows)
+            on_device = (torch.from_numpy(x).to(device) for x in (rows, np.searchsorted(numbers, cohorts[rows])))
+            self.classes.append(Class([groups[k] for k in numbers], *on_device, Upload(device), Upload(device)))
+        self.order = torch.from_numpy(np.argsort(order)).to(device)
+        self.alike = alike
+
+    def _cohort(self, one: Class, counts: Tensor, scalars: Sequence[Tensor]) -> Cohort:
+        """A class's numbers, for formulas."""
+        if len(self.classes) > 1:
+            counts, *scalars = (x.index_select(0, one.rows) for x in (counts, *scalars))
+        group = {key: self._option(value) for key, value in one.groups[0].items() if key not in ASIDE}
+        if "lr" in one.groups[0]:
+            group["lr"] = self._rate(one)
+        return Cohort(0, group, counts, tuple(scalars))
+
+    def _rate(self, one: Class) -> Any:
+        rates = [self._option(group["lr"]) for group in one.groups]
+        if all(rate is rates[0] or (isinstance(rate, float) and rate == rates[0]) for rate in rates):
+            return rates[0]
+        if is_column(rates[0]):
+            return torch.cat(rates).index_select(0, one.of_groups)
+        values = np.array(rates, dtype=np.float64)[:, None]
+        one.rates.tell(values)
+        return one.rates.device_copy.index_select(0, one.of_groups)
+
+    def _option(self, value: Any) -> Any:
+        """An option for formulas: a tensor on the device as a column, one on the host as a number."""
+        if isinstance(value, (tuple, list)):
+            return type(value)(map(self._option, value))
+        if not isinstance(value, Tensor):
+            return value
+        if value.device != self.bucket.device:
+            return float(value)
+        return value.detach().double().reshape(1, 1)
+
+    def _block(self, one: Class, values: list[Any]) -> Tensor:
+        """Rows of these values, some of which are columns."""
+        known = np.array([[0.0 if isinstance(x, Tensor) else x for x in values]], dtype=np.float64)
+        one.constants.tell(known)
+        rows, constants = len(one.rows), one.constants.device_copy
+        pieces = [
+            (x if isinstance(x, Tensor) else constants[:, k : k + 1]).expand(rows, 1) for k, x in enumerate(values)
+        ]
+        return torch.cat(pieces, dim=1)
+
+
+def _indices(rows: list[int], places: list[Any], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Rows, and where among the numbers of their space those of each are."""
+    return torch.tensor(rows, device=device), torch.tensor([places[k].index for k in rows], device=device)
+
+
+def _options(group: dict[str, Any]) -> tuple:
+    """What a group's formulas read, to be compared; of tensors and other objects which ones they are."""
+    kind = isinstance(group.get("lr"), Tensor)
+    return kind, *((key, _comparable(group[key])) for key in sorted(group) if key not in ASIDE)
+
+
+def _comparable(value: Any) -> Any:
+    if isinstance(value, (tuple, list)):
+        return tuple(map(_comparable, value))
+    return value if value is None or isinstance(value, (bool, int, float, str)) else id(value)
+
+
+def _structure(update: Update) -> Update:
+    """The update with NaN in place of numbers that only the device knows: they count as different from any other."""
+
+    def plain(x: Any) -> Any:
+        return float("nan") if isinstance(x, Tensor) else x
+
+    def stages(chain: tuple) -> tuple:
+        return tuple(stage._replace(args=tuple(map(plain, stage.args))) for stage in chain)
+
+    return update._replace(on_grad=stages(update.on_grad), on_update=stages(update.on_update))

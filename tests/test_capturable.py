@@ -1,0 +1,230 @@
+"""``capturable=True``: the device counts the steps and makes the hyperparameters, and nobody waits for it.
+
+torch.optim refuses it on a CPU, so what is compared is our own step that counts on the host, which other tests compare
+with torch's.
+"""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from cases import KERNEL_NAMES, every_option, give_gradients, in_two_groups, interpreter_noise, model
+from graphs import Waits
+from options import LR, NAMES, STATEFUL
+from pairs import assert_same, close, snapshot
+
+import fusedopt
+
+pytestmark = pytest.mark.usefixtures("needs_triton")
+
+
+def optimizer(name, params, options=None, capturable=True, **settings):
+    options = {"lr": LR, **(STATEFUL[name] if options is None else options)}
+    # Where it is a setting of ours instead of torch's argument, it means the same.
+    groups = in_two_groups(params, options)
+    return fusedopt.registry[name](
+        groups, **options, **({"capturable": True} if capturable else {}), backend="triton", **settings
+    )
+
+
+@pytest.fixture
+def no_launches(monkeypatch):
+    """Steps count and make their rows, and no kernel runs."""
+    from fusedopt import launch
+
+    monkeypatch.setattr(launch.Launches, "__call__", lambda *args, **constants: None)
+
+
+def rows_by_parameter(opt):
+    (executor,) = opt._engine.executors
+    table = executor.rows.table.cpu().double()
+    members = executor.bucket.members
+    return {m.position: table[k if executor.bucket.capturable else m.cohort] for k, m in enumerate(members)}
+
+
+@every_option
+def test_the_device_makes_the_rows_of_the_host(name, options, device, no_launches):
+    """Tolerance: powers and roots of another library in float64."""
+    settings = {"max_grad_value": 0.9, "ema_decay": 0.99}
+    opts = [
+        optimizer(name, model("tiny", device=device), options, capturable, **settings) for capturable in (False, True)
+    ]
+    for number in range(14):
+        found = []
+        for opt in opts:
+            params = [p for group in opt.param_groups for p in group["params"]]
+            give_gradients(params, number)
+            opt.param_groups[1]["weight_decay"] = 0.03 * (number % 3)
+            if not isinstance(opt.param_groups[0]["lr"], torch.Tensor):
+                opt.param_groups[0]["lr"] = LR / (1 + number // 2)
+            opt.step()
+            found.append(rows_by_parameter(opt))
+        expected, made = found
+        assert made.keys() == expected.keys()
+        for position, row in expected.items():
+            torch.testing.assert_close(made[position], row, rtol=1e-13, atol=1e-300, msg=f"{position}, step {number}")
+    host, device_counts = (opt.state_dict()["state"] for opt in opts)
+    for k, state in host.items():
+        for key in {"step", "mu_product", "eta", "mu"} & state.keys():
+            torch.testing.assert_close(device_counts[k][key].cpu(), state[key], rtol=2e-7, atol=0)
+
+
+@interpreter_noise
+@pytest.mark.parametrize("name", KERNEL_NAMES)
+def test_a_trajectory(name, device):
+    """Clipping, averages, skipped steps and a learning rate that is a tensor."""
+    ended = []
+    for capturable in (False, True):
+        params = model("tiny", device=device)
+        lr = torch.tensor(LR, dtype=torch.float64, device=device)
+        settings = {"max_grad_norm": 3.0, "skip_nonfinite": True, "ema_decay": 0.9}
+        opt = optimizer(name, params, {**STATEFUL[name], "lr": lr}, capturable, **settings)
+        for number in range(9):
+            give_gradients(params, number)
+            if number in (0, 5):
+                params[1].grad = torch.full_like(params[1], float("nan"))
+            lr.fill_(LR / (1 + number))
+            opt.step()
+        assert opt.skipped_steps == 2
+        states = [x.cpu() for state in opt.state_dict()["state"].values() for x in state.values()]
+        ended.append([*params, *opt.ema_parameters(), *states])
+    close(*ended, 1e-12)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_nobody_waits(name, device, no_launches):
+    """Not even where a parameter has no gradient, which needs another plan, or a scheduler changes what it may."""
+    params = model("tiny", device=device)
+    rates = [torch.tensor(lr, device=device) for lr in (0.1, 0.2)]
+    opt = optimizer(name, params, {**STATEFUL[name], "lr": rates[0]}, max_grad_norm=1.0, skip_nonfinite=True)
+    opt.param_groups[1]["lr"] = rates[1]
+    give_gradients(params, 4)
+    opt.step()
+    for number in range(5, 16):
+        give_gradients(params, number)
+        with Waits():
+            rates[0].mul_(0.9)
+            opt.param_groups[1]["weight_decay"] = 0.01 * number
+            opt.step()
+
+
+def test_groups_with_rates_of_their_own_cost_no_operations_of_their_own(device, no_launches):
+    def operations(count, rate):
+        params = [torch.nn.Parameter(torch.ones(3, device=device)) for _ in range(count)]
+        groups = [{"params": [p], "lr": rate(k)} for k, p in enumerate(params)]
+        opt = fusedopt.RAdam(groups, capturable=True, backend="triton")
+        for p in params:
+            p.grad = torch.ones_like(p)
+        for _ in range(2):
+            with Waits() as counted:
+                opt.step()
+        return counted.count
+
+    assert operations(50, lambda k: 0.1 / (1 + k)) == operations(3, lambda k: 0.1 / (1 + k)) < 100
+    for kind in (lambda k: torch.tensor(0.1, device=device),):
+        # A tensor has to be taken into float64 and into a column.
+        assert operations(50, kind) - operations(3, kind) <= 47 * 4
+
+
+def test_states_are_as_in_torch(device):
+    params = model("tiny", device=device)
+    give_gradients(params, 4)
+    opt = optimizer("NAdam", params)
+    opt.step()
+    for state in opt.state.values():
+        for key in ("step", "mu_product"):
+            assert (state[key].shape, state[key].dtype) == ((), torch.float32)
+            assert state[key].device == params[0].device
+        assert state["step"] == 1
+
+
+@interpreter_noise
+@pytest.mark.parametrize("name", ["SGD", "NAdam"])
+@pytest.mark.parametrize("before", [False, True])
+@pytest.mark.parametrize("after", [False, True])
+def test_checkpoints_go_between_both_kinds(name, before, after, device):
+    """What a loaded group says of capturable counts, as in torch; where it is a setting, the setting does."""
+    params = model("tiny", device=device)
+    opt, twin = (optimizer(name, ps, capturable=before) for ps in (params, model("tiny", device=device)))
+    for number in range(4, 7):
+        for o in (opt, twin):
+            give_gradients([p for group in o.param_groups for p in group["params"]], number)
+            o.step()
+    other = optimizer(name, params, capturable=after)
+    other.load_state_dict(copy.deepcopy(opt.state_dict()))
+    for group in other.param_groups:
+        if "capturable" in group:
+            assert group["capturable"] == before
+            group["capturable"] = after
+    for number in range(7, 10):
+        for o in (other, twin):
+            give_gradients([p for group in o.param_groups for p in group["params"]], number)
+            o.step()
+    close(params, [p for group in twin.param_groups for p in group["params"]], 1e-12)
+
+
+@interpreter_noise
+def test_a_count_that_somebody_changes_is_heeded(device):
+    params = model("tiny", device=device)
+    opt = optimizer("Adam", params)
+    give_gradients(params, 5)
+    opt.step()
+    for state in opt.state.values():
+        state["step"].fill_(41.0)
+    plan = opt._engine.plan
+    opt.step()
+    assert opt._engine.plan is plan
+    assert all(state["step"] == 42 for state in opt.state.values())
+    row = next(iter(rows_by_parameter(opt).values()))
+    assert np.isclose(float(row[4]), 1 / (1 - 0.9**42), rtol=1e-12)
+
+
+@interpreter_noise
+def test_a_first_step_that_was_skipped_is_still_to_come(device):
+    """SGD keeps no count, and takes the first gradient as it is, without dampening."""
+    ended = []
+    for skipped in (False, True):
+        params = model("tiny", device=device)
+        options = {"momentum": 0.9, "dampening": 0.3}
+        opt = optimizer("SGD", params, options, skip_nonfinite=True)
+        for number in ([4] if skipped else []) + [5, 6]:
+            give_gradients(params, number)
+            if number == 4:
+                params[1].grad.fill_(float("inf"))
+            opt.step()
+        ended.append(params)
+    close(*ended, 1e-15)
+
+
+@interpreter_noise
+def test_only_some_groups(device):
+    """The counts of the others stay on the host, and both know of skipped steps."""
+    ended = []
+    for capturable in (False, True):
+        params = model("tiny", device=device)
+        opt = optimizer("AdamW", params, {"amsgrad": True}, False, skip_nonfinite=True, max_grad_norm=2.0)
+        opt.param_groups[1]["capturable"] = capturable
+        for number in range(4, 10):
+            give_gradients(params, number)
+            if number == 6:
+                params[1].grad = torch.full_like(params[1], float("nan"))
+            opt.step()
+        ended.append(snapshot(opt))
+    for groups in (run.pop("groups") for run in ended):
+        assert len(groups) == 2
+    close(ended[0]["params"], ended[1]["params"], 1e-12)
+    assert [float(s["step"]) for s in ended[0]["states"].values()] == [
+        float(s["step"]) for s in ended[1]["states"].values()
+    ]
+
+
+@pytest.mark.parametrize("name", ["SGD", "Lion"])
+def test_a_setting_needs_the_kernels(name):
+    params = model("tiny")
+    opt = fusedopt.registry[name](params, capturable=True, backend="torch")
+    give_gradients(params, 5)
+    before = snapshot(opt)
+    with pytest.raises(RuntimeError, match=r"capturable=True keeps the step count on a GPU.*parameter 0.*requested"):
+        opt.step()
+    assert_same(before, snapshot(opt))

@@ -1,0 +1,246 @@
+"""Steps in CUDA graphs: every replay is a step, and the same bits as an eager one. Without a GPU: see graphs.py."""
+
+import pytest
+import torch
+from cases import KERNEL_NAMES, give_gradients, in_two_groups, interpreter_noise, label, model
+from graphs import capture
+from options import STATEFUL
+from pairs import assert_same, snapshot
+
+import fusedopt
+
+pytestmark = pytest.mark.usefixtures("needs_triton")
+
+SETTINGS = [
+    {},
+    {"max_grad_norm": 3.0, "ema_decay": 0.9},
+    {"max_grad_norm": 3.0, "skip_nonfinite": True, "launches": 1},
+]
+"""Of which parts a step may consist."""
+
+
+class Run:
+    """An optimizer whose learning rates are tensors on the device, and gradients that stay where they are."""
+
+    def __init__(self, name, device, kind="tiny", **settings):
+        options = {**STATEFUL[name], "lr": 0.03}
+        self.params = model(kind, torch.float32, device)
+        groups = in_two_groups(self.params, options)
+        self.rates = [torch.tensor(lr, dtype=torch.float64, device=device) for lr in (0.03, 0.015)]
+        for group, rate in zip(groups, self.rates):
+            group["lr"] = rate
+        self.opt = fusedopt.registry[name](groups, **options, capturable=True, backend="triton", **settings)
+
+    def prepare(self, number, broken=False):
+        """The gradients and learning rates of a step."""
+        before = [p.grad for p in self.params]
+        give_gradients(self.params, number, plain=True)
+        for p, g in zip(self.params, before):
+            if p.grad is None:
+                p.grad = torch.zeros_like(p)
+            if g is not None:
+                p.grad = g.copy_(p.grad)
+        if broken:
+            self.params[1].grad[0, 0] = float("inf")
+        for rate in self.rates:
+            rate.fill_(0.1 / (1 + number))
+
+    def warm_up(self):
+        for number in (4, 5):
+            self.prepare(number)
+            self.opt.step()
+
+    def capture(self, monkeypatch):
+        with capture(monkeypatch, self.opt._engine.executors) as graph:
+            self.opt.step()
+        return graph
+
+    def seen(self):
+        averages = [a.detach().clone() for a in self.opt._ema.values()]
+        found = snapshot(self.opt)
+        for group in found["groups"]:
+            group["lr"] = float(group["lr"])
+        return found | {"params": found["params"] + averages}, self.opt.skipped_steps, self.opt.grad_norm
+
+
+def assert_equal(a, b):
+    (found, skipped, norm), (expected, others_skipped, others_norm) = a.seen(), b.seen()
+    assert_same(found, expected)
+    assert skipped == others_skipped
+    assert norm is others_norm is None or torch.equal(norm, others_norm)
+
+
+@interpreter_noise
+@pytest.mark.parametrize("settings", SETTINGS, ids=label)
+@pytest.mark.parametrize("name", KERNEL_NAMES)
+def test_a_replay_is_an_eager_step(name, settings, device, monkeypatch):
+    eager, captured = Run(name, device, **settings), Run(name, device, **settings)
+    for run in (eager, captured):
+        run.warm_up()
+        run.prepare(6)
+    before = captured.seen()
+    graph = captured.capture(monkeypatch)
+    assert_same(before[0], captured.seen()[0])  # nothing was done yet
+    for number in range(6, 11):
+        for run in (eager, captured):
+            run.prepare(number, broken=settings.get("skip_nonfinite") and number == 8)
+        eager.opt.step()
+        graph.replay()
+        assert_equal(captured, eager)
+
+
+@interpreter_noise
+def test_eager_steps_and_other_graphs_do_not_disturb_it(device, monkeypatch):
+    """Each with gradients elsewhere, and with options that a graph has frozen; one of them with another plan."""
+    eager, captured = (Run("RMSprop", device, max_grad_norm=3.0) for _ in range(2))
+    grads = []
+    for run in (eager, captured):
+        run.warm_up()
+        run.prepare(6)
+        grads.append([[p.grad.clone() for p in run.params] for _ in range(3)])
+    graphs = []
+    for own, eps in zip(grads[1][:2], (1e-8, 1e-3)):
+        for p, g in zip(captured.params, own):
+            p.grad = g
+        captured.opt.param_groups[0]["eps"] = captured.opt.param_groups[1]["eps"] = eps
+        graphs.append(captured.capture(monkeypatch))
+    for number in range(6, 14):
+        turn = number % 3
+        for run, own in ((eager, grads[0]), (captured, grads[1])):
+            for p, g in zip(run.params, own[turn]):
+                p.grad = g
+            run.prepare(number)
+            for group in run.opt.param_groups:
+                group["eps"] = (1e-8, 1e-3, 1e-4)[turn]
+            if number == 11:
+                run.params[1].grad = None
+        eager.opt.step()
+        if turn == 2:
+            captured.opt.step()
+        else:
+            graphs[turn].replay()
+        assert_equal(captured, eager)
+
+
+@interpreter_noise
+def test_a_gradient_that_is_made_in_the_graph(device, monkeypatch):
+    """Backward leaves it in the graph's own memory."""
+    eager, captured = (Run("Adam", device, max_grad_norm=3.0) for _ in range(2))
+    for run in (eager, captured):
+        run.warm_up()
+
+    def train(run):
+        for p in run.params:
+            p.grad = p.detach() * 0.1
+        run.opt.step()
+
+    with capture(monkeypatch, captured.opt._engine.executors) as graph:
+        train(captured)
+    for _ in range(3):
+        train(eager)
+        graph.replay()
+        assert_equal(captured, eager)
+
+
+@interpreter_noise
+def test_a_scaler_skips_replays(device, monkeypatch):
+    eager, captured = (Run("Adam", device) for _ in range(2))
+    found = [torch.zeros(1, device=device) for _ in range(2)]
+    for run, found_inf in zip((eager, captured), found):
+        run.opt.found_inf, run.opt.grad_scale = found_inf, torch.full((1,), 4.0, device=device)
+        run.warm_up()
+        run.prepare(6)
+    graph = captured.capture(monkeypatch)
+    for number in range(6, 10):
+        for run, found_inf in zip((eager, captured), found):
+            run.prepare(number)
+            found_inf.fill_(number == 7)
+        eager.opt.step()
+        graph.replay()
+        assert_equal(captured, eager)
+    assert captured.opt.skipped_steps == 1
+    assert captured.opt.state[captured.params[0]]["step"] == 5
+
+
+def refused(run, monkeypatch, match):
+    before = run.seen()[0]
+    with pytest.raises(RuntimeError, match=match):
+        if torch.cuda.is_available():
+            run.capture(monkeypatch)
+        else:
+            with capture(monkeypatch, run.opt._engine.executors):
+                run.opt.step()
+    assert_same(run.seen()[0], before)
+
+
+def test_what_is_not_prepared_is_refused(device, monkeypatch):
+    run = Run("Adam", device)
+    run.prepare(6)
+    match = "take a few steps like this one before capturing"
+    with pytest.raises(RuntimeError, match=match), capture(monkeypatch, prepared_launches()):
+        run.opt.step()
+    run.warm_up()
+    run.params[1].grad = None
+    refused(run, monkeypatch, match)
+    run.prepare(6)
+    run.opt.step()
+    run.opt.param_groups[0]["weight_decay"] = run.opt.param_groups[1]["weight_decay"]
+    refused(run, monkeypatch, "take a step with these options before capturing")
+
+
+def prepared_launches():
+    """Executors of another optimizer: graphs.py wants to know the class of their launches."""
+    other = Run("Adam", "cpu" if not torch.cuda.is_available() else "cuda")
+    other.warm_up()
+    return other.opt._engine.executors
+
+
+def test_torchs_error_where_a_group_is_not_capturable(device, monkeypatch):
+    run = Run("Adam", device)
+    run.opt.param_groups[1]["capturable"] = False
+    run.opt.param_groups[1]["lr"] = 0.1
+    run.warm_up()
+    run.prepare(6)
+    match = "Attempting CUDA graph capture of step.. for an instance of Adam but param_groups' capturable is False"
+    refused(run, monkeypatch, match)
+
+
+@interpreter_noise
+@pytest.mark.parametrize("options", [{"momentum": 0.9, "dampening": 0.2}, {}], ids=label)
+def test_without_a_count_the_setting_is_needed_for_the_learning_rate_only(options, device, monkeypatch):
+    """As torch's SGD is captured."""
+    eager, captured = (
+        Plain("SGD", device, **options, lr=0.1, max_grad_norm=3.0, skip_nonfinite=True) for _ in range(2)
+    )
+    for run in (eager, captured):
+        run.warm_up()
+        run.prepare(6)
+        watch(run.opt)
+    graph = captured.capture(monkeypatch)
+    for number in range(6, 10):
+        for run in (eager, captured):
+            run.prepare(number)
+        eager.opt.step()
+        graph.replay()
+        for a, b in zip(eager.params, captured.params):
+            assert torch.equal(a, b)
+
+
+def test_a_count_that_would_be_frozen_is_refused(device, monkeypatch):
+    run = Plain("Adagrad", device, lr_decay=0.1)
+    run.warm_up()
+    watch(run.opt)
+    refused(run, monkeypatch, "Adagrad with these options depends on the step count.*capturable=True")
+
+
+class Plain(Run):
+    """Without ``capturable``."""
+
+    def __init__(self, name, device, **options):
+        self.params, self.rates = model("tiny", torch.float32, device), []
+        self.opt = fusedopt.registry[name](self.params, backend="triton", **options)
+
+
+def watch(optimizer):
+    """On a CPU nobody looks for graphs where the host counts."""
+    optimizer._engine.plan.may_be_captured = True
