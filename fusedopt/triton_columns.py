@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from . import upload
+from .buckets import Bucket
 from .cohorts import Cohort
 from .columns import is_column
-from .buckets import Bucket
 from .rule import Update
 from .triton_rows import Chains, Rows
 from .upload import Upload
