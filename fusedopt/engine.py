@@ -104,7 +104,7 @@ class Engine:
         try:
             try:
                 for executor in self.executors:
-                    executor.take(parts)
+                    executor.take(parts, self.plan.as_planned)
             except RuntimeError:
                 # Nothing was changed yet. A new plan looks at everything, and says what does not fit.
                 self._build(optimizer, parts)

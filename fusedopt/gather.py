@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import groupby
-from typing import NamedTuple
+from operator import itemgetter
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -38,6 +39,14 @@ def find_ways(bucket: Bucket, cohort: Cohort, settings: Settings) -> Ways:
     return ways
 
 
+def picker(positions: Sequence[int]) -> Callable[[Sequence[Any]], list[Any]]:
+    """A function that makes a list of what stands at these positions."""
+    if len(positions) < 2:
+        return lambda items: [items[i] for i in positions]
+    pick = itemgetter(*positions)
+    return lambda items: list(pick(items))
+
+
 class Gather:
     """Copies gradients into scratch buffers: rows of neighbours whose shapes differ in the first dimension only by one
     concatenation, which is three times faster than copying one by one; the others by one list copy."""
@@ -46,8 +55,8 @@ class Gather:
     """A row of fewer is not worth a call of its own."""
 
     def __init__(self, members: list[Member], dtype: torch.dtype):
-        self.rows: list[tuple[list[int], Tensor]] = []
-        self.positions: list[int] = []
+        self.rows: list[tuple[Callable[[Sequence[Any]], list[Any]], Tensor]] = []
+        others: list[int] = []
         self.views: list[Tensor] = []
         members = sorted(members, key=lambda m: (id(m.place.space), m.place.index))
         for _, neighbours in groupby(enumerate(members), key=_row_key):
@@ -55,17 +64,18 @@ class Gather:
             positions = [m.position for m in row]
             space, first, last = row[0].place.space, row[0].place.index, row[-1].place.index
             if len(row) < self.SHORTEST or not space.sizes[first] or not all(m.param.is_contiguous() for m in row):
-                self.positions += positions
+                others += positions
                 self.views += [m.place.packed_copy("grad", dtype) for m in row]
             else:
                 part = space.packed_copies("grad", dtype)[space.offsets[first] : space.end(last)]
-                self.rows.append((positions, part.view(-1, *space.sizes[first][1:])))
+                self.rows.append((picker(positions), part.view(-1, *space.sizes[first][1:])))
+        self.pick = picker(others)
 
     def __call__(self, grads: Sequence[Tensor | None]) -> None:
-        for positions, row in self.rows:
-            torch.cat([grads[i] for i in positions], out=row)
-        if self.positions:
-            torch._foreach_copy_(self.views, [grads[i] for i in self.positions])
+        for pick, row in self.rows:
+            torch.cat(pick(grads), out=row)
+        if self.views:
+            torch._foreach_copy_(self.views, self.pick(grads))
 
 
 def _row_key(numbered: tuple[int, Member]) -> tuple:

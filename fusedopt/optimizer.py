@@ -6,12 +6,16 @@ validation, parameter groups, hooks and checkpoints stay torch's own.
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._profiler import _RecordFunctionFast
+from torch.autograd import _profiler_enabled
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from . import appearance, checkpoints, conversion, ema, storage
 from .ema import EmaParameters
@@ -66,6 +70,31 @@ class FusedOptimizer(Formula, torch.optim.Optimizer):
             )
 
     # The protocol
+
+    @staticmethod
+    def profile_hook_step(func: Callable[..., Any]) -> Callable[..., Any]:
+        """What torch puts around ``step``: its name in profiles, and hooks. Where nobody profiles and there are no
+        hooks, the name is announced without the microseconds that torch's wrapper costs."""
+        hooked = torch.optim.Optimizer.profile_hook_step(func)
+
+        @functools.wraps(func)
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            self = args[0]
+            if (
+                _profiler_enabled()
+                or self._optimizer_step_pre_hooks
+                or self._optimizer_step_post_hooks
+                or _global_optimizer_pre_hooks
+                or _global_optimizer_post_hooks
+                or torch.compiler.is_compiling()
+            ):
+                return hooked(*args, **kwargs)
+            with _RecordFunctionFast(f"Optimizer.step#{type(self).__name__}.step"):
+                result = func(*args, **kwargs)
+            self._optimizer_step_code()
+            return result
+
+        return wrapper
 
     def step(self, closure: Any = None) -> Any:
         """Perform one optimization step.

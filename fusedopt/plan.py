@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import gc
-from collections.abc import Callable, Iterable, Iterator
-from itertools import chain, compress
+from collections.abc import Callable, Iterator, Sequence
+from itertools import compress
 from operator import attrgetter, is_, itemgetter
 from typing import Any
 
@@ -20,6 +20,7 @@ from torch import Tensor
 from .buckets import Bucket, Member, settle
 from .distributed import Reduction
 from .flat import Space
+from .layouts import Layouts
 from .places import Place
 from .shards import Shards, is_distributed, local
 from .storage import state_keys
@@ -69,6 +70,10 @@ class Plan:
         self.sizes = list(map(Tensor.numel, self.active))
         self.addresses = list(map(Tensor.data_ptr, self.active))
         self.strides = list(map(Tensor.stride, self.active))
+        self.param_layouts = Layouts(self.active)
+        self.grad_layouts = Layouts(list(compress(grads, self.present)))
+        self.as_planned = True
+        """Whether this step's gradients are laid out as those that the plan was built from."""
         self.spaces = list({id(m.place.space): m.place.space for m in members}.values())
         self.devices = {bucket.device for bucket in self.buckets}
         self.may_be_captured = any(b.capturable or b.device.type == "cuda" for b in self.buckets)
@@ -80,9 +85,9 @@ class Plan:
         self.numbers = [numbers for space in counting for numbers in space.numbers.values()]
         self.has_scalars = any(bucket.rule.scalars for bucket in self.counted)
         self.identities = _identities(optimizer, self.params)
-        self.views = [_views(optimizer, b) for b in self.buckets if state_keys(optimizer, b.rule, b.stored)]
+        self.views = [column for bucket in self.buckets for column in _views(optimizer, bucket)]
         owners = [m.owner for m in members if is_distributed(m.owner)]
-        states = (value for _, views in self.views for value in views if is_distributed(value))
+        states = (value for *_, views in self.views for value in views if is_distributed(value))
         self.shards = Shards(owners, states) if owners else None
         self.note_steps()
 
@@ -92,31 +97,35 @@ class Plan:
     def holds(self, optimizer: Any, params: list[Tensor], grads: list[Tensor | None]) -> bool:
         """Whether the same plan serves this step. Runs at every step: about 0.3 us per parameter.
 
-        Each check is one pass in C over cached lists. What they leave out is noticed otherwise: gradients of
-        other shapes but equal size, and sparse ones, where gradients are taken; a parameter of another dtype by
-        its gradient's.
+        Each check is one pass in C over cached lists, and none makes an object per tensor, of which the garbage
+        collector would take notice. What they leave out is noticed otherwise: gradients of other shapes but equal
+        size, and sparse ones, where gradients are taken; a parameter of another dtype by its gradient's.
         """
         if [g is not None for g in grads] != self.present:
             return False
         active = self.active
         active_grads = grads if len(active) == len(grads) else list(compress(grads, self.present))
+        self.as_planned = self.grad_layouts.hold(active_grads)
         return (
             optimizer._settings.layout == self.settings
             and _same(_identities(optimizer, params), self.identities)
             and list(map(len, map(get_params, optimizer.param_groups))) == self.group_sizes
             and list(map(Tensor.data_ptr, active)) == self.addresses
-            and list(map(Tensor.stride, active)) == self.strides
-            and list(map(get_dtype, active_grads)) == self.grad_dtypes
-            and list(map(Tensor.numel, active_grads)) == self.sizes
+            and (self.param_layouts.hold(active) or list(map(Tensor.stride, active)) == self.strides)
+            and (self.as_planned or self._sizes_hold(active_grads))
             and self._states_hold()
             and (self.shards is None or self.shards.hold())
             and self.values == [numbers.tolist() for numbers in self.numbers]
         )
 
+    def _sizes_hold(self, grads: Sequence[Tensor]) -> bool:
+        """Whether gradients of other strides will do."""
+        return list(map(get_dtype, grads)) == self.grad_dtypes and list(map(Tensor.numel, grads)) == self.sizes
+
     def _states_hold(self) -> bool:
         """Whether every state is the view that it was, in the memory where it was."""
         try:
-            if not all(all(map(is_, read(), views)) for read, views in self.views):
+            if not all(all(map(is_, map(get, states), views)) for get, states, views in self.views):
                 return False
         except KeyError:  # a state was deleted
             return False
@@ -139,16 +148,12 @@ class Plan:
         self.note_steps()
 
 
-def _views(optimizer: Any, bucket: Bucket) -> tuple[Callable[[], Iterable[Tensor]], list[Tensor]]:
-    """How to read all states of a bucket's parameters, and which they are now."""
-    keys = state_keys(optimizer, bucket.rule, bucket.stored)
-    dicts = [optimizer.state[m.owner] for m in bucket.members]
-    get = itemgetter(*keys)
-
-    def read() -> Iterable[Tensor]:
-        return map(get, dicts) if len(keys) == 1 else chain.from_iterable(map(get, dicts))
-
-    return read, list(read())
+def _views(optimizer: Any, bucket: Bucket) -> Iterator[tuple[Callable[[dict], Tensor], list[dict], list[Tensor]]]:
+    """For each state of a bucket's parameters: how to get it, the dicts to get it from, what it is now."""
+    states = [optimizer.state[m.owner] for m in bucket.members]
+    for key in state_keys(optimizer, bucket.rule, bucket.stored):
+        get = itemgetter(key)
+        yield get, states, list(map(get, states))
 
 
 def _identities(optimizer: Any, params: list[Tensor]) -> list[Any]:

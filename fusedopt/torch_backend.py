@@ -20,7 +20,7 @@ from .buckets import Bucket, Member
 from .clipping import Skips, Verdict, hypot
 from .cohorts import Cohort
 from .flat import memory_order
-from .gather import Gather, Ways, find_ways
+from .gather import Gather, Ways, find_ways, picker
 from .rule import Stage, Update
 from .settings import Settings
 
@@ -104,7 +104,9 @@ class Executor:
         self.in_place = [m.param for m in bucket.members if id(m) not in in_copies]
         self.runs = list(map(self._run, bucket.cohorts, ways))
         self.direct = [m for run in self.runs for m in run.direct]
-        self.positions = [m.position for m in self.direct]
+        self.pick = picker([m.position for m in self.direct])
+        self.in_layout = False
+        """Whether gradients that are laid out as at the first step have their parameters' layout."""
         self.strides = [m.place.strides for m in self.direct]
 
     def _run(self, cohort: Cohort, ways: Ways) -> Run:
@@ -132,12 +134,16 @@ class Executor:
                 run.blocks.append(list(zip(*(memory_order(x).split(self.block) for x in tensors))))
         return run
 
-    def take(self, grads: Sequence[Tensor | None]) -> None:
-        """Take this step's gradients, the direct ones in their parameters' layout."""
+    def take(self, grads: Sequence[Tensor | None], as_planned: bool) -> None:
+        """Take this step's gradients, the direct ones in their parameters' layout. ``as_planned``: whether they are
+        laid out as at the first step."""
         self.gather(grads)
-        direct = list(map(grads.__getitem__, self.positions))
-        if list(map(Tensor.stride, direct)) != self.strides:
-            direct = [_in_layout_of(m, g) for m, g in zip(self.direct, direct)]
+        direct = self.pick(grads)
+        if not (as_planned and self.in_layout):
+            in_layout = list(map(Tensor.stride, direct)) == self.strides
+            self.in_layout = as_planned and in_layout
+            if not in_layout:
+                direct = [_in_layout_of(m, g) for m, g in zip(self.direct, direct)]
         start = 0
         for run in self.runs:
             end = start + len(run.direct)

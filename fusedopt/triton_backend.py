@@ -19,6 +19,7 @@ from .backends import interpreting
 from .buckets import Bucket, Member
 from .clipping import Skips, Terms, Verdict
 from .flat import is_dense
+from .gather import picker
 from .kernels import clipped, means, rules
 from .kernels import step as step_kernel
 from .launch import Launches
@@ -46,7 +47,9 @@ class Executor:
         copies = {id(m): copy for m, copy in self.copied}
         self.params = [copies.get(id(m), m.param) for m in members]
         self.strides = list(map(Tensor.stride, self.params))
-        self.positions = [m.position for m in members]
+        self.pick = picker([m.position for m in members])
+        self.in_layout = False
+        """Whether gradients that are laid out as at the first step have their parameters' layout."""
         self.in_place = [m.param for m in members if id(m) not in copies]
         self.grads: list[Tensor] = []
 
@@ -60,14 +63,18 @@ class Executor:
         self.programs: dict[Any, int] = {}
         """The grid of each variant of the cooperative kernel."""
 
-    def take(self, grads: Sequence[Tensor | None]) -> None:
-        """Take this step's gradients, in their parameters' layout, and tell the device where they are."""
-        self.grads = [grads[i] for i in self.positions]
-        if list(map(Tensor.stride, self.grads)) != self.strides:
-            self.grads = [
-                g if g.stride() == p.stride() else torch.empty_like(p, dtype=g.dtype).copy_(g)
-                for g, p in zip(self.grads, self.params)
-            ]
+    def take(self, grads: Sequence[Tensor | None], as_planned: bool) -> None:
+        """Take this step's gradients, in their parameters' layout, and tell the device where they are. ``as_planned``:
+        whether they are laid out as at the first step."""
+        self.grads = self.pick(grads)
+        if not (as_planned and self.in_layout):
+            in_layout = list(map(Tensor.stride, self.grads)) == self.strides
+            self.in_layout = as_planned and in_layout
+            if not in_layout:
+                self.grads = [
+                    g if g.stride() == p.stride() else torch.empty_like(p, dtype=g.dtype).copy_(g)
+                    for g, p in zip(self.grads, self.params)
+                ]
         self.tables.point_to(self.grads)
 
     def release(self) -> None:

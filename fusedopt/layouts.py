@@ -1,0 +1,21 @@
+"""Whether tensors are laid out as others were, asked at every step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+from torch._C._dynamo.guards import TensorGuards
+
+
+class Layouts:
+    """The dtypes, devices, shapes and strides of some tensors. torch.compile's guards compare them in one pass, 40 ns
+    per tensor, where asking each for its shape or strides takes 60."""
+
+    def __init__(self, tensors: Sequence[Tensor]):
+        self.guards = TensorGuards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None)
+
+    def hold(self, tensors: Sequence[Tensor]) -> bool:
+        """True only if these tensors, as many as those, have the same layouts. It may be False for other reasons: where
+        one tensor occurs twice, or autograd treats it otherwise."""
+        return self.guards.check(*tensors)
