@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import torch
 
+from .blocks import blocks, scratch
 from .columns import number
 from .optimizer import FusedOptimizer
 from .rule import Rule, divisible
@@ -19,14 +20,35 @@ from .rule import Rule, divisible
 
 def adamax(g, state, h):
     m, n = state
+    move(g, m, n, h)
+    return m / n
+
+
+def move(g, m, n, h, bound=None):
     weight1, beta2, eps = h
     m.lerp_(g, weight1)
-    scratch = g.abs().add_(eps)
-    torch.maximum(n.mul_(beta2), scratch, out=n)
-    return torch.div(m, n, out=scratch)
+    torch.maximum(n.mul_(beta2), torch.abs(g, out=bound).add_(eps), out=n)
 
 
-ADAMAX = Rule("adamax", ("exp_avg", "exp_inf"), adamax, squares=("exp_inf",))
+def fused(params, grads, states, t, group, scale):
+    """The quotient on the way into the parameter: torch has no fused Adamax, but addcdiv."""
+    h, size, bound = hyper(group), step_size(group, t), scratch("bound", params)
+    for p, g, m, n in blocks(group, scale, params, grads, *states):
+        move(g, m, n, h, bound[: p.numel()])
+        p.addcdiv_(m, n, value=-size)
+
+
+def hyper(group):
+    beta1, beta2 = map(float, group["betas"])
+    return 1 - beta1, beta2, divisible(group["eps"])
+
+
+def step_size(group, t):
+    return number(group["lr"]) / (1 - float(group["betas"][0]) ** t)
+
+
+DTYPES = frozenset((torch.float32, torch.float64))
+ADAMAX = Rule("adamax", ("exp_avg", "exp_inf"), adamax, fused, DTYPES, squares=("exp_inf",))
 
 
 class Adamax(FusedOptimizer, torch.optim.Adamax):
@@ -36,8 +58,7 @@ class Adamax(FusedOptimizer, torch.optim.Adamax):
         return ADAMAX
 
     def hyper(self, group, t):
-        beta1, beta2 = map(float, group["betas"])
-        return 1 - beta1, beta2, divisible(group["eps"])
+        return hyper(group)
 
     def lr(self, group, t):
-        return number(group["lr"]) / (1 - float(group["betas"][0]) ** t)
+        return step_size(group, t)

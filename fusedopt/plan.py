@@ -150,8 +150,10 @@ class Plan:
 
 def _views(optimizer: Any, bucket: Bucket) -> Iterator[tuple[Callable[[dict], Tensor], list[dict], list[Tensor]]]:
     """For each state of a bucket's parameters: how to get it, the dicts to get it from, what it is now."""
-    states = [optimizer.state[m.owner] for m in bucket.members]
-    for key in state_keys(optimizer, bucket.rule, bucket.stored):
+    keys = state_keys(optimizer, bucket.rule, bucket.stored)
+    # Looking up what has no state would make an empty one.
+    states = [optimizer.state[m.owner] for m in bucket.members] if keys else []
+    for key in keys:
         get = itemgetter(key)
         yield get, states, list(map(get, states))
 

@@ -16,11 +16,11 @@ and state of torch.optim 2.13.
 
 from __future__ import annotations
 
-import threading
 from functools import partial
 
 import torch
 
+from .blocks import blocks, is_plain, scratch
 from .normalized import KEEP
 from .optimizer import FusedOptimizer
 from .rule import FOREVER, Rule, divisible, root_of_sum, root_plus_eps
@@ -59,77 +59,36 @@ def variance(g, v, a, h, out=None):
 # torch has no fused RMSprop, but its fused Adam and AdamW do the work, where they are told to. Their square root
 # and division take a third of the time of torch's separate calls.
 
-BLOCK = 1 << 18
-"""Elements whose parameter, gradient, states and copies fit the last cache; smaller blocks cost more calls."""
-
 
 def fused(params, grads, states, t, group, scale):
     """Adam with beta1 = 0: its first moment is the gradient itself, and may share its memory, since the kernel
     writes back what it read (but for the sign of a zero, and NaN for inf), or what clipping made of it."""
-    if _is_plain(group, None):
+    if is_plain(group, None):
         return _adam(params, grads, grads, states[0], beta2=float(group["alpha"]), group=group, scale=scale)
-    for p, g, v in _blocks(group, scale, params, grads, *states):
+    for p, g, v in blocks(group, scale, params, grads, *states):
         _adam([p], [g], [g], [v], beta2=float(group["alpha"]), group=group)
 
 
 def fused_momentum(params, grads, states, t, group, scale):
     """b is AdamW's parameter: with lr = -1 and decay mu - 1 it becomes mu b + u."""
-    for p, g, v, b in _blocks(group, scale, params, grads, *states):
+    for p, g, v, b in blocks(group, scale, params, grads, *states):
         _adamw_on_buffer([b], [g], [g], [v], beta2=float(group["alpha"]), group=group)
         p.sub_(b, alpha=float(group["lr"]))
 
 
 def fused_centered(params, grads, states, t, group, scale):
     zeros, memory = scratch("zeros", params), scratch("variance", params)
-    for p, g, v, a in _blocks(group, scale, params, grads, *states):
-        centered = variance(g, v, a, (1 - float(group["alpha"]), 0.0, 0.0), out=memory[: len(p)])
-        _adam([p], [zeros[: len(p)]], [g], [centered], beta1=KEEP, beta2=KEEP, group=group)
+    for p, g, v, a in blocks(group, scale, params, grads, *states):
+        centered = variance(g, v, a, (1 - float(group["alpha"]), 0.0, 0.0), out=memory[: p.numel()])
+        _adam([p], [zeros[: p.numel()]], [g], [centered], beta1=KEEP, beta2=KEEP, group=group)
 
 
 def fused_centered_momentum(params, grads, states, t, group, scale):
     zeros, memory = scratch("zeros", params), scratch("variance", params)
-    for p, g, v, b, a in _blocks(group, scale, params, grads, *states):
-        centered = variance(g, v, a, (1 - float(group["alpha"]), 0.0, 0.0), out=memory[: len(p)])
-        _adamw_on_buffer([b], [zeros[: len(p)]], [g], [centered], beta1=KEEP, beta2=KEEP, group=group)
+    for p, g, v, b, a in blocks(group, scale, params, grads, *states):
+        centered = variance(g, v, a, (1 - float(group["alpha"]), 0.0, 0.0), out=memory[: p.numel()])
+        _adamw_on_buffer([b], [zeros[: p.numel()]], [g], [centered], beta1=KEEP, beta2=KEEP, group=group)
         p.sub_(b, alpha=float(group["lr"]))
-
-
-def _is_plain(group, scale):
-    """Whether the gradient goes into the rule as it is."""
-    return scale is None and group["weight_decay"] == 0 and not group["maximize"]
-
-
-def _blocks(group, scale, params, grads, *states):
-    """Block by block in the order of memory: the parameter, the gradient with all that comes before the rule, the
-    states. The engine hands over tensors of equal, dense strides."""
-    plain, weight_decay = _is_plain(group, scale), float(group["weight_decay"])
-    factor = (-1 if group["maximize"] else 1) / (1 if scale is None else scale.item())
-    copy = None if plain else scratch("gradient", params)
-    for tensors in zip(params, grads, *states):
-        flat = (x.detach().as_strided((x.numel(),), (1,)) for x in tensors)
-        for p, g, *state in zip(*(x.split(BLOCK) for x in flat)):
-            if not plain:
-                g = torch.mul(g, factor, out=copy[: len(p)])
-                if weight_decay != 0:
-                    g.add_(p, alpha=weight_decay)
-            yield p, g, *state
-
-
-class _Scratch(threading.local):
-    """Memory for one block, kept from step to step: fresh memory costs as much in page faults as the arithmetic."""
-
-    def __init__(self):
-        self.buffers = {}
-
-    def __call__(self, role, params):
-        """At least as long as the longest block of these parameters; the longest that there ever was, else."""
-        size, key = min(BLOCK, max(map(torch.Tensor.numel, params))), (role, params[0].dtype)
-        if key not in self.buffers or len(self.buffers[key]) < size:
-            self.buffers[key] = torch.zeros(size, dtype=params[0].dtype, device="cpu")
-        return self.buffers[key]
-
-
-scratch = _Scratch()
 
 
 def _adam(params, grads, m, v, *, beta1=0.0, beta2, group, scale=None):
