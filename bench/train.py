@@ -111,10 +111,10 @@ def alphabet() -> list[str]:
     return sorted(set(text()))
 
 
-def sentences(sizes: Sizes, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+def sentences(sizes: Sizes, device: torch.device, seed: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
     index = {character: number for number, character in enumerate(alphabet())}
     data = torch.tensor([index[character] for character in text()], device=device)
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
     window = torch.arange(sizes.length + 1, device=device)
     while True:
         starts = torch.randint(len(data) - sizes.length - 1, (sizes.batch,), generator=generator).to(device)

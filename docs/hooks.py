@@ -39,6 +39,8 @@ def on_files(files, config):
     pages["optimizers/index.md"] = generated.overview()
     for path, text in pages.items():
         files.append(File.generated(config, path, content=text))
+    plot = (DOCS.parent / "bench" / "plots" / "convergence.svg").read_text()
+    files.append(File.generated(config, "pictures/convergence.svg", content=plot))
     pictures = {name: [rule] for name, rule in generated.own_paths().items()} | paths.FAMILIES
     for name, rules in pictures.items():
         for scheme in STYLES:

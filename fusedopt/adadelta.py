@@ -25,7 +25,15 @@ def adadelta(g, state, h):
     return u
 
 
-ADADELTA = Rule("adadelta", ("square_avg", "acc_delta"), adadelta, squares=("square_avg", "acc_delta"))
+STATES = ("square_avg", "acc_delta")
+ADADELTA = Rule(
+    "adadelta",
+    STATES,
+    adadelta,
+    squares=STATES,
+    # Where v is a code too small, d grows by a part of itself at each step, and with it the update.
+    uncoded=("square_avg",),
+)
 
 
 class Adadelta(FusedOptimizer, torch.optim.Adadelta):

@@ -38,8 +38,8 @@ ADEMAMIX = Rule(
     ("exp_avg_fast", "exp_avg_slow", "exp_avg_sq"),
     ademamix,
     squares=("exp_avg_sq",),
-    # It moves by a ten-thousandth of a gradient at each step, which fewer bits would lose.
-    exact=("exp_avg_slow",),
+    # It moves by a ten-thousandth of a gradient at each step, far less than a code.
+    uncoded=("exp_avg_slow",),
 )
 
 

@@ -29,7 +29,9 @@ def rprop(g, state, h):
     return previous.sign().mul_(s)
 
 
-RPROP = Rule("rprop", ("prev", "step_size"), rprop, exact=("prev", "step_size"))
+STATES = ("prev", "step_size")
+# Step sizes differ by far more than 127 times.
+RPROP = Rule("rprop", STATES, rprop, uncoded=STATES)
 
 
 class Rprop(FusedOptimizer, torch.optim.Rprop):

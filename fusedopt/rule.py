@@ -48,6 +48,9 @@ class Rule(NamedTuple):
     exact: tuple[str, ...] = ()
     """Keys of states that stay float32 where others are stored in fewer bits, since the formula breaks with rounded
     ones."""
+    uncoded: tuple[str, ...] = ()
+    """Keys of states that stay float32 where others have 8 bits: what is less than half a code would be lost for good,
+    and these add up little by little. In bfloat16 they are rounded stochastically, hence right in the mean."""
 
     @property
     def keys(self) -> tuple[str, ...]:

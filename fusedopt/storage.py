@@ -145,7 +145,7 @@ def _state_form(p: Tensor, key: str, rule: Rule, state_dtype: Any, value: Any) -
         return nearest(torch.float32)
     if state_dtype is torch.bfloat16:
         return stochastic(torch.bfloat16)
-    if p.numel() < SMALL or key in rule.averages:
+    if p.numel() < SMALL or key in rule.averages or key in rule.uncoded:
         return nearest(torch.float32)
     return forms.ROOT8 if key in rule.squares else forms.SIGNED8
 
