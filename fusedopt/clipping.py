@@ -25,6 +25,8 @@ class Verdict(NamedTuple):
     factor: float = 1.0
     skip: bool = False
     device: Tensor | None = None
+    loss_scale: Tensor | None = None
+    """What the gradients are still multiplied by, where somebody wants their norms."""
 
     def found_inf(self, device: torch.device) -> Tensor:
         """Whether the step is skipped, as GradScaler.update() takes it: a new float32 scalar."""
@@ -42,9 +44,10 @@ class Verdict(NamedTuple):
 
     def on(self, device: torch.device) -> Tensor | None:
         """The verdict for kernels on ``device``; None if there is nothing to multiply or skip."""
-        if self.device is not None or self.factor == 1:
+        if self.device is not None or (self.factor == 1 and not self.skip):
             return self.device
-        return torch.tensor([self.norm or 0.0, self.factor, 0.0, 0.0], dtype=torch.float64, device="cpu").to(device)
+        numbers = [self.norm or 0.0, self.factor, float(self.skip), 0.0]
+        return torch.tensor(numbers, dtype=torch.float64, device="cpu").to(device)
 
 
 UNJUDGED = Verdict()

@@ -6,6 +6,7 @@ import torch
 from torch.optim import Optimizer, lr_scheduler
 from torch.optim.lr_scheduler import LRScheduler
 
+import fusedopt
 from fusedopt.schedules import CosineRestarts, ExponentialWarmup
 from fusedopt.stopping import Criterion, Divergence, Iterations, LossBelow, SmallChange
 
@@ -29,11 +30,18 @@ after each epoch."""
 
 CRITERIA: dict[str, tuple[Callable[[Optimizer, float], Criterion], type]] = {
     "iterations": (lambda optimizer, number: Iterations(number), int),
-    "change": (lambda optimizer, tolerance: SmallChange(optimizer, tolerance), float),
+    "change": (lambda optimizer, tolerance: small_change(optimizer, tolerance), float),
     "loss": (lambda optimizer, target: LossBelow(target), float),
     "divergence": (lambda optimizer, patience: Divergence(patience), int),
 }
 """``make(optimizer, number)`` and the kind of number, for criteria that are asked after each epoch."""
+
+
+def small_change(optimizer: Optimizer, tolerance: float) -> SmallChange:
+    """Of the latest step, which tells it where the optimizer is ours."""
+    if isinstance(optimizer, fusedopt.FusedOptimizer):
+        optimizer.track = "total"
+    return SmallChange(optimizer, tolerance)
 
 
 def warmup(optimizer: Optimizer, steps: int, rise: int) -> LRScheduler:

@@ -62,10 +62,10 @@ class Reduction:
         """Refuse to take a part of the norm for the whole."""
         if self.flat_parameter:
             raise RuntimeError(
-                "max_grad_norm, skip_nonfinite and clip_grad_norm_() would judge by this rank's part of the gradients: "
-                "the parameters are shards of FullyShardedDataParallel. Call model.clip_grad_norm_() before step() "
-                "instead, or give clip_group='world' (with hybrid sharding, the process group over which one copy of "
-                "the model is spread)"
+                "max_grad_norm, skip_nonfinite, track and clip_grad_norm_() would take this rank's part of the "
+                "gradients for the whole: the parameters are shards of FullyShardedDataParallel. Give "
+                "clip_group='world' (with hybrid sharding, the process group over which one copy of the model is "
+                "spread), or, to clip, call model.clip_grad_norm_() before step() instead"
             )
 
     def spread(self, p: Any) -> Groups:

@@ -15,6 +15,7 @@ from torch import Tensor
 from . import capture, clipping, torch_backend, torch_forms
 from .buckets import Bucket
 from .cohorts import Cohort
+from .metrics import Metrics, Tracker
 from .places import Place
 from .plan import Plan, without_collection
 from .rule import Update
@@ -40,6 +41,10 @@ class Engine:
         self.distributed = False
         """Whether some parameters are distributed over ranks."""
         self.verdict = clipping.UNJUDGED
+        self.tracker: Tracker | None = None
+        """For the plan, where ``track`` is set."""
+        self.tracked: Tracker | None = None
+        """The one of the latest step."""
         self.skips = clipping.Skips()
         self.scaling: clipping.Scaling | None = None
         """What a GradScaler of ours asks of the step that it calls."""
@@ -55,6 +60,9 @@ class Engine:
             raise RuntimeError("step() inside `with optimizer.ema_parameters()`, where parameters hold their averages")
         if not self._with_gradients(optimizer, self._run):
             self.verdict = clipping.Verdict(norm=0.0) if optimizer._settings.needs_norm else clipping.UNJUDGED
+        self.tracked = self.tracker
+        if self.tracker is not None:
+            self.tracker.finish()
         if not self.began:
             self._begin()
 
@@ -129,12 +137,14 @@ class Engine:
     def _build(self, optimizer: Any, grads: list[Tensor | None]) -> None:
         capture.refuse_to_build({p.device for group in optimizer.param_groups for p in group["params"]})
         self.settle(optimizer)
-        self.plan, self.verdict = None, clipping.UNJUDGED
+        self.plan, self.tracker, self.verdict = None, None, clipping.UNJUDGED
         plan = Plan(optimizer, self.places, grads)
         self.executors = [_executor(bucket, optimizer._settings) for bucket in plan.buckets]
         self.prefers_one_launch = any(
             executor.bucket.backend.name == "triton" and executor.prefers_one_launch for executor in self.executors
         )
+        tracks = optimizer._settings.track is not None
+        self.tracker = Tracker(plan.params, self.executors, plan.reduction) if tracks else None
         plan.note_uses()
         self.plan = plan
 
@@ -160,10 +170,14 @@ class Engine:
         else:
             self.verdict = clipping.judge(self.executors, terms, self.skips, reduction)
         self.deferred = None
+        if self.tracker is not None:
+            self.verdict = self.verdict._replace(loss_scale=terms.loss_scale)
         if self.scaling is not None:
             device = self.executors[0].bucket.device if self.executors else reduction.device
             self.scaling.found_inf = self.verdict.found_inf(device)
         if self.verdict.skip:
+            for executor in waiting if self.tracker is not None else ():
+                executor.step(update, self.verdict, self.skips)
             self._drop_unwritten(optimizer)
             return
 
@@ -255,6 +269,9 @@ class Engine:
         if self.verdict.device is not None:
             return self.verdict.device[0].to(self._norm_dtype(), copy=True)
         return torch.tensor(self.verdict.norm, dtype=self._norm_dtype(), device="cpu")
+
+    def metrics(self, track: str) -> Metrics | None:
+        return None if self.tracked is None else self.tracked.metrics(track)
 
     def _norm_dtype(self) -> torch.dtype:
         wide = any(executor.bucket.grad_dtype == torch.float64 for executor in self.executors)

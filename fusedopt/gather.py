@@ -78,6 +78,25 @@ class Gather:
             torch._foreach_copy_(self.views, self.pick(grads))
 
 
+def neighbours(members: list[Member]) -> list[list[Member]]:
+    """Every unbroken row of members in memory."""
+    rows: list[list[Member]] = []
+    for m in sorted(members, key=lambda m: (id(m.place.space), m.place.index)):
+        if rows and _adjoin(rows[-1][-1], m):
+            rows[-1].append(m)
+        else:
+            rows.append([m])
+    return rows
+
+
+def _adjoin(a: Member, b: Member) -> bool:
+    return (
+        a.place.space is b.place.space
+        and a.place.index + 1 == b.place.index
+        and (a.place.flattened is None) == (b.place.flattened is None)
+    )
+
+
 def _row_key(numbered: tuple[int, Member]) -> tuple:
     """The same for members that stand next to each other in memory and can be concatenated."""
     number, m = numbered

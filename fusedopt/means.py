@@ -41,6 +41,7 @@ class Chunks:
         size = np.minimum(tiles[tensor] - first_tile, CHUNK)
         table = np.stack([tensor, first_tile, size, first_program, programs[tensor]], axis=1)
         self.programs = len(table)
+        self.of_tensors = programs
         self.table = torch.from_numpy(table.astype(np.int32)).to(device)
         self.partials = torch.zeros(len(table), count, dtype=torch.float64, device=device)
         self.tickets = torch.zeros(len(tiles), dtype=torch.int32, device=device)

@@ -21,6 +21,7 @@ from . import appearance, checkpoints, conversion, ema, storage
 from .ema import EmaParameters
 from .engine import Engine
 from .formula import Formula
+from .metrics import Metrics
 from .survey import NotFusable
 
 registry: dict[str, type[FusedOptimizer]] = {}
@@ -284,6 +285,17 @@ class FusedOptimizer(Formula, torch.optim.Optimizer):
         """The global gradient norm of the latest step, before clipping: a 0-dim tensor on the gradients'
         device, a new one at each access. None before the first step and where no setting needs it."""
         return self._engine.grad_norm()
+
+    @property
+    def metrics(self) -> Metrics | None:
+        """The norms of gradient, update and parameter of the latest step: see ``fusedopt.metrics.Metrics``. None before
+        the first step. AttributeError where ``track`` is None."""
+        if self.track is None:
+            raise AttributeError(
+                "no metrics are kept, since track is None: make the optimizer with track='total', or with "
+                "track='parameters' for those of each parameter, or set optimizer.track before a step"
+            )
+        return self._engine.metrics(self.track)
 
     @property
     def skipped_steps(self) -> Tensor:

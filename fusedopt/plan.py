@@ -55,7 +55,7 @@ class Plan:
         self.settings = optimizer._settings.layout
 
         self.reduction = Reduction(self.params, optimizer._settings.clip_group)
-        if optimizer._settings.needs_norm:
+        if optimizer._settings.needs_norm or optimizer._settings.track is not None:
             self.reduction.check()
         newcomers = survey(optimizer, rules, grads, self.reduction, places)
         known = set(map(id, self.params))

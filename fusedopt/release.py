@@ -49,8 +49,8 @@ def enable_gradient_release(model: torch.nn.Module, optimizer: FusedOptimizer) -
     Raises:
         TypeError: for another optimizer.
         ValueError: if the optimizer has none of the model's parameters.
-        RuntimeError: for settings that need the gradients together (``max_grad_norm``, ``skip_nonfinite``), now or
-            at a later backward pass; for DistributedDataParallel, which would average gradients that were used
+        RuntimeError: for settings that need the gradients together (``max_grad_norm``, ``skip_nonfinite``, ``track``),
+            now or at a later backward pass; for DistributedDataParallel, which would average gradients that were used
             already, and FullyShardedDataParallel; if it is enabled already.
     """
     if not isinstance(optimizer, FusedOptimizer):
@@ -87,7 +87,7 @@ def _stepper(optimizer: FusedOptimizer, group: dict[str, Any], p: Tensor) -> Cal
 
 
 def _refuse_settings(optimizer: FusedOptimizer) -> None:
-    names = [name for name in optimizer._settings.active() if name in ("max_grad_norm", "skip_nonfinite")]
+    names = [name for name in optimizer._settings.active() if name in ("max_grad_norm", "skip_nonfinite", "track")]
     if names:
         raise RuntimeError(
             f"gradient release updates each parameter before the others' gradients are there, which {', '.join(names)} "

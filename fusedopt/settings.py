@@ -88,6 +88,12 @@ def _master(name: str, value: Any) -> str | None:
     return value
 
 
+def _track(name: str, value: Any) -> str | None:
+    if value not in (None, "total", "parameters"):
+        raise ValueError(f"Invalid {name}: {value!r}; choose 'total', 'parameters' or None")
+    return value
+
+
 def _state_dtype(name: str, value: Any) -> Any:
     if value is None or value in (torch.float32, torch.bfloat16) or value == "8bit":
         return value
@@ -179,6 +185,12 @@ class Settings:
         ZeroRedundancyOptimizer and FullyShardedDataParallel, the pipeline's group for pipeline stages. Parameters
         that are DTensors (fully_shard, tensor parallelism) need none.""",
     )
+    track: str | None = setting(
+        None,
+        _track,
+        """("total" | "parameters" | None): keep the norms of gradient, update and parameter of the latest step for
+        ``metrics``, of all parameters together or of each; taken while the update has the numbers at hand.""",
+    )
     launches: str | int = setting(
         "auto",
         _launches,
@@ -265,7 +277,7 @@ class Settings:
     def layout(self) -> tuple:
         """What decides where tensors are put: a plan holds as long as it stays the same."""
         where = self.flatten, self.backend, self.needs_norm, self.ema_decay is None, self.cautious, self.clip_group
-        return *where, self.master, self.state_dtype
+        return *where, self.master, self.state_dtype, self.track is None
 
     def active(self) -> list[str]:
         """The names of the settings that ask for more than torch.optim does."""

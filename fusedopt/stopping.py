@@ -13,7 +13,8 @@
             break
     print(stop.reason)
 
-A loss on a GPU, and the change of the parameters, are waited for only at every ``check_every``-th step.
+A loss on a GPU, and the change of the parameters, are waited for only at every ``check_every``-th step. An optimizer of
+fusedopt with ``track="total"`` takes that change while it makes it, and nothing is copied.
 """
 
 from __future__ import annotations
@@ -89,14 +90,17 @@ class Iterations(Criterion):
 class SmallChange(Criterion):
     """S2: stop where a step changes the parameters by less than ``tolerance``.
 
-    Formula: ||theta_t - theta_(t-1)|| < tolerance, the Euclidean norm over all parameters of all groups, taken in
-    float64. Source: the usual criterion of numerical optimisation (Nocedal and Wright, Numerical Optimization, 2006).
+    Formula: ||theta_t - theta_(t-1)|| < tolerance, the Euclidean norm over all parameters of all groups. Source: the
+    usual criterion of numerical optimisation (Nocedal and Wright, Numerical Optimization, 2006).
+
+    Where the optimizer is one of fusedopt whose ``track`` is set, the norm is ``optimizer.metrics.update_norm`` of its
+    latest step: over all ranks, and before rounding to the parameters' dtype. Otherwise it is that of the difference
+    to a copy of the parameters, taken in float64; the copy is held from the step before a look until that look.
 
     Args:
         optimizer: any torch optimizer; parameters of any shape and real or complex dtype.
         tolerance (float): above zero, 1e-4 by default.
-        check_every (int): look at every so-manieth step only; one more copy of the parameters is held from the step
-            before until then, and the host waits for their device.
+        check_every (int): look at every so-manieth step only, and let the host wait for the parameters' device.
 
     Raises:
         TypeError, ValueError: for arguments of a wrong kind or size.
@@ -121,12 +125,26 @@ class SmallChange(Criterion):
     def _parameters(self) -> list[Tensor]:
         return [p.detach() for group in self.optimizer.param_groups for p in group["params"]]
 
+    @property
+    def _is_tracked(self) -> bool:
+        return getattr(self.optimizer, "track", None) is not None
+
     def _keep(self) -> None:
-        """Copy the parameters if the next step is one to look at."""
-        looks = (self.step + 1) % self.check_every == 0
+        """Copy the parameters if the next step is one to look at, and nobody else does."""
+        looks = (self.step + 1) % self.check_every == 0 and not self._is_tracked
         self.before = [p.clone() for p in self._parameters()] if looks else []
 
     def _look(self, loss: float | Tensor | None) -> str | None:
+        change = self._tracked() if self._is_tracked else self._difference()
+        if change is None or not change < self.tolerance:
+            return None
+        return f"the parameters changed by {change:.3g} < {self.tolerance:g}"
+
+    def _tracked(self) -> float | None:
+        metrics = self.optimizer.metrics
+        return None if metrics is None else torch.linalg.vector_norm(metrics.update_norm).item()
+
+    def _difference(self) -> float | None:
         after = self._parameters()
         if len(after) != len(self.before):  # a group was added: nothing to compare with
             return None
@@ -134,8 +152,7 @@ class SmallChange(Criterion):
         for a, b in zip(after, self.before):
             wide = torch.promote_types(a.dtype, torch.float64)
             norms.setdefault(a.device, []).append(torch.linalg.vector_norm(a - b, dtype=wide))
-        change = math.hypot(*(torch.linalg.vector_norm(torch.stack(each)).item() for each in norms.values()))
-        return f"the parameters changed by {change:.3g} < {self.tolerance:g}" if change < self.tolerance else None
+        return math.hypot(*(torch.linalg.vector_norm(torch.stack(each)).item() for each in norms.values()))
 
 
 class LossBelow(Criterion):

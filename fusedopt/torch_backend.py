@@ -20,9 +20,10 @@ from .buckets import Bucket, Member
 from .clipping import Skips, Verdict, hypot
 from .cohorts import Cohort
 from .flat import memory_order
-from .gather import Gather, Ways, find_ways, picker
+from .gather import Gather, Ways, find_ways, neighbours, picker
 from .rule import Stage, Update
 from .settings import Settings
+from .torch_tally import Tally
 
 BLOCK = 1 << 17
 """Elements per block of a rule that torch has no fused kernel for."""
@@ -72,6 +73,8 @@ class Run:
     """The members whose own gradients go with the other parameters."""
     blocks: list[list[tuple[Tensor, ...]]] = dataclasses.field(default_factory=list)
     """For each parameter, its blocks, its states' and its averages', by memory; none with a fused kernel."""
+    members: list[Member] = dataclasses.field(default_factory=list)
+    """In the order of their elements in these."""
     sizes: list[list[int]] = dataclasses.field(default_factory=list)
     """For each of these, the elements of the parameters that it is made of."""
     grads: list[Tensor] = dataclasses.field(default_factory=list)
@@ -108,23 +111,26 @@ class Executor:
         self.in_layout = False
         """Whether gradients that are laid out as at the first step have their parameters' layout."""
         self.strides = [m.place.strides for m in self.direct]
+        self.tally = None if settings.track is None else Tally(self.runs, self.block, bucket.device)
 
     def _run(self, cohort: Cohort, ways: Ways) -> Run:
         lists = [[] for _ in self.keys]
         count = len(self.bucket.rule.states)
         run = Run(cohort, [], lists[:count], lists[count:], [], ways.direct)
-        for first, last in _neighbours(ways.joined):
-            space = first.place.space
+        for row in neighbours(ways.joined):
+            first, last, space = row[0], row[-1], row[0].place.space
+            run.members += row
             part = slice(space.offsets[first.place.index], space.end(last.place.index))
             in_place = first.place.flattened is not None
             params = space.buffers["param"] if in_place else space.packed_copies("param", self.bucket.dtype)
             run.params.append(params[part])
-            run.sizes.append([size.numel() for size in space.sizes[first.place.index : last.place.index + 1]])
+            run.sizes.append([m.param.numel() for m in row])
             run.gathered.append(space.packed_copies("grad", self.bucket.grad_dtype)[part])
             for tensors, key in zip(lists, self.keys):
                 tensors.append(space.buffers[key][part])
         run.gathered += [m.place.packed_copy("grad", self.bucket.grad_dtype) for m in ways.listed]
         alone = ways.listed + ways.direct
+        run.members += alone
         run.params += [m.param for m in alone]
         run.sizes += [[m.param.numel()] for m in alone]
         for tensors, key in zip(lists, self.keys):
@@ -173,9 +179,14 @@ class Executor:
         return norm
 
     def step(self, update: Callable[[Cohort], Update], verdict: Verdict, skips: Skips) -> None:
-        """Update parameters and states."""
+        """Update parameters and states; where the step is skipped, only take the sums of squares."""
         if self.staged:
             torch._foreach_copy_(self.staging_views, self.staged)
+        if self.tally is not None:
+            self.tally.begin(verdict.loss_scale)
+        if verdict.skip:
+            self.tally.look(self._load)
+            return
         if self.bucket.fused:
             self._step_fused(update, verdict.factor)
         else:
@@ -198,7 +209,10 @@ class Executor:
         scale = None if factor == 1 else torch.tensor(1 / factor if factor else math.inf, device="cpu")
         fused = self.bucket.rule.fused
         for run in self.runs:
+            before = None if self.tally is None else self.tally.copies(run)
             fused(run.params, run.grads, run.states, run.cohort.t + 1, run.cohort.group, scale)
+            if before is not None:
+                self.tally.compare(before, run)
         if self.bucket.averages:
             for run in self.runs:
                 for averages, weight in zip(run.averages, update(run.cohort).averages):
@@ -245,6 +259,7 @@ class Executor:
 
     def _follow(self, tensors: Sequence[Tensor], direction: tuple, found: Sequence[Tensor], update: Update) -> None:
         u, g, p, kept = direction
+        before = None if self.tally is None else p.clone()
         *chain, last = update.on_update
         decays = last.name == "decay" and last.args != last.neutral
         u = through(chain if decays else update.on_update, u, p, g, found)
@@ -252,6 +267,8 @@ class Executor:
             # (1 - lr weight) p - lr u, as torch does: it takes no memory, unlike p - lr (u + weight p).
             p.mul_(1 - update.lr * last.args[0])
         p.sub_(u, alpha=update.lr)
+        if self.tally is not None:
+            self.tally.add(before, p)
         for average, weight in zip(kept[len(self.bucket.rule.states) :], update.averages):
             follow([average], [p], weight)
         self._store(tensors, [p, *kept])
@@ -263,25 +280,6 @@ class Executor:
     def _store(self, tensors: Sequence[Tensor], values: list[Tensor]) -> None:
         if not self.computes_in_place:
             torch._foreach_copy_(tensors, values)
-
-
-def _neighbours(members: list[Member]) -> list[tuple[Member, Member]]:
-    """The first and the last of every unbroken row of members in memory."""
-    rows: list[tuple[Member, Member]] = []
-    for m in sorted(members, key=lambda m: (id(m.place.space), m.place.index)):
-        if rows and _adjoin(rows[-1][1], m):
-            rows[-1] = (rows[-1][0], m)
-        else:
-            rows.append((m, m))
-    return rows
-
-
-def _adjoin(a: Member, b: Member) -> bool:
-    return (
-        a.place.space is b.place.space
-        and a.place.index + 1 == b.place.index
-        and (a.place.flattened is None) == (b.place.flattened is None)
-    )
 
 
 def _in_layout_of(member: Member, g: Tensor) -> Tensor:

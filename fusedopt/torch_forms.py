@@ -46,7 +46,7 @@ class Executor(torch_backend.Executor):
         self.block = -(-self.block // QUANTIZED) * QUANTIZED
         blocks = [self._blocks(m) for m in cohort.members]
         sizes = [[m.param.numel()] for m in cohort.members]
-        return Run(cohort, [], [], [], [], cohort.members, blocks, sizes)
+        return Run(cohort, [], [], [], [], cohort.members, blocks, cohort.members, sizes)
 
     def _blocks(self, member: Member) -> list[Block]:
         tensors = {"": self.copied.get(member.param, member.param), **member.place.views}

@@ -20,16 +20,17 @@ from .buckets import Bucket, Member
 from .clipping import Skips, Terms, Verdict
 from .flat import is_dense
 from .gather import picker
-from .kernels import clipped, means, rules
+from .kernels import clipped, means, rules, tracked
 from .kernels import step as step_kernel
 from .launch import Launches
 from .means import Chunks
 from .rule import Rule, Update
 from .settings import Settings
 from .triton_columns import Columns
-from .triton_norm import Norm, judge, on_device
+from .triton_norm import Norm, judge, on_device, scaler_argument
 from .triton_rows import Chains, Rows
 from .triton_tables import TYPES, Tables
+from .triton_tally import Tally
 
 __all__ = ["Executor", "judge", "rule_kernel"]
 
@@ -60,6 +61,7 @@ class Executor:
         self.rows = (Columns if bucket.capturable else Rows)(bucket, self.compute_dtype)
         self.chunks: Chunks | None = None
         self.needs_means: bool | None = None
+        self.tally = Tally(self.positions, self.tables, bucket.device)
         self.programs: dict[Any, int] = {}
         """The grid of each variant of the cooperative kernel."""
 
@@ -104,13 +106,28 @@ class Executor:
                 tables, chunks.table, rows, chunks.partials, chunks.tickets, chunks.means, judged, known, variants,
                 *tensors, chains.h, chains.on_grad, chains.terms, VECTOR=self.tables.vector, **shared,
             )  # fmt: skip
-        self.launch(
-            step_kernel.step, variant, self.tables.tiles.count,
-            tables, self.tables.tiles.table, rows, chunks.means if chains.terms else None, judged, known, variants,
-            self.settings.seed, *tensors, chains.h, chains.on_grad, chains.on_update, chains.averages,
-            DRAWS=self.bucket.stored.draws, MEANS=len(chains.terms), **shared,
-        )  # fmt: skip
+        numbers = rows, chunks.means if chains.terms else None, judged, known, variants, self.settings.seed
+        formulas = *tensors, chains.h, chains.on_grad, chains.on_update, chains.averages
+        shared |= {"DRAWS": self.bucket.stored.draws, "MEANS": len(chains.terms)}
+        if self.settings.track is None:
+            tiles = self.tables.tiles
+            self.launch(
+                step_kernel.step, variant, tiles.count, tables, tiles.table, *numbers, *formulas, **shared
+            )  # fmt: skip
+        else:
+            self._launch_tracked(variant, numbers, formulas, shared, verdict.loss_scale)
         self._finish()
+
+    def _launch_tracked(
+        self, variant: tuple, numbers: tuple, formulas: tuple, shared: dict[str, Any], loss_scale: Tensor | None
+    ) -> None:
+        chunks, self.tally.latest = self.tally.chunks, self.tally.of_chunks
+        scale, aligned = scaler_argument(loss_scale, self.bucket.device)
+        self.launch(
+            tracked.tracked_step, (variant, aligned), chunks.programs,
+            self.tables.device_copy, chunks.table, *numbers, self.tally.latest.sums, scale, *formulas,
+            LANES=self.tables.tuning.block // self.tables.vector, **shared,
+        )  # fmt: skip
 
     def step_at_once(self, update: Callable[..., Update], terms: Terms, skips: Skips) -> Verdict:
         """Launch norm, verdict and update as one cooperative kernel."""
@@ -119,17 +136,21 @@ class Executor:
         chains, shared = self._prepare(update, variants)
         slots, (_, barrier) = self.norms.workspace(1)
         judging, constants, variant = on_device(self.bucket.device, terms)
-        variant = chains.used, variant
         tables, tiles = self.tables, self.tables.norm_tiles
+        lanes, places = 0, None
+        if self.settings.track is not None:
+            lanes, self.tally.latest = tables.wide_block // tables.vector, self.tally.of_norm_tiles
+            places = self.tally.latest.sums
+        variant = chains.used, variant
         args = (
             tables.device_copy, tiles.table, tiles.count, self.rows.table, slots, barrier, verdict,
-            *judging, known, variants, self.settings.seed, tables.roles, tables.forms,
-            chains.h, chains.on_grad, chains.on_update, chains.averages,
+            *judging, known, variants, self.settings.seed, places,
+            tables.roles, tables.forms, chains.h, chains.on_grad, chains.on_update, chains.averages,
         )  # fmt: skip
         constants |= shared | {
             "DRAWS": self.bucket.stored.draws, "NORM_BLOCK": tables.norm_block, "SLOTS": triton_norm.SLOTS,
             # As many warps as the norm kernel has: its sums are added in an order that depends on them.
-            "BLOCK": tables.wide_block, "num_warps": tables.tuning.norm_warps,
+            "BLOCK": tables.wide_block, "LANES": lanes, "num_warps": tables.tuning.norm_warps,
             "launch_cooperative_grid": True,
         }  # fmt: skip
         if tables.tuning.max_registers is not None:

@@ -101,8 +101,16 @@ def _judge_with_other_ranks(executors: Sequence[Any], terms: Terms, verdict: Ten
 
 def on_device(device: torch.device, terms: Terms) -> tuple[tuple, dict[str, bool], tuple]:
     """The kernels' last arguments, the constants that go with them, and which variant of a kernel they are."""
-    # A scaler keeps its scale where the loss is, which may be another GPU.
-    scaler = [x if x is None else x.to(device, non_blocking=True) for x in (terms.loss_scale, terms.found_inf)]
+    scaler, aligned = zip(*(scaler_argument(x, device) for x in (terms.loss_scale, terms.found_inf)))
     constants = {"CLIP": terms.clip is not None, "SKIP": terms.skip_nonfinite}
-    variant = *constants.values(), *(x if x is None else x.data_ptr() & 15 == 0 for x in scaler)
+    variant = *constants.values(), *aligned
     return (*(terms.clip or (math.inf, 0.0, 1.0)), *scaler), constants, variant
+
+
+def scaler_argument(number: Tensor | None, device: torch.device) -> tuple[Tensor | None, bool | None]:
+    """A number of a GradScaler for a kernel on that device, and which variant of the kernel takes it."""
+    if number is None:
+        return None, None
+    # A scaler keeps its scale where the loss is, which may be another GPU.
+    number = number.to(device, non_blocking=True)
+    return number, number.data_ptr() & 15 == 0

@@ -11,7 +11,9 @@ import triton.language as tl
 
 from .address import NUMEL
 from .norm import SKIPPED, squares_of, weigh, write_down
-from .step import late_skips, named, update_tile
+from .step import late_skips, named, row_of, update_tile
+from .tally import SUMS, nothing, store_sums
+from .tracked import look_at_tile
 
 
 @triton.jit(repr=named("clipped"), do_not_specialize=["tile_count", "known_skips", "variants", "seed"])
@@ -31,6 +33,7 @@ def clipped_step(
     known_skips: tl.int64,
     variants: tl.int64,
     seed: tl.int64,
+    tally,  # float64 [tile_count, SUMS], or None: nobody wants the norms
     roles,
     forms,
     h,
@@ -49,6 +52,7 @@ def clipped_step(
     BLOCK: tl.constexpr,
     NORM_BLOCK: tl.constexpr,
     SLOTS: tl.constexpr,
+    LANES: tl.constexpr,  # see tracked.py; 0 without a tally
 ):
     program = tl.program_id(0)
     programs = tl.num_programs(0)
@@ -68,18 +72,38 @@ def clipped_step(
             slot = program + (own_slots - 1 - i) * programs
             own_tiles = tl.cdiv(tl.maximum(tile_count - slot, 0), SLOTS)
             for j in tl.range(0, own_tiles):
-                tile = tiles + 2 * (slot + (own_tiles - 1 - j) * SLOTS)
+                number = slot + (own_tiles - 1 - j) * SLOTS
+                tile = tiles + 2 * number
                 tensor = tl.load(tile).to(tl.int64)
                 first = tl.load(tile + 1).to(tl.int64) * NORM_BLOCK
                 numel = tl.load(table + tensor * FIELDS + NUMEL)
                 parts = tl.cdiv(tl.minimum(numel - first, NORM_BLOCK), BLOCK)
+                sums = ()
+                if tally is not None:
+                    sums = nothing(LANES, COMPUTE)
                 for k in tl.range(0, parts):
                     start = tl.multiple_of(first + (parts - 1 - k) * BLOCK, BLOCK)
-                    update_tile(
+                    sums = update_tile(
                         table, tensor, start, rows, None, factor.to(COMPUTE), late, variants, seed, roles, forms,
-                        h, on_grad, on_update, averages,
-                        RULE, ADDRESS, COMPUTE, FIELDS, 0, WIDTH, GRANULE, DRAWS, BLOCK,
+                        h, on_grad, on_update, averages, sums,
+                        RULE, ADDRESS, COMPUTE, FIELDS, 0, WIDTH, GRANULE, DRAWS, BLOCK, LANES,
                     )  # fmt: skip
+                if tally is not None:
+                    row = row_of(table + tensor * FIELDS, rows, late, variants, WIDTH)
+                    store_sums(sums, tally + number * SUMS, row, loss_scale)
+    elif tally is not None:
+        for slot in tl.range(program, SLOTS, programs):
+            for number in tl.range(slot, tile_count, SLOTS):
+                tensor = tl.load(tiles + 2 * number).to(tl.int64)
+                first = tl.load(tiles + 2 * number + 1).to(tl.int64) * NORM_BLOCK
+                sums = nothing(LANES, COMPUTE)
+                parts = tl.cdiv(tl.minimum(tl.load(table + tensor * FIELDS + NUMEL) - first, NORM_BLOCK), BLOCK)
+                for k in tl.range(0, parts):
+                    sums = look_at_tile(
+                        table, tensor, first + k * BLOCK, roles, forms, sums, ADDRESS, COMPUTE, FIELDS, BLOCK
+                    )
+                row = row_of(table + tensor * FIELDS, rows, 0, variants, WIDTH)
+                store_sums(sums, tally + number * SUMS, row, loss_scale)
 
 
 @triton.jit

@@ -67,13 +67,13 @@ def means_of_terms(
         if vectors > 0:
             t = ADDRESS(record, roles, True)
             span = Span(start, vectors, tl.arange(0, BLOCK) < tl.multiple_of(vectors, GRANULE), True)
-            u, p, g, state = direction(t, span, row, factor, forms, h, on_grad, RULE, COMPUTE)
+            u, p, g, state, raw = direction(t, span, row, factor, forms, h, on_grad, RULE, COMPUTE)
             sums = added(sums, terms, u, p, g, state, row, span.mask, VECTOR)
         if vectors < valid:
             t = ADDRESS(record, roles, False)
             for at in tl.range(vectors, valid, SMALL):
                 span = Span(start + at, valid - at, at + tl.arange(0, SMALL) < valid, False)
-                u, p, g, state = direction(t, span, row, factor, forms, h, on_grad, RULE, COMPUTE)
+                u, p, g, state, raw = direction(t, span, row, factor, forms, h, on_grad, RULE, COMPUTE)
                 rest = added(rest, terms, u, p, g, state, row, span.mask, 1)
     for k in tl.static_range(len(terms)):
         tl.store(partials + program * len(terms) + k, tl.sum(sums[k]) + tl.sum(rest[k]))

@@ -13,6 +13,7 @@ from .norm import FACTOR, NONFINITE, SKIPPED
 from .philox import Draw
 from .rounding import Span, read
 from .stages import columns, through, through_with_means
+from .tally import added
 
 
 def named(kernel):
@@ -57,7 +58,7 @@ def step(
     start = tl.multiple_of(tl.load(tiles + 2 * program + 1).to(tl.int64) * BLOCK, BLOCK)
     update_tile(
         table, tensor, start, rows, means, factor, late, variants, seed, roles, forms, h, on_grad, on_update, averages,
-        RULE, ADDRESS, COMPUTE, FIELDS, MEANS, WIDTH, GRANULE, DRAWS, BLOCK,
+        (), RULE, ADDRESS, COMPUTE, FIELDS, MEANS, WIDTH, GRANULE, DRAWS, BLOCK, 0,
     )  # fmt: skip
 
 
@@ -81,10 +82,11 @@ def late_skips(skipped, known_skips, variants):
 @triton.jit
 def update_tile(
     table, tensor, start, rows, means, factor, late, variants, seed, roles, forms, h, on_grad, on_update, averages,
-    RULE: tl.constexpr, ADDRESS: tl.constexpr, COMPUTE: tl.constexpr, FIELDS: tl.constexpr, MEANS: tl.constexpr,
-    WIDTH: tl.constexpr, GRANULE: tl.constexpr, DRAWS: tl.constexpr, BLOCK: tl.constexpr,
+    sums, RULE: tl.constexpr, ADDRESS: tl.constexpr, COMPUTE: tl.constexpr, FIELDS: tl.constexpr, MEANS: tl.constexpr,
+    WIDTH: tl.constexpr, GRANULE: tl.constexpr, DRAWS: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """The elements from ``start``, of which the tensor must have one, to ``start + BLOCK``, as far as it goes."""
+    """The elements from ``start``, of which the tensor must have one, to ``start + BLOCK``, as far as it goes. Returns
+    ``sums``, of LANES lanes or none, with their squares: see tally.py."""
     record = table + tensor * FIELDS
     valid = tl.minimum(tl.load(record + NUMEL) - start, BLOCK).to(tl.int32)
     row = row_of(record, rows, late, variants, WIDTH)
@@ -101,13 +103,16 @@ def update_tile(
     if vectors > 0:
         t = ADDRESS(record, roles, True)
         span = Span(start, vectors, tl.arange(0, BLOCK) < tl.multiple_of(vectors, GRANULE), True)
-        update(t, span, row, factor, means, draw, forms, h, on_grad, on_update, averages, RULE, COMPUTE)
+        sums = update(t, span, row, factor, means, draw, forms, h, on_grad, on_update, averages, sums, RULE, COMPUTE)
     if vectors < valid:
         t = ADDRESS(record, roles, False)
-        SMALL: tl.constexpr = max(BLOCK // 8, GRANULE)
+        SMALL: tl.constexpr = max(max(BLOCK // 8, LANES), GRANULE)
         for at in tl.range(vectors, valid, SMALL):
             span = Span(start + at, valid - at, at + tl.arange(0, SMALL) < valid, False)
-            update(t, span, row, factor, means, draw, forms, h, on_grad, on_update, averages, RULE, COMPUTE)
+            sums = update(
+                t, span, row, factor, means, draw, forms, h, on_grad, on_update, averages, sums, RULE, COMPUTE
+            )
+    return sums
 
 
 @triton.jit
@@ -118,8 +123,9 @@ def row_of(record, rows, late, variants, WIDTH: tl.constexpr):
 
 @triton.jit
 def direction(t, span, row, factor, forms, h, on_grad, RULE: tl.constexpr, COMPUTE: tl.constexpr):
-    """What the rule makes of one tile: (u, p, g, new states); nothing is stored."""
-    g = read(t.grad, span).to(COMPUTE)
+    """What the rule makes of one tile: (u, p, g, new states, g as it was read); nothing is stored."""
+    raw = read(t.grad, span).to(COMPUTE)
+    g = raw
     p = forms.param.load(t.param, span, COMPUTE)
     state = ()
     for k in tl.static_range(len(t.states)):
@@ -129,15 +135,15 @@ def direction(t, span, row, factor, forms, h, on_grad, RULE: tl.constexpr, COMPU
     g = through(on_grad, g, p, row)
     u, state = RULE(g, state, columns(row, h))
     tl.static_assert(len(state) == len(t.states), "a rule returns as many states as it was given")
-    return u, p, g, state
+    return u, p, g, state, raw
 
 
 @triton.jit
 def update(
-    t, span, row, factor, means, draw, forms, h, on_grad, on_update, averages,
+    t, span, row, factor, means, draw, forms, h, on_grad, on_update, averages, sums,
     RULE: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
-    u, p, g, state = direction(t, span, row, factor, forms, h, on_grad, RULE, COMPUTE)
+    u, p, g, state, raw = direction(t, span, row, factor, forms, h, on_grad, RULE, COMPUTE)
     u = through(on_update, u, p, row) if means is None else through_with_means(on_update, u, p, g, row, means)
     p = p - tl.load(row) * u
     for k in tl.static_range(len(t.states)):
@@ -147,6 +153,7 @@ def update(
         average = forms.averages[k].load(t.averages[k], span, COMPUTE)
         average = follow(average, p, tl.load(row + averages[k]))
         forms.averages[k].store(t.averages[k], span, average, draw, 1 + len(t.states) + k)
+    return added(sums, raw, u, p, span)
 
 
 @triton.jit

@@ -37,8 +37,12 @@ from rule_cases import (
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from fusedopt import backends, kernels, launch
+from fusedopt import backends, kernels, launch, means
 from fusedopt.clipping import Skips
+
+# The benchmarks' reading of machine code.
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "bench"))
+from assembly import disassemble, whole_tiles
 
 TARGETS = {
     "sm_75": GPUTarget("cuda", 75, 32),
@@ -61,7 +65,7 @@ EXTENT = os.environ.get("FUSEDOPT_COMPILE", "some")
 
 KERNELS = (
     kernels.step.step, kernels.means.means_of_terms, kernels.norm.sum_of_squares, kernels.norm.judge,
-    kernels.clipped.clipped_step,
+    kernels.clipped.clipped_step, kernels.tracked.tracked_step,
 )  # fmt: skip
 
 
@@ -169,11 +173,36 @@ def all_facts(target, dtype):
     runs += [(case, a, clips | norm | settings) for a in ADDRESSES for case, settings in WITH_MEANS.items()]
     end = len(runs)
     runs += [(case, "scattered", clips | norm | {"launches": 1}) for case in AT_ONCE]
+    tracked = clips | norm | {"track": "total"}
+    runs += [("adam", address, tracked) for address in ADDRESSES]
+    runs += [("adam", "scattered", tracked | {"launches": 1})]
     for i, (case, address, settings) in enumerate(runs):
         before = set(gpu.compiled())
         step_once(case, address, dtype, **settings)
         for kernel in set(gpu.compiled()) - before:
-            yield facts(kernel) | {"address": address, "dtype": dtype, "means": without <= i < end}
+            more = {"means": without <= i < end, "tracked": "track" in settings}
+            yield facts(kernel) | {"address": address, "dtype": dtype} | more
+
+
+def instructions_per_element(dtype):
+    """Of Adam on sm_90, plain and with averages and norms: once around the loop over tiles, and, shared by all tiles
+    of a program, adding up its threads."""
+    found = []
+    for settings in ({}, {"ema_decay": 0.9, "track": "total"}):
+        gpu = NoGPU("sm_90", f"{dtype} {settings}")
+        driver.set_active(gpu)
+        step_once("adam", "scattered", dtype, **CHAINS["clip norm"], **settings)
+        (kernel,) = (k for k in gpu.compiled() if k.metadata.name.endswith("_adam"))
+        program = disassemble(kernel)
+        way = whole_tiles(program).instructions
+        exchanges = [n for n, instruction in enumerate(program) if "SHFL" in instruction.text]
+        if exchanges:
+            # Behind the last exit stand the subroutines for numbers near the ends of the range.
+            end = max(n for n, instruction in enumerate(program) if "EXIT" in instruction.text)
+            way += (end + 1 - exchanges[0]) / means.CHUNK
+        block = kernel.src.constants[kernel.src.fn.arg_names.index("BLOCK"),]
+        found.append(way * kernel.metadata.num_warps * 32 / block)
+    return found
 
 
 def facts(kernel):
@@ -233,7 +262,9 @@ def main(jobs):
     backends._device_problem = lambda device, requested: None
     report = {"triton": triton.__version__}
     for job in jobs:
-        if job == "launches":
+        if job == "instructions":
+            report[job] = {dtype: instructions_per_element(dtype) for dtype in ("float32", "mixed")}
+        elif job == "launches":
             launched = compiled_rules("sm_80", "float32", EXTENT)
             report[job] = {
                 f"{case}, {address}": compiles(case, address)
@@ -242,6 +273,7 @@ def main(jobs):
                 if case.split()[0] in launched and WITH_MEANS.get(case) != {}
             }
             report[job] |= {f"{case}, at once": compiles(case, "scattered", launches=1) for case in AT_ONCE[:1]}
+            report[job] |= {"adam, tracked": compiles("adam", "flat", track="total")}
             report[job] |= {f"{case}, means": compiles(case, "flat", **more) for case, more in WITH_MEANS.items()}
         else:
             target, what = job.split(":")

@@ -34,7 +34,7 @@ sm_80. At 96 an SM holds 640 threads and 16 * 4 * 640 = 41 KB under way."""
 @pytest.fixture(scope="module", params=TRITONS)
 def report(request):
     """What the program says: facts by target, "launches" for the number of compiles, "triton" for its version."""
-    jobs = ["launches", *(f"{target}:{dtype}" for target in TARGETS for dtype in DTYPES[target])]
+    jobs = ["launches", "instructions", *(f"{target}:{dtype}" for target in TARGETS for dtype in DTYPES[target])]
     extent, found = compiled(request.param, jobs)
     found["extent"] = extent
     for target in TARGETS:
@@ -45,6 +45,11 @@ def report(request):
 def steps(report, target, means=False):
     """The update kernels; with ``means`` those with a stage that needs one."""
     return [kernel for kernel in report[target] if kernel["name"].startswith("step_") and kernel["means"] == means]
+
+
+def tracked(report, target):
+    """The update kernels that take norms."""
+    return [kernel for kernel in report[target] if kernel["name"].startswith("tracked_")]
 
 
 def named(report, target, name):
@@ -75,8 +80,10 @@ def test_every_case_is_compiled_once(target, report):
 def test_memory_is_accessed_16_bytes_at_a_time(target, report):
     """One load per tensor and one store per written tensor, for the vectors; mixed dtypes share one layout, in which
     the narrower ones move 8 bytes. Rows, tables and remainders are scalar."""
-    for kernel in steps(report, target) + steps(report, target, means=True):
-        states = len(declared_rules()[kernel["name"].removeprefix("step_")].keys)
+    kernels = tracked(report, target)
+    assert len(kernels) == len(DTYPES[target]) * len(ADDRESSES)
+    for kernel in steps(report, target) + steps(report, target, means=True) + kernels:
+        states = len(declared_rules()[re.sub("^(step|tracked)_", "", kernel["name"])].keys)
         mixed = kernel["dtype"] == "mixed" and states > 0
         if target in NVIDIA:
             wide = "v2.b64" if kernel["dtype"] == "float64" else "v4.b32"
@@ -95,8 +102,9 @@ def test_memory_is_accessed_16_bytes_at_a_time(target, report):
 @pytest.mark.parametrize("target", TARGETS)
 def test_registers_suffice(target, report):
     for kernel in report[target]:
-        # In the cooperative kernel ptxas may park an address or two, outside of the loops over elements.
-        parked = 16 if kernel["name"].startswith("clipped_") and target in NVIDIA else 0
+        # In the cooperative kernel ptxas may park an address or two, outside of the loops over elements; with norms
+        # some more (sm_75, which has no bfloat16, parks ten).
+        parked = (48 if kernel["tracked"] else 16) if kernel["name"].startswith("clipped_") and target in NVIDIA else 0
         assert kernel["stack"] <= parked, f"{label(kernel)} spills"
         much = kernel["means"] or kernel["name"] in ("step_adan", "step_adadelta")
         budget = (MAX_REGISTERS_OF_MUCH if much else MAX_REGISTERS)[kernel["dtype"]]
@@ -166,7 +174,7 @@ def test_norm_kernel(target, report):
 def test_cooperative_kernel(target, report):
     """What the barrier is made of, and memory accessed 16 bytes at a time in both phases."""
     kernels = [kernel for kernel in report[target] if kernel["name"].startswith("clipped_")]
-    assert len(kernels) == len(DTYPES[target]) * len(AT_ONCE)
+    assert len(kernels) == len(DTYPES[target]) * (len(AT_ONCE) + 1)  # once more with norms
     for kernel in kernels:
         states = len(declared_rules()[kernel["name"].removeprefix("clipped_")].states)
         mixed = kernel["dtype"] == "mixed"
@@ -217,11 +225,19 @@ def test_numbers_never_recompile(report):
     """50 steps in which every hyperparameter and step count changes, with three groups and then with one."""
     launched = compiled_rules("sm_80", "float32", report["extent"])
     cases = [case for case in CASES if case.split()[0] in launched and WITH_MEANS.get(case) != {}]
-    assert len(report["launches"]) == len(cases) * len(ADDRESSES) + len(WITH_MEANS) + 1
+    assert len(report["launches"]) == len(cases) * len(ADDRESSES) + len(WITH_MEANS) + 2
     for case, compiles in report["launches"].items():
         rule, place = re.split("[ ,]", case)[0], case.split()[-1]
         if place == "once":
             assert compiles == {f"clipped_{rule}": 1}, case
             continue
         means = {f"means_{rule}": 1} if place == "means" else {}
-        assert compiles == {f"step_{rule}": 1, "sum_of_squares": 1} | means, case
+        update = f"tracked_{rule}" if place == "tracked" else f"step_{rule}"
+        assert compiles == {update: 1, "sum_of_squares": 1} | means, case
+
+
+@pytest.mark.parametrize("dtype", ["float32", "mixed"])
+def test_averages_and_norms_are_cheap(dtype, report):
+    """Both together add at most 12 instructions per element to a clipped step."""
+    plain, extended = report["instructions"][dtype]
+    assert plain < extended <= plain + 12

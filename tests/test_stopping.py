@@ -67,6 +67,28 @@ def test_small_change(name, check_every, device):
     assert first(stopped) == {1: 18, 2: 18, 10: 20}[check_every]
 
 
+@pytest.mark.parametrize("track", ["total", "parameters"])
+def test_small_change_of_a_tracked_step(track, backend, device):
+    """No copies: the step itself tells the norm, whatever others do to the parameters afterwards."""
+    p = torch.nn.Parameter(torch.zeros(4, device=device))
+    optimizer = fusedopt.SGD([p], lr=1.0, track=track, backend=backend)
+    stop = SmallChange(optimizer, tolerance=1.0, check_every=2)
+    assert not stop() and not stop() and not stop.before  # no step was taken yet
+    for size, stops in ((0.5, False), (0.25, True), (0.75, False)):
+        p.grad = torch.full_like(p, size)
+        for _ in range(2):
+            optimizer.step()
+            p.data.add_(5.0)
+            stopped = stop()
+            assert not stop.before
+        assert stopped == stops
+        assert not stops or stop.reason == "the parameters changed by 0.5 < 1"
+    optimizer.track = None
+    assert not stop() and stop.before
+    p.data.add_(0.25)
+    assert stop() and stop.reason == "the parameters changed by 0.5 < 1"
+
+
 def test_small_change_measures_what_it_says():
     params = [torch.nn.Parameter(torch.zeros(3, dtype=dtype)) for dtype in (torch.bfloat16, torch.complex64)]
     params.append(torch.nn.Parameter(torch.zeros(0)))

@@ -1,0 +1,92 @@
+"""The norms of what a step did, from sums of squares that the update takes while it has the numbers at hand.
+
+    grad_norm = ||g||     update_norm = ||theta_t - theta_(t-1)||     param_norm = ||theta_t||
+
+Executors keep their sums to themselves. They are added up when somebody asks, but for distributed parameters, whose
+ranks must add up together: there in the step, which every rank takes, so that a single rank may ask.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .distributed import Reduction
+from .shards import is_distributed, local
+
+SUMS = 3
+"""Columns: the squares of the gradient, of the update, of the parameter."""
+
+
+class Metrics(NamedTuple):
+    """Norms of the latest step: float32, or float64 where a parameter is; new tensors on the parameters' device.
+
+    Shapes: 0-dim with ``track="total"``, one norm over all parameters of all groups; with ``track="parameters"`` one
+    number for each parameter, in the order of the groups. Where a parameter had no gradient, or the step was skipped,
+    it was not updated: an update of 0; without gradient, a gradient of 0.
+    """
+
+    grad_norm: Tensor
+    """Of the gradient, without loss scale and before clipping."""
+    update_norm: Tensor
+    """Of new minus old parameter, weight decay included, before the new one is rounded to its dtype."""
+    param_norm: Tensor
+    """Of the parameter after the step."""
+
+
+class Tracker:
+    """The sums of one step after the other, for one plan."""
+
+    def __init__(self, params: Sequence[Tensor], executors: Sequence[Any], reduction: Reduction):
+        self.params = params
+        self.executors = executors
+        self.reduction = reduction
+        updated = {position for executor in executors for position in executor.tally.positions}
+        self.others = [k for k in range(len(params)) if k not in updated]
+        self.device = executors[0].bucket.device if executors else local(params[0]).device if params else "cpu"
+        dtypes = {p.dtype for p in params} | {executor.bucket.grad_dtype for executor in executors}
+        self.dtype = torch.float64 if torch.float64 in dtypes else torch.float32
+        self.added: tuple[Tensor, Tensor] | None = None
+        """By parameter and in all, over all ranks."""
+        self.spread = [reduction.spread(p) if is_distributed(p) else () for p in params]
+
+    def finish(self) -> None:
+        """The end of a step: add up over ranks."""
+        if self.reduction.communicates:
+            self.added = self._over_ranks(self._here())
+
+    def metrics(self, track: str) -> Metrics:
+        by_parameter, total = self.added or (None, None)
+        if by_parameter is None:
+            by_parameter = self._here()
+            total = by_parameter.sum(0)
+        squares = total if track == "total" else by_parameter
+        return Metrics(*squares.sqrt().to(self.dtype).unbind(-1))
+
+    @torch.no_grad()
+    def _here(self) -> Tensor:
+        """float64 [parameters, SUMS] on this rank."""
+        found = torch.zeros(len(self.params), SUMS, dtype=torch.float64, device=self.device)
+        for executor in self.executors:
+            found[executor.tally.positions] = executor.tally.sums().to(self.device, non_blocking=True)
+        for k in self.others:
+            norm = torch.linalg.vector_norm(local(self.params[k]).detach(), dtype=torch.float64)
+            found[k, 2] = norm.square().to(self.device, non_blocking=True)
+        return found
+
+    def _over_ranks(self, here: Tensor) -> tuple[Tensor, Tensor]:
+        found = here.to(self.reduction.device)
+        for group, _ in self.reduction.stages:
+            members = [k for k, groups in enumerate(self.spread) if group in groups]
+            part = found[members]
+            dist.all_reduce(part, group=group)
+            found[members] = part
+        total = found.sum(0)
+        # Of other ranks' parameters only the total concerns this one.
+        for group in self.reduction.clip_groups:
+            dist.all_reduce(total, group=group)
+        return found.to(self.device), total.to(self.device)

@@ -1,0 +1,82 @@
+"""The update with its norms: step.py's, several tiles of one tensor per program, whose squares are summed on the way.
+
+To add up the threads' sums takes as long as to update a tile, so a program does it once for all its tiles. Where the
+step is skipped, only the squares are taken.
+"""
+
+import triton
+import triton.language as tl
+
+from .address import NUMEL
+from .means import CHUNK_FIELDS
+from .rounding import Span, read
+from .step import heed, named, row_of, update_tile
+from .tally import SUMS, added, nothing, store_sums
+
+
+@triton.jit(repr=named("tracked"), do_not_specialize=["known_skips", "variants", "seed"])
+def tracked_step(
+    table,  # int64 [tensors, FIELDS]: see address.py
+    chunks,  # int32 [programs, CHUNK_FIELDS]: see means.py
+    rows,  # see step.py
+    means,
+    verdict,
+    known_skips: tl.int64,
+    variants: tl.int64,
+    seed: tl.int64,
+    tally,  # float64 [programs, SUMS]
+    loss_scale,  # float32 [1] of a GradScaler, or None
+    roles,
+    forms,
+    h,
+    on_grad,
+    on_update,
+    averages,
+    RULE: tl.constexpr,
+    ADDRESS: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    FIELDS: tl.constexpr,
+    MEANS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    GRANULE: tl.constexpr,
+    DRAWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    LANES: tl.constexpr,  # threads, of which each has neighbouring elements
+):
+    program = tl.program_id(0).to(tl.int64)
+    skip, factor, late = heed(verdict, known_skips, variants, COMPUTE)
+    if verdict is not None:
+        # As in step.py.
+        program = tl.num_programs(0) - 1 - program
+    chunk = chunks + program * CHUNK_FIELDS
+    tensor = tl.load(chunk).to(tl.int64)
+    first = tl.load(chunk + 1)
+    end = first + tl.load(chunk + 2)
+    sums = nothing(LANES, COMPUTE)
+    if skip == 0:
+        for tile in tl.range(first, end):
+            start = tl.multiple_of(tl.cast(tile, tl.int64) * BLOCK, BLOCK)
+            sums = update_tile(
+                table, tensor, start, rows, means, factor, late, variants, seed, roles, forms, h, on_grad, on_update,
+                averages, sums, RULE, ADDRESS, COMPUTE, FIELDS, MEANS, WIDTH, GRANULE, DRAWS, BLOCK, LANES,
+            )  # fmt: skip
+    else:
+        for tile in tl.range(first, end):
+            start = tl.cast(tile, tl.int64) * BLOCK
+            sums = look_at_tile(table, tensor, start, roles, forms, sums, ADDRESS, COMPUTE, FIELDS, BLOCK)
+    row = row_of(table + tensor * FIELDS, rows, late, variants, WIDTH)
+    store_sums(sums, tally + program * SUMS, row, loss_scale)
+
+
+@triton.jit
+def look_at_tile(
+    table, tensor, start, roles, forms, sums,
+    ADDRESS: tl.constexpr, COMPUTE: tl.constexpr, FIELDS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """What ``update_tile`` returns where nothing is updated."""
+    record = table + tensor * FIELDS
+    valid = tl.minimum(tl.load(record + NUMEL) - start, BLOCK).to(tl.int32)
+    span = Span(start, valid, tl.arange(0, BLOCK) < valid, False)
+    t = ADDRESS(record, roles, False)
+    p = forms.param.load(t.param, span, COMPUTE)
+    return added(sums, read(t.grad, span).to(COMPUTE), tl.zeros_like(p), p, span)
