@@ -102,15 +102,14 @@ def test_memory_is_accessed_16_bytes_at_a_time(target, report):
 @pytest.mark.parametrize("target", TARGETS)
 def test_registers_suffice(target, report):
     for kernel in report[target]:
-        # In the cooperative kernel ptxas may park an address or two, outside of the loops over elements; with norms
-        # some more (sm_75, which has no bfloat16, parks ten).
-        parked = (48 if kernel["tracked"] else 16) if kernel["name"].startswith("clipped_") and target in NVIDIA else 0
+        # In the cooperative kernel ptxas may park an address or two, outside of the loops over elements.
+        parked = 16 if kernel["name"].startswith("clipped_") and target in NVIDIA else 0
         assert kernel["stack"] <= parked, f"{label(kernel)} spills"
-        much = kernel["means"] or kernel["name"] in ("step_adan", "step_adadelta")
+        much = kernel["means"] or kernel["tracked"] or kernel["name"] in ("step_adan", "step_adadelta")
         budget = (MAX_REGISTERS_OF_MUCH if much else MAX_REGISTERS)[kernel["dtype"]]
         if kernel["name"].startswith("clipped_"):
-            # At 80 an NVIDIA multiprocessor holds three programs of 256 threads; on AMD one has all registers.
-            budget = 80 if target in NVIDIA else 512
+            # At 80 an NVIDIA multiprocessor holds three programs of 256 threads, at 96 two; on AMD one has all registers.
+            budget = (96 if kernel["tracked"] else 80) if target in NVIDIA else 512
         elif kernel["name"] == "sum_of_squares" and target not in NVIDIA:
             budget = 128  # four waves on each of a multiprocessor's four units
         assert kernel["registers"] <= budget, f"{label(kernel)}: {kernel['registers']}"
