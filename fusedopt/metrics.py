@@ -50,6 +50,7 @@ class Tracker:
         self.device = executors[0].bucket.device if executors else local(params[0]).device if params else "cpu"
         dtypes = {p.dtype for p in params} | {executor.bucket.grad_dtype for executor in executors}
         self.dtype = torch.float64 if torch.float64 in dtypes else torch.float32
+        self.rows = [torch.tensor(executor.tally.positions, device=self.device) for executor in executors]
         self.added: tuple[Tensor, Tensor] | None = None
         """By parameter and in all, over all ranks."""
         self.spread = [reduction.spread(p) if is_distributed(p) else () for p in params]
@@ -71,8 +72,8 @@ class Tracker:
     def _here(self) -> Tensor:
         """float64 [parameters, SUMS] on this rank."""
         found = torch.zeros(len(self.params), SUMS, dtype=torch.float64, device=self.device)
-        for executor in self.executors:
-            found[executor.tally.positions] = executor.tally.sums().to(self.device, non_blocking=True)
+        for rows, executor in zip(self.rows, self.executors):
+            found[rows] = executor.tally.sums().to(self.device, non_blocking=True)
         for k in self.others:
             norm = torch.linalg.vector_norm(local(self.params[k]).detach(), dtype=torch.float64)
             found[k, 2] = norm.square().to(self.device, non_blocking=True)
