@@ -102,8 +102,8 @@ def test_memory_is_accessed_16_bytes_at_a_time(target, report):
 @pytest.mark.parametrize("target", TARGETS)
 def test_registers_suffice(target, report):
     for kernel in report[target]:
-        # In the cooperative kernel ptxas may park an address or two, outside of the loops over elements.
-        parked = 16 if kernel["name"].startswith("clipped_") and target in NVIDIA else 0
+        # In the cooperative kernel ptxas may park an address or two, outside of the loops over elements, or four.
+        parked = (32 if kernel["tracked"] else 16) if kernel["name"].startswith("clipped_") and target in NVIDIA else 0
         assert kernel["stack"] <= parked, f"{label(kernel)} spills"
         much = kernel["means"] or kernel["tracked"] or kernel["name"] in ("step_adan", "step_adadelta")
         budget = (MAX_REGISTERS_OF_MUCH if much else MAX_REGISTERS)[kernel["dtype"]]
