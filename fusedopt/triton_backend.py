@@ -61,7 +61,7 @@ class Executor:
         self.rows = (Columns if bucket.capturable else Rows)(bucket, self.compute_dtype)
         self.chunks: Chunks | None = None
         self.needs_means: bool | None = None
-        self.tally = Tally(self.positions, self.tables, bucket.device)
+        self.tally = Tally([m.position for m in members], self.tables, bucket.device)
         self.programs: dict[Any, int] = {}
         """The grid of each variant of the cooperative kernel."""
 
