@@ -138,8 +138,6 @@ def settle(optimizer: Any, key: tuple, entries: list[Entry], places: dict[Tensor
         cohort.members.append(member)
         members.append(member)
     write(optimizer, writes)
-    for cohort in cohorts.values() if rule.scalars and not capturable else ():
-        cohort.find_slots()
     averages = rule.averages if settings.ema_decay is None else (*rule.averages, ema.ROLE)
     return Bucket(
         rule, device, dtype, grad_dtype, choice, flattened, stored, averages, fused, listed, spread or (),

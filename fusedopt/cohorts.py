@@ -7,6 +7,7 @@ beside its step count (``Rule.scalars``).
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -47,18 +48,9 @@ class Cohort:
     earlier: tuple[Tensor, ...] = ()
     """The same one step earlier."""
     members: list[Any] = dataclasses.field(default_factory=list)
-    slots: list[tuple[Space, Tensor]] = dataclasses.field(default_factory=list)
-    """Where the members' scalars stand: indices into the numbers of each space."""
-
-    def find_slots(self) -> None:
-        indices: dict[Space, list[int]] = {}
-        for m in self.members:
-            indices.setdefault(m.place.space, []).append(m.place.index)
-        self.slots = [(space, torch.tensor(places, device="cpu")) for space, places in indices.items()]
 
     def turn(self, optimizer: Any, rule: Rule, by: int) -> None:
-        """Count ``by`` steps, and move the scalars along, in the members' states too: forwards one step, or back the
-        latest one."""
+        """Count ``by`` steps, and move the scalars along: forwards one step, or back the latest one."""
         self.t += by
         if not rule.scalars:
             return
@@ -68,6 +60,28 @@ class Cohort:
             self.scalars, self.earlier = tuple(rounded), self.scalars
         else:
             self.scalars = self.earlier
-        for space, indices in self.slots:
-            for key, scalar in zip(rule.scalars, self.scalars):
-                space.numbers[key].index_fill_(0, indices, scalar)
+
+
+class Slots:
+    """Where the scalars of a bucket's parameters stand in their states."""
+
+    def __init__(self, rule: Rule, cohorts: Sequence[Cohort]):
+        self.keys = rule.scalars
+        self.cohorts = cohorts
+        found: dict[Space, list[tuple[int, int]]] = {}
+        for cohort in cohorts if self.keys else ():
+            for m in cohort.members:
+                found.setdefault(m.place.space, []).append((m.place.index, cohort.number))
+        self.places = [(space, *torch.tensor(pairs, device="cpu").T) for space, pairs in found.items()]
+        """By space: indices into its numbers, and the cohort of each."""
+
+    def write(self) -> None:
+        """Put the cohorts' scalars there."""
+        for key, column in zip(self.keys, zip(*(cohort.scalars for cohort in self.cohorts))):
+            values = torch.stack(column) if len(column) > 1 else None
+            for space, indices, cohorts in self.places:
+                numbers = space.numbers[key]
+                if values is None:
+                    numbers.index_fill_(0, indices, column[0])
+                else:
+                    numbers.index_copy_(0, indices, values[cohorts].to(numbers.dtype))

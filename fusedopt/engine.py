@@ -185,7 +185,7 @@ class Engine:
             executor.step(update, self.verdict, self.skips)
         if self.plan.shards is not None:
             torch.autograd.graph.increment_version(self.plan.shards.params)
-        if self.verdict.device is not None and self.plan.has_scalars:
+        if self.verdict.device is not None and self.plan.slots:
             # What the latest step makes of the scalars depends on whether the one before it was skipped.
             self._hear(optimizer, wait=True)
         self.plan.advance(optimizer, 1)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from .buckets import Bucket, Member, settle
+from .cohorts import Slots
 from .distributed import Reduction
 from .flat import Space
 from .layouts import Layouts
@@ -83,7 +84,7 @@ class Plan:
         self.steps = [space.numbers["step"] for space in counting if "step" in space.numbers]
         self.stepped = _stepped(counting, [m for bucket in self.counted for m in bucket.members])
         self.numbers = [numbers for space in counting for numbers in space.numbers.values()]
-        self.has_scalars = any(bucket.rule.scalars for bucket in self.counted)
+        self.slots = [Slots(bucket.rule, bucket.cohorts) for bucket in self.counted if bucket.rule.scalars]
         self.identities = _identities(optimizer, self.params)
         self.views = [column for bucket in self.buckets for column in _views(optimizer, bucket)]
         owners = [m.owner for m in members if is_distributed(m.owner)]
@@ -143,6 +144,8 @@ class Plan:
         for bucket in self.counted:
             for cohort in bucket.cohorts:
                 cohort.turn(optimizer, bucket.rule, by)
+        for slots in self.slots:
+            slots.write()
         for steps, stepped in zip(self.steps, self.stepped):
             steps.add_(stepped, alpha=by)
         self.note_steps()

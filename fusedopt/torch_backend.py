@@ -221,7 +221,8 @@ class Executor:
     def _step_in_blocks(self, run: Run, update: Update, factor: float) -> None:
         terms = [stage for stage in update.on_update if stage.term is not None]
         for blocks, sizes, g in zip(run.blocks, run.sizes, run.grads):
-            parts = list(zip(blocks, memory_order(g).split(self.block)))
+            flat = memory_order(g)
+            parts = list(zip(blocks, flat.split(self.block) if len(blocks) > 1 else (flat,)))
             if not terms:
                 for tensors, g_block in parts:
                     self._follow(tensors, self._direction(self._load(tensors), g_block, update, factor), (), update)
