@@ -165,17 +165,27 @@ def _check_entry(optimizer: Any, group: dict[str, Any], p: Tensor, entry: Any, w
             )
         if not is_lazy(p) and value.shape != p.shape:
             raise ValueError(f"{where}[{key!r}] has shape {tuple(value.shape)}, the parameter {tuple(p.shape)}")
-        if problem := quantization_problem(key, local(value), entry.get(f"{key}_scale")):
+        scale = entry.get(f"{key}_scale")
+        if problem := quantization_problem(optimizer.rule(group), key, local(value), scale):
             raise ValueError(f"{where}: {problem}")
+        if value.is_floating_point() and scale is not None and f"{key}_scale" not in optimizer.rule(group).keys:
+            raise ValueError(
+                f"{where}[{key!r}] has dtype {value.dtype}, but {key + '_scale'!r} beside it belongs to 8 bits: who "
+                "cast the one lost what the other means"
+            )
     if p.dtype in NARROW:
         _check_master(entry, p, where)
 
 
 def _check_master(entry: Mapping, p: Tensor, where: str) -> None:
-    for key in MASTER_KEYS:
-        value = entry.get(key)
-        if isinstance(value, Tensor) and value.shape != p.shape:
+    for key, dtypes in MASTER_KEYS.items():
+        value = entry.get(key, p)
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{where}[{key!r}] must be a tensor, got {type(value).__name__}")
+        if value.shape != p.shape:
             raise ValueError(f"{where}[{key!r}] has shape {tuple(value.shape)}, the parameter {tuple(p.shape)}")
+        if key in entry and value.dtype not in dtypes:
+            raise ValueError(f"{where}[{key!r}] has dtype {value.dtype}, not {' or '.join(map(str, dtypes))}")
 
 
 def _check_step(step: Any, where: str) -> None:

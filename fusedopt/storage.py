@@ -97,7 +97,12 @@ MASTERS = {
 }
 """The parameter's form for each choice of ``master``."""
 
-MASTER_KEYS = ("master", "master_low", "compensation")
+MASTER_KEYS = {
+    "master": (torch.float32, torch.float64, *NARROW),  # torch.optim casts what it loads to the parameter's dtype
+    "master_low": (torch.int16, torch.int8),
+    "compensation": NARROW,
+}
+"""Under which keys of ``optimizer.state[p]`` a master's parts beside the parameter stand, and in which dtypes."""
 
 
 def counts_steps(optimizer: Any, stored: Storage) -> bool:
@@ -269,12 +274,17 @@ def check(settings: Settings, params: list[Tensor]) -> None:
         )
 
 
-def quantization_problem(key: str, value: Tensor, scale: Any) -> str | None:
+def quantization_problem(rule: Rule, key: str, value: Tensor, scale: Any) -> str | None:
     """Why a state of integers cannot be read, or None."""
-    if value.dtype not in (torch.int8, torch.uint8):
+    form = forms.ROOT8 if key in rule.squares else forms.SIGNED8
+    code = form.parts[0].dtype
+    if value.is_floating_point() or (value.dtype not in (torch.int8, torch.uint8) and scale is None):
         return None
-    if not isinstance(scale, Tensor):
-        return f"the state {key!r} has 8 bits, but there is no {key + '_scale'!r} beside it"
+    if value.dtype is not code:
+        return f"the state {key!r} has dtype {value.dtype}; in 8 bits it is {code}, else a floating-point dtype"
+    if not isinstance(scale, Tensor) or not scale.is_floating_point():
+        given = f"is {scale.dtype}" if isinstance(scale, Tensor) else "is not there"
+        return f"the state {key!r} has 8 bits, but {key + '_scale'!r}, which must be float32, {given}"
     blocks = -(-value.numel() // forms.QUANTIZED)
     if scale.shape != (blocks,):
         return (

@@ -181,7 +181,7 @@ def _look_at_state(owner: Tensor, rule: Rule, state: dict[str, Any], where: Wher
                 f"the state {key!r} of {where} is on {value.device}, the parameter on {p.device}; "
                 "move the model before the first step, or load the state_dict again after moving it"
             )
-        if problem := quantization_problem(key, value, state.get(f"{key}_scale")):
+        if problem := quantization_problem(rule, key, value, state.get(f"{key}_scale")):
             raise RuntimeError(f"{problem} ({where})")
 
 

@@ -162,8 +162,16 @@ def test_settings_changed_in_mid_training():
 
 
 WRONG_ENTRIES = {
+    "signed roots": ("exp_avg_sq", lambda x: x.view(torch.int8), "'exp_avg_sq' has dtype torch.int8.* torch.uint8"),
+    "unsigned averages": ("exp_avg", lambda x: x.view(torch.uint8), "'exp_avg' has dtype torch.uint8.* torch.int8"),
+    "wider codes": ("exp_avg", lambda x: x.int(), "'exp_avg' has dtype torch.int32.* torch.int8"),
+    "codes that were cast": ("exp_avg", lambda x: x.bfloat16(), "'exp_avg_scale' beside it belongs to 8 bits"),
+    "scales of integers": ("exp_avg_scale", lambda x: x.int(), "'exp_avg_scale'.* must be float32, is torch.int32"),
+    "a master of another dtype": ("master_low", lambda x: x.int(), "dtype torch.int32, not torch.int16 or torch.int8"),
+    "a master that was cast": ("master_low", lambda x: x.bfloat16(), "dtype torch.bfloat16, not torch.int16"),
+    "no master": ("master_low", lambda x: 3, "must be a tensor, got int"),
     "another block size": ("exp_avg_scale", lambda x: x.repeat_interleave(2), "256"),
-    "a missing scale": ("exp_avg_sq_scale", None, "no 'exp_avg_sq_scale'"),
+    "a missing scale": ("exp_avg_sq_scale", None, "'exp_avg_sq_scale', which must be float32, is not there"),
     "a truncated tensor": ("exp_avg", lambda x: x[:-1], "shape"),
     "a truncated scale": ("exp_avg_sq_scale", lambda x: x[:-1], "256"),
     "a truncated master": ("master_low", lambda x: x[:-1], "shape"),
@@ -188,6 +196,20 @@ def test_broken_compact_checkpoints_change_nothing(case):
         assert "parameter 0 of group 0" in str(error.value)
     assert_same(before, snapshot(optimizer))
     assert all(optimizer.state[p][k] is x for p, state in zip(params, states) for k, x in state.items())
+
+
+def test_masters_that_were_cast_are_the_parameters():
+    """torch.optim casts what it loads to the parameter's dtype."""
+    params, optimizer = made(master="fp32")
+    run(params, optimizer, 2)
+    saved = optimizer.state_dict()
+    for entry in saved["state"].values():
+        entry["master"] = entry["master"].bfloat16()
+    optimizer.load_state_dict(saved)
+    assert all(map(torch.equal, optimizer.master_state_dict().values(), [p.float() for p in params]))
+    saved["state"][0]["master"] = saved["state"][0]["master"].int()
+    with pytest.raises(ValueError, match=r"\['master'\] has dtype torch.int32, not torch.float32"):
+        optimizer.load_state_dict(saved)
 
 
 def test_broken_states_are_noticed_by_step():
