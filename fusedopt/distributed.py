@@ -1,4 +1,4 @@
-"""One norm over all ranks: which sums of squares are added up over which ranks.
+"""One norm over all ranks, and means over whole parameters: which sums of squares are added up over which ranks.
 
 A parameter's elements may be spread over some dimensions of a device mesh and be replicated over the others. Parameters
 spread over the same process groups share one local sum of squares; it is added up over each of those groups, so
@@ -6,7 +6,7 @@ that every element counts once, however many replicas there are: no group for Di
 hybrid FSDP and tensor parallelism, two for FSDP with tensor parallelism.
 
 Which sums there are follows from the parameters, not from this step's gradients: every rank takes part in every
-all_reduce, also one that has no gradient at all.
+all_reduce, also one that has no gradient at all. The same holds for means over whole parameters.
 """
 
 from __future__ import annotations
@@ -96,6 +96,57 @@ class Reduction:
         for group in self.clip_groups:
             dist.all_reduce(total, group=group)
         return total
+
+
+class Wholes:
+    """Means over whole parameters, of which ranks hold parts: one all_reduce per process group joins all of them.
+
+    There is a row for each parameter that is spread over ranks, in the optimizer's order, whether it has a gradient or
+    not: every rank takes part at every step.
+
+    Args:
+        params: all parameters of the optimizer.
+        reduction: over which groups they are spread.
+        count: how many means each of them needs.
+    """
+
+    def __init__(self, params: Sequence[Tensor], reduction: Reduction, count: int):
+        spreads = {id(p): reduction.spread(p) for p in params if is_distributed(p) and reduction.spread(p)}
+        self.rows = {key: row for row, key in enumerate(spreads)}
+        self.known: dict[int, Tensor] = {}
+        """The rows of each executor: a plan's executors are as old as the plan."""
+        self.shape = len(spreads), count
+        self.device = reduction.device
+        self.stages = []
+        for group in dict.fromkeys(g for spread in spreads.values() for g in spread):
+            rows = [row for row, spread in enumerate(spreads.values()) if group in spread]
+            everything = len(rows) == len(spreads)
+            self.stages.append((group, None if everything else torch.tensor(rows, device=self.device)))
+
+    def means(self, executors: Sequence[Any], *step: Any) -> dict[int, Tensor]:
+        """The means for the executors of buckets that are spread, by their ids: float64 [members, terms].
+
+        Args:
+            executors: those that update something here at this step.
+            step: what they are told of it.
+        """
+        spread = [executor for executor in executors if executor.bucket.spread]
+        sums = torch.zeros(self.shape, dtype=torch.float64, device=self.device)
+        for executor in spread:
+            shares = executor.shares_of_means(*step)
+            sums[self._rows_of(executor), : shares.shape[1]] = shares.to(self.device, non_blocking=True)
+        for group, members in self.stages:
+            part = sums if members is None else sums[members]
+            dist.all_reduce(part, group=group)
+            if members is not None:
+                sums[members] = part
+        return {id(e): sums[self._rows_of(e)].to(e.bucket.device, non_blocking=True) for e in spread}
+
+    def _rows_of(self, executor: Any) -> Tensor:
+        if id(executor) not in self.known:
+            rows = [self.rows[id(m.owner)] for m in executor.ordered]
+            self.known[id(executor)] = torch.tensor(rows, device=self.device)
+        return self.known[id(executor)]
 
 
 def _groups_of(clip_group: Any) -> list[Any]:

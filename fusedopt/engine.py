@@ -175,6 +175,10 @@ class Engine:
         if self.scaling is not None:
             device = self.executors[0].bucket.device if self.executors else reduction.device
             self.scaling.found_inf = self.verdict.found_inf(device)
+        wholes, found = self.plan.wholes, {}
+        if wholes is not None:
+            # Also for a step that is skipped: other ranks may leave it to their devices to skip it.
+            found = wholes.means([] if self.verdict.skip else waiting, update, self.verdict, self.skips)
         if self.verdict.skip:
             for executor in waiting if self.tracker is not None else ():
                 executor.step(update, self.verdict, self.skips)
@@ -182,7 +186,7 @@ class Engine:
             return
 
         for executor in waiting:
-            executor.step(update, self.verdict, self.skips)
+            executor.step(update, self.verdict, self.skips, found.get(id(executor)))
         if self.plan.shards is not None:
             torch.autograd.graph.increment_version(self.plan.shards.params)
         if self.verdict.device is not None and self.plan.slots:

@@ -6,10 +6,13 @@ The terms of which they are means have their twins here, under the names that th
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from .rule import Stage, Update
 
 CHUNK = 16
 """Tiles per program: enough that a tensor's last program has little to add up, and few enough that one tensor of a
@@ -25,6 +28,16 @@ def excess(u, p, g, state, eps_squared):
 
 
 terms = {term.__name__: term for term in (agreement, excess)}
+
+
+def needed(optimizer: Any) -> int:
+    """How many means the update chain of a group needs at most."""
+    return max((len(stages_of(optimizer.first_update(group))) for group in optimizer.param_groups), default=0)
+
+
+def stages_of(update: Update) -> list[Stage]:
+    """The stages that need means."""
+    return [stage for stage in update.on_update if stage.term is not None]
 
 
 class Chunks:
@@ -48,10 +61,9 @@ class Chunks:
         self.means = torch.zeros(len(tiles), count, dtype=torch.float64, device=device)
 
 
-def of_tensor(blocks: Iterable[Sequence[Tensor]], size: int) -> list[Tensor]:
-    """The mean of each term over a tensor of ``size`` elements, given for each of its blocks one after the other."""
-    totals = [sum(sums) for sums in zip(*([x.sum(dtype=torch.float64) for x in block] for block in blocks))]
-    return [total / size for total in totals]
+def sums(blocks: Iterable[Sequence[Tensor]]) -> list[Tensor]:
+    """The sum of each term over a tensor, given for each of its blocks one after the other."""
+    return [sum(parts) for parts in zip(*([x.sum(dtype=torch.float64) for x in block] for block in blocks))]
 
 
 def of_neighbours(blocks: Sequence[Sequence[Tensor]], sizes: Sequence[int]) -> list[list[Tensor]]:

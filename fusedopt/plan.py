@@ -17,9 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import means
 from .buckets import Bucket, Member, settle
 from .cohorts import Slots
-from .distributed import Reduction
+from .distributed import Reduction, Wholes
 from .flat import Space
 from .layouts import Layouts
 from .places import Place
@@ -58,6 +59,9 @@ class Plan:
         self.reduction = Reduction(self.params, optimizer._settings.clip_group)
         if optimizer._settings.needs_norm or optimizer._settings.track is not None:
             self.reduction.check()
+        joined = means.needed(optimizer) if self.reduction.stages else 0
+        self.wholes = Wholes(self.params, self.reduction, joined) if joined else None
+        """What joins the ranks' parts of means over whole parameters, where means are needed."""
         newcomers = survey(optimizer, rules, grads, self.reduction, places)
         known = set(map(id, self.params))
         for kept in (places, optimizer._ema):

@@ -7,15 +7,17 @@ of them at once cannot be had with it: their global norm, skipping a step, accum
 from __future__ import annotations
 
 from collections import ChainMap
-from collections.abc import Callable, Iterator, MutableMapping
+from collections.abc import Callable, Iterable, Iterator, MutableMapping
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from . import means
 from .engine import Engine
 from .optimizer import FusedOptimizer
+from .shards import is_distributed
 from .survey import NotFusable
 
 
@@ -59,6 +61,7 @@ def enable_gradient_release(model: torch.nn.Module, optimizer: FusedOptimizer) -
         raise RuntimeError("gradient release is enabled already for this optimizer; call remove() on it first")
     _refuse_settings(optimizer)
     _refuse_wrappers(model)
+    _refuse_parts(model.parameters(), optimizer)
     own = set(model.parameters())
     found = [(group, p) for group in optimizer.param_groups for p in group["params"] if p in own and p.requires_grad]
     if not found:
@@ -76,6 +79,7 @@ def _stepper(optimizer: FusedOptimizer, group: dict[str, Any], p: Tensor) -> Cal
 
     def step(param: Tensor) -> None:
         _refuse_settings(optimizer)
+        _refuse_parts([p], single)
         try:
             with torch.no_grad():
                 engine.step(single)
@@ -106,6 +110,14 @@ def _refuse_wrappers(model: torch.nn.Module) -> None:
         raise RuntimeError(
             "gradient release does not work with FullyShardedDataParallel, which reduces gradients after backward; "
             "use fully_shard (FSDP2), or call optimizer.step()"
+        )
+
+
+def _refuse_parts(params: Iterable[Tensor], optimizer: Any) -> None:
+    if any(map(is_distributed, params)) and means.needed(optimizer):
+        raise RuntimeError(
+            "gradient release updates each parameter as soon as this rank has its gradient, and cautious=True and "
+            "StableAdamW need means over whole parameters, for which all ranks meet; call optimizer.step()"
         )
 
 

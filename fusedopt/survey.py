@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import _get_scalar_dtype
 
+from . import means
 from .backends import Backend, backend
 from .cohorts import Scalar
 from .distributed import Reduction
@@ -105,7 +106,7 @@ def survey(
                     choices[p.device] = backend(p.device, optimizer.backend)
                 if capturable and choices[p.device].name == "torch":
                     _refuse_capture(group, choices[p.device], where)
-                if spread or hasattr(owner, "_fsdp_flattened"):
+                if hasattr(owner, "_fsdp_flattened"):
                     _refuse_means(optimizer, group, where)
                 key = p.device, p.dtype, g.dtype, rule, choices[p.device], stored, spread, capturable
                 dtypes = tuple(s.dtype for s in _scalars(optimizer, rule, group, state, read, where))
@@ -151,12 +152,11 @@ def _refuse_capture(group: dict[str, Any], choice: Backend, where: Where) -> Non
 
 
 def _refuse_means(optimizer: Any, group: dict[str, Any], where: Where) -> None:
-    update = optimizer.first_update(group)
-    needy = [stage.name for stage in update.on_update if stage.term is not None]
-    if needy:
+    if needy := [stage.name for stage in means.stages_of(optimizer.first_update(group))]:
         raise RuntimeError(
-            f"{' and '.join(needy)} of {type(optimizer).__name__} needs a mean over each whole parameter, and this "
-            f"rank holds only a part of {where}; leave it away"
+            f"{' and '.join(needy)} of {type(optimizer).__name__} needs a mean over each whole parameter, and {where} "
+            "is a piece of FullyShardedDataParallel's flat parameter, which does not say what of it other ranks hold; "
+            "use fully_shard (FSDP2), or leave it away"
         )
 
 

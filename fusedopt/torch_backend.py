@@ -17,19 +17,17 @@ from torch import Tensor
 
 from . import means
 from .buckets import Bucket, Member
-from .clipping import Skips, Verdict, hypot
+from .clipping import Skips, Verdict
 from .cohorts import Cohort
 from .flat import memory_order
 from .gather import Gather, Ways, find_ways, neighbours, picker
 from .rule import Stage, Update
 from .settings import Settings
+from .torch_norm import norm
 from .torch_tally import Tally
 
 BLOCK = 1 << 17
 """Elements per block of a rule that torch has no fused kernel for."""
-
-NORM_ROW = 1024
-"""torch's float32 norm adds in float32: over 25M elements it is off by 1e-3, over rows of 1024 by 1e-7."""
 
 stages = {
     "clip_value": lambda g, p, low, high: g.clamp(low, high),
@@ -164,22 +162,30 @@ class Executor:
     def norm(self) -> float:
         """The norm of the gradients; not finite if and only if one of them is not."""
         tensors = [*self.scratch, *(g for run in self.runs for g in run.grads[len(run.gathered) :])]
-        # 16-bit elements are added one by one, so that the error is larger sooner.
-        longest = NORM_ROW if self.bucket.grad_dtype.itemsize < 4 else 16 * NORM_ROW
-        large = [g for g in tensors if g.numel() >= longest]
-        small = [g for g in tensors if g.numel() < longest]
-        norms = [n for g in large for n in _norms_of_rows(memory_order(g), self.compute_dtype)]
-        norms += torch._foreach_norm(small, 2, dtype=self.compute_dtype) if small else []
-        if not norms:
-            return 0.0
-        norm = torch.linalg.vector_norm(torch.stack(norms), dtype=torch.float64).item()
-        if not 1e-16 < norm < 1e150:
-            # Squares that the dtype may not hold: once more in float64, relative to the largest element.
-            norm = hypot(list(map(_norm_of_any, tensors)))
-        return norm
+        return norm(tensors, self.bucket.grad_dtype, self.compute_dtype)
 
-    def step(self, update: Callable[[Cohort], Update], verdict: Verdict, skips: Skips) -> None:
-        """Update parameters and states; where the step is skipped, only take the sums of squares."""
+    @property
+    def ordered(self) -> Sequence[Member]:
+        """The members of a bucket that is spread over ranks, in the order of means over them: none is gathered."""
+        return self.direct
+
+    def shares_of_means(self, update: Callable[[Cohort], Update], verdict: Verdict, skips: Skips) -> Tensor:
+        """What this rank's parts add to the means over whole parameters: float64 [members, terms]."""
+        rows = []
+        for run in self.runs:
+            numbers = update(run.cohort)
+            terms = means.stages_of(numbers)
+            for m, blocks, g in zip(run.direct, run.blocks, run.grads):
+                parts = zip(blocks, memory_order(g).split(self.block))
+                sums = means.sums(self._terms(terms, self._glimpses(parts, numbers, verdict.factor)))
+                rows.append(torch.stack(sums) / m.owner.numel() if sums else torch.zeros(0))
+        return torch.stack(rows)
+
+    def step(
+        self, update: Callable[[Cohort], Update], verdict: Verdict, skips: Skips, found: Tensor | None = None
+    ) -> None:
+        """Update parameters and states; where the step is skipped, only take the sums of squares. ``found`` are the
+        means, where ranks have joined theirs."""
         if self.staged:
             torch._foreach_copy_(self.staging_views, self.staged)
         if self.tally is not None:
@@ -190,8 +196,9 @@ class Executor:
         if self.bucket.fused:
             self._step_fused(update, verdict.factor)
         else:
+            joined = None if found is None else iter(found.to(self.compute_dtype))
             for run in self.runs:
-                self._step_in_blocks(run, update(run.cohort), verdict.factor)
+                self._step_in_blocks(run, update(run.cohort), verdict.factor, joined)
         if self.staged:
             torch._foreach_copy_(self.staged, self.staging_views)
         # In-place writes that autograd does not see by itself.
@@ -218,8 +225,8 @@ class Executor:
                 for averages, weight in zip(run.averages, update(run.cohort).averages):
                     follow(averages, run.params, weight)
 
-    def _step_in_blocks(self, run: Run, update: Update, factor: float) -> None:
-        terms = [stage for stage in update.on_update if stage.term is not None]
+    def _step_in_blocks(self, run: Run, update: Update, factor: float, joined: Iterator[Tensor] | None = None) -> None:
+        terms = means.stages_of(update)
         for blocks, sizes, g in zip(run.blocks, run.sizes, run.grads):
             flat = memory_order(g)
             parts = list(zip(blocks, flat.split(self.block) if len(blocks) > 1 else (flat,)))
@@ -228,7 +235,9 @@ class Executor:
                     self._follow(tensors, self._direction(self._load(tensors), g_block, update, factor), (), update)
                 continue
             directions = (self._direction(self._load(tensors), g, update, factor) for tensors, g in parts)
-            if len(parts) == 1:
+            if joined is not None:
+                found = itertools.repeat(next(joined).unbind())
+            elif len(parts) == 1:
                 directions = list(directions)
                 found = self._means(terms, directions, sizes)
             else:
@@ -244,19 +253,24 @@ class Executor:
         g = through(update.on_grad, g if factor == 1 else g * factor, p)
         return self.bucket.rule.twin(g, kept[: len(self.bucket.rule.states)], update.h), g, p, kept
 
-    def _glimpses(self, parts: Sequence[tuple], update: Update, factor: float) -> Iterator[tuple]:
+    def _glimpses(self, parts: Iterable[tuple], update: Update, factor: float) -> Iterator[tuple]:
         """The directions, one after the other, with the states left as they are."""
         for tensors, g in parts:
             # What has the dtype of arithmetic already was not copied by loading it.
             p, *kept = self._load(tensors)
             yield self._direction((p, *(x.clone() for x in kept)), g, update, factor)
 
+    def _terms(self, stages: Sequence[Stage], directions: Iterable[tuple]) -> Iterator[list[Tensor]]:
+        """For each block the terms of which these stages need means."""
+        for u, g, p, kept in directions:
+            yield [means.terms[s.term](u, p, g, kept, *s.args) for s in stages]
+
     def _means(self, stages: Sequence[Stage], directions: Iterable[tuple], sizes: Sequence[int]) -> Iterable[list]:
         """For each block the means that these stages need."""
-        blocks = ([means.terms[s.term](u, p, g, kept, *s.args) for s in stages] for u, g, p, kept in directions)
+        blocks = self._terms(stages, directions)
         if len(sizes) > 1:
             return means.of_neighbours(list(blocks), sizes)
-        return itertools.repeat([mean.to(self.compute_dtype) for mean in means.of_tensor(blocks, sizes[0])])
+        return itertools.repeat([(total / sizes[0]).to(self.compute_dtype) for total in means.sums(blocks)])
 
     def _follow(self, tensors: Sequence[Tensor], direction: tuple, found: Sequence[Tensor], update: Update) -> None:
         u, g, p, kept = direction
@@ -290,16 +304,3 @@ def _in_layout_of(member: Member, g: Tensor) -> Tensor:
     if g.stride() == space.strides[index]:
         return g
     return torch.empty_strided(space.sizes[index], space.strides[index], dtype=g.dtype, device=g.device).copy_(g)
-
-
-def _norms_of_rows(x: Tensor, dtype: torch.dtype) -> list[Tensor]:
-    whole = x.numel() // NORM_ROW * NORM_ROW
-    rows = torch.linalg.vector_norm(x[:whole].view(-1, NORM_ROW), dim=1, dtype=dtype)
-    return [torch.linalg.vector_norm(part, dtype=dtype) for part in (rows, x[whole:])]
-
-
-def _norm_of_any(x: Tensor) -> float:
-    largest = x.abs().max().item() if x.numel() else 0.0
-    if not 0 < largest < math.inf:
-        return largest
-    return largest * torch.linalg.vector_norm(x.to(torch.float64) / largest).item()

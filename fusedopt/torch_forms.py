@@ -3,7 +3,7 @@ that stay in the cache, read as float32, updated, and stored again."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -56,16 +56,18 @@ class Executor(torch_backend.Executor):
             roles.append(list(zip(*(x.split(self.block // part.per) for x, part in zip(parts, form.parts)))))
         return [Block(member.first_draw + k * self.block // 8, parts) for k, parts in enumerate(zip(*roles))]
 
-    def step(self, update: Callable[[Cohort], Update], verdict: Verdict, skips: Skips) -> None:
+    def step(
+        self, update: Callable[[Cohort], Update], verdict: Verdict, skips: Skips, found: Tensor | None = None
+    ) -> None:
         for param, copy in self.copied.items():
             copy.copy_(param)
-        super().step(update, verdict, skips)
+        super().step(update, verdict, skips, found)
         for param, copy in self.copied.items():
             param.copy_(copy)
 
-    def _step_in_blocks(self, run: Run, update: Update, factor: float) -> None:
+    def _step_in_blocks(self, run: Run, update: Update, factor: float, joined: Iterator[Tensor] | None = None) -> None:
         self.t = run.cohort.t + 1
-        super()._step_in_blocks(run, update, factor)
+        super()._step_in_blocks(run, update, factor, joined)
 
     def _load(self, block: Block) -> list[Tensor]:
         return [twin.load(parts, self.compute_dtype) for twin, parts in zip(self.twins, block.roles)]

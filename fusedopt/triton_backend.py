@@ -5,6 +5,7 @@ Only this module and its parts, ``triton_*.py``, import ``fusedopt.kernels``.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -23,7 +24,7 @@ from .gather import picker
 from .kernels import clipped, means, rules, tracked
 from .kernels import step as step_kernel
 from .launch import Launches
-from .means import Chunks
+from .means import Chunks, stages_of
 from .rule import Rule, Update
 from .settings import Settings
 from .triton_columns import Columns
@@ -87,32 +88,50 @@ class Executor:
         """The norm of the gradients, waited for: only for buckets on several devices or backends."""
         return self.norms.wait()
 
-    def step(self, update: Callable[..., Update], verdict: Verdict, skips: Skips) -> None:
-        """Launch the update."""
+    @property
+    def ordered(self) -> Sequence[Member]:
+        """The members in the order of means over them."""
+        return self.bucket.members
+
+    def shares_of_means(self, update: Callable[..., Update], verdict: Verdict, skips: Skips) -> Tensor:
+        """What this rank's parts add to the means over whole parameters: float64 [members, terms]."""
+        numbers = update(self.bucket.cohorts[0])
+        shares = torch.zeros(len(self.ordered), len(stages_of(numbers)), dtype=torch.float64, device=self.bucket.device)
+        if self.tables.tiles.count == 0:
+            return shares
+        chains, shared, heeding = self._prepare_after(update, verdict, skips)
+        found = self._means(chains, shared, *heeding) if chains.terms else shares[:, :0]
+        for k, means_here in zip(chains.means_of(numbers), found.unbind(1)):
+            shares[:, k] = means_here * self.part_of_whole
+        return shares
+
+    @functools.cached_property
+    def part_of_whole(self) -> Tensor:
+        """How much of each whole parameter's elements this rank has."""
+        sizes = [m.param.numel() / max(m.owner.numel(), 1) for m in self.ordered]
+        return torch.tensor(sizes, dtype=torch.float64, device="cpu").to(self.bucket.device)
+
+    def step(self, update: Callable[..., Update], verdict: Verdict, skips: Skips, found: Tensor | None = None) -> None:
+        """Launch the update; ``found`` are the means, where ranks have joined theirs."""
         if self.tables.tiles.count == 0:
             if self.bucket.capturable:
                 self.rows.look()
             return
-        judged = verdict.on(self.bucket.device)
-        known, variants = self._variants(skips) if verdict.device is not None else (0, 1)
-        chains, shared = self._prepare(update, variants)
-        variant = chains.used, judged is None
-        tables, rows = self.tables.device_copy, self.rows.table
-        tensors = self.tables.roles, self.tables.forms
-        if chains.terms:
-            chunks = self._chunks(len(chains.terms))
-            self.launch(
-                means.means_of_terms, variant, chunks.programs,
-                tables, chunks.table, rows, chunks.partials, chunks.tickets, chunks.means, judged, known, variants,
-                *tensors, chains.h, chains.on_grad, chains.terms, VECTOR=self.tables.vector, **shared,
-            )  # fmt: skip
-        numbers = rows, chunks.means if chains.terms else None, judged, known, variants, self.settings.seed
-        formulas = *tensors, chains.h, chains.on_grad, chains.on_update, chains.averages
+        chains, shared, heeding = self._prepare_after(update, verdict, skips)
+        if not chains.terms:
+            found = None
+        elif found is None:
+            found = self._means(chains, shared, *heeding)
+        elif len(chains.terms) < found.shape[1]:
+            found = found[:, chains.means_of(update(self.bucket.cohorts[0]))].contiguous()
+        variant, tables = (chains.used, heeding[0] is None), self.tables
+        numbers = self.rows.table, found, *heeding, self.settings.seed
+        formulas = tables.roles, tables.forms, chains.h, chains.on_grad, chains.on_update, chains.averages
         shared |= {"DRAWS": self.bucket.stored.draws, "MEANS": len(chains.terms)}
         if self.settings.track is None:
-            tiles = self.tables.tiles
+            tiles = tables.tiles
             self.launch(
-                step_kernel.step, variant, tiles.count, tables, tiles.table, *numbers, *formulas, **shared
+                step_kernel.step, variant, tiles.count, tables.device_copy, tiles.table, *numbers, *formulas, **shared
             )  # fmt: skip
         else:
             self._launch_tracked(variant, numbers, formulas, shared, verdict.loss_scale)
@@ -176,8 +195,7 @@ class Executor:
         if self.tables.tiles.count == 0:
             return "all parameters are empty"
         if self.needs_means is None:
-            first = optimizer.first_update(self.bucket.cohorts[0].group)
-            self.needs_means = any(stage.term is not None for stage in first.on_update)
+            self.needs_means = bool(stages_of(optimizer.first_update(self.bucket.cohorts[0].group)))
         if self.needs_means:
             return "cautious=True, or another setting that needs means over tensors, takes a launch between"
         return None
@@ -216,10 +234,25 @@ class Executor:
             "BLOCK": self.tables.tuning.block, "num_warps": self.tables.num_warps, "enable_fp_fusion": False,
         }  # fmt: skip
 
-    def _chunks(self, count: int) -> Chunks:
+    def _prepare_after(
+        self, update: Callable[..., Update], verdict: Verdict, skips: Skips
+    ) -> tuple[Chains, dict[str, Any], tuple]:
+        """The same, and the arguments by which a kernel heeds the verdict that was passed before it."""
+        known, variants = self._variants(skips) if verdict.device is not None else (0, 1)
+        return *self._prepare(update, variants), (verdict.on(self.bucket.device), known, variants)
+
+    def _means(self, chains: Chains, shared: dict[str, Any], *heeding: Any) -> Tensor:
+        """Launch the kernel of the means over each tensor."""
+        count = len(chains.terms)
         if self.chunks is None or self.chunks.means.shape[1] != count:
             self.chunks = Chunks(self.tables.tiles.of_tensors, count, self.bucket.device)
-        return self.chunks
+        chunks, tables = self.chunks, self.tables
+        self.launch(
+            means.means_of_terms, (chains.used, heeding[0] is None), chunks.programs,
+            tables.device_copy, chunks.table, self.rows.table, chunks.partials, chunks.tickets, chunks.means, *heeding,
+            tables.roles, tables.forms, chains.h, chains.on_grad, chains.terms, VECTOR=tables.vector, **shared,
+        )  # fmt: skip
+        return chunks.means
 
     def _finish(self) -> None:
         for member, copy in self.copied:

@@ -33,6 +33,11 @@ class Chains(NamedTuple):
         args = [x for chain, keep in self._stages(update) for s, k in zip(chain, keep) if k for x in s.args]
         return [update.lr, *update.h, *update.averages, *args]
 
+    def means_of(self, update: Update) -> list[int]:
+        """Which of the means that the chain may need its stages do, by number."""
+        kept = [keep for stage, keep in zip(update.on_update, self.used[1]) if stage.term is not None]
+        return [number for number, keep in enumerate(kept) if keep]
+
     def _stages(self, update: Update) -> Any:
         return zip((update.on_grad, update.on_update), self.used)
 

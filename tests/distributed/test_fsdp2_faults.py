@@ -141,16 +141,6 @@ def test_state_of_another_layout_is_refused():
 
 
 @pytest.mark.ranks(2)
-def test_means_over_whole_parameters_are_refused():
-    model = sharded()
-    optimizer = ours(model, cautious=True)
-    loss_of(model, 0).backward()
-    with pytest.raises(RuntimeError, match="cautious of AdamW needs a mean over each whole parameter"):
-        optimizer.step()
-    assert not moved(model)
-
-
-@pytest.mark.ranks(2)
 def test_clip_group_over_ranks_that_share_the_parameters_is_refused():
     """Every square would be counted twice."""
     model = sharded()
