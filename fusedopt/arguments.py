@@ -1,8 +1,10 @@
-"""Checks of the arguments of optimizers that torch lacks, in torch's words."""
+"""Checks of the arguments of optimizers that torch lacks, in torch's words; of learning rates, whoever set them."""
 
 from __future__ import annotations
 
+import math
 import numbers
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -31,3 +33,34 @@ def check_betas(betas: Any, count: int) -> None:
             raise ValueError(f"Invalid beta parameter at index {index}: {beta!r}, which is no number")
         if not 0.0 <= beta < 1.0:
             raise ValueError(f"Invalid beta parameter at index {index}: {beta}")
+
+
+def check_rates(optimizer: Any, groups: Sequence[dict[str, Any]]) -> None:
+    """ValueError, or torch's RuntimeError for tensors, if a step cannot go on with a group's learning rate. What only a
+    device knows is not looked at."""
+    for number, group in enumerate(groups):
+        lr = group.get("lr", 0.0)
+        # Runs at every step.
+        if type(lr) is not float:
+            lr = _host_rate(optimizer, number, group, lr)
+        if not math.isfinite(lr):
+            raise ValueError(
+                f"Invalid learning rate: {lr} in group {number}; it must be a finite number. What set it, a scheduler?"
+            )
+
+
+def _host_rate(optimizer: Any, number: int, group: dict[str, Any], lr: Any) -> float:
+    """A learning rate that is no Python float, as one; 0 if nobody may wait for it."""
+    if not isinstance(lr, torch.Tensor):
+        return float(lr)
+    if lr.numel() != 1:
+        raise ValueError(f"Tensor lr must be 1-element, got shape {tuple(lr.shape)} in group {number}")
+    capturable = optimizer.is_capturable(group)
+    if lr.is_cpu:
+        return 0.0 if capturable else float(lr)
+    if lr.is_meta or (capturable and group["params"] and group["params"][0].device != lr.device):
+        raise RuntimeError(
+            f"the learning rate of group {number} is a tensor on {lr.device}, its parameters are on "
+            f"{group['params'][0].device}: put it there, or on the CPU"
+        )
+    return 0.0

@@ -15,6 +15,8 @@ from torch import Tensor
 from .distributed import Reduction
 from .upload import on
 
+IMPOSSIBLE = "launches=1 is not possible here: {}; use launches='auto' or 2"
+
 
 class Verdict(NamedTuple):
     """What one step does with its gradients. Either the host knows it, or ``device`` holds it as

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from . import capture, clipping, torch_backend, torch_forms
+from .arguments import check_rates
 from .buckets import Bucket
 from .cohorts import Cohort
 from .metrics import Metrics, Tracker
@@ -58,6 +59,7 @@ class Engine:
     def step(self, optimizer: Any) -> None:
         if self.averaged:
             raise RuntimeError("step() inside `with optimizer.ema_parameters()`, where parameters hold their averages")
+        check_rates(optimizer, optimizer.param_groups)
         if not self._with_gradients(optimizer, self._run):
             self.verdict = clipping.Verdict(norm=0.0) if optimizer._settings.needs_norm else clipping.UNJUDGED
         self.tracked = self.tracker
@@ -163,8 +165,11 @@ class Engine:
 
         waiting = self.executors
         is_deferred = self.deferred is not None and self.deferred.is_of(grads)
+        at_once = None
         if self._takes_one_launch(optimizer, terms, is_deferred):
-            self.verdict, waiting = self.executors[0].step_at_once(update, terms, self.skips), []
+            at_once = self.executors[0].step_at_once(update, terms, self.skips)
+        if at_once is not None:
+            self.verdict, waiting = at_once, []
         elif is_deferred:
             self.verdict = self._deferred_verdict(terms)
         else:
@@ -218,7 +223,7 @@ class Engine:
         else:
             problem = self.executors[0].problem_with_one_launch(optimizer)
         if problem is not None and launches == 1:
-            raise RuntimeError(f"launches=1 is not possible here: {problem}; use launches='auto' or 2")
+            raise RuntimeError(clipping.IMPOSSIBLE.format(problem))
         # Without a verdict the update is one launch by itself.
         return problem is None and terms.any
 

@@ -164,6 +164,9 @@ class FusedOptimizer(Formula, torch.optim.Optimizer):
                 if isinstance(value, float) and math.isnan(value):
                     raise ValueError(f"Invalid {key}: {value}; hyperparameters must be numbers")
             self.rule({**self.defaults, **param_group})  # raises where the options contradict the settings
+            lr = param_group.get("lr", self.defaults.get("lr"))
+            if isinstance(lr, float) and math.isinf(lr):
+                raise ValueError(f"Invalid learning rate: {lr}; give a finite number")
         super().add_param_group(param_group)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

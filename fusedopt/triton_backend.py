@@ -18,7 +18,7 @@ from triton.runtime.jit import JITFunction
 from . import occupancy, triton_norm
 from .backends import interpreting
 from .buckets import Bucket, Member
-from .clipping import Skips, Terms, Verdict
+from .clipping import IMPOSSIBLE, Skips, Terms, Verdict
 from .flat import is_dense
 from .gather import picker
 from .kernels import clipped, means, rules, tracked
@@ -34,6 +34,10 @@ from .triton_tables import TYPES, Tables
 from .triton_tally import Tally
 
 __all__ = ["Executor", "judge", "rule_kernel"]
+
+
+REFUSALS = "cooperative", "not supported"
+"""What drivers say of a cooperative launch that they cannot make; nothing has been launched then."""
 
 
 class Executor:
@@ -63,6 +67,8 @@ class Executor:
         self.chunks: Chunks | None = None
         self.needs_means: bool | None = None
         self.tally = Tally([m.position for m in members], self.tables, bucket.device)
+        self.refusal: str | None = None
+        """Why there can be no cooperative launch, once that was tried."""
         self.programs: dict[Any, int] = {}
         """The grid of each variant of the cooperative kernel."""
 
@@ -148,8 +154,9 @@ class Executor:
             LANES=self.tables.tuning.block // self.tables.vector, **shared,
         )  # fmt: skip
 
-    def step_at_once(self, update: Callable[..., Update], terms: Terms, skips: Skips) -> Verdict:
-        """Launch norm, verdict and update as one cooperative kernel."""
+    def step_at_once(self, update: Callable[..., Update], terms: Terms, skips: Skips) -> Verdict | None:
+        """Launch norm, verdict and update as one cooperative kernel. None if the driver refuses that, which it will do
+        at every step; RuntimeError if nothing else will do."""
         verdict = skips.verdict(self.bucket.device)
         known, variants = self._variants(skips)
         chains, shared = self._prepare(update, variants)
@@ -175,9 +182,17 @@ class Executor:
         if tables.tuning.max_registers is not None:
             # Sums take some: with 80 for all, those of bfloat16 would go to memory.
             constants["maxnreg"] = tables.tuning.max_registers + (0 if places is None else 16)
-        if variant not in self.programs:
-            self.programs[variant] = self._grid(clipped.clipped_step, *args, **constants)
-        self.launch(clipped.clipped_step, variant, self.programs[variant], *args, **constants)
+        try:
+            if variant not in self.programs:
+                self.programs[variant] = self._grid(clipped.clipped_step, *args, **constants)
+            self.launch(clipped.clipped_step, variant, self.programs[variant], *args, **constants)
+        except (RuntimeError, AssertionError) as error:
+            if not any(words in str(error).lower() for words in REFUSALS):
+                raise
+            self.refusal = f"the driver refuses a cooperative launch ({error})"
+            if self.settings.launches == 1:
+                raise RuntimeError(IMPOSSIBLE.format(self.refusal)) from error
+            return None
         self._finish()
         return Verdict(norm=math.nan if terms.needs_norm else None, device=verdict)
 
@@ -198,7 +213,7 @@ class Executor:
             self.needs_means = bool(stages_of(optimizer.first_update(self.bucket.cohorts[0].group)))
         if self.needs_means:
             return "cautious=True, or another setting that needs means over tensors, takes a launch between"
-        return None
+        return self.refusal
 
     @property
     def prefers_one_launch(self) -> bool:
@@ -213,8 +228,8 @@ class Executor:
         fitting = min(self.tables.tuning.programs, occupancy.resident_programs(compiled, on))
         if fitting == 0:
             raise RuntimeError(
-                f"launches=1 is not possible here: no program of {compiled.metadata.name} fits a multiprocessor of "
-                f"{self.bucket.device}; use launches=2"
+                f"a cooperative launch of {compiled.metadata.name}, of which no program fits a multiprocessor of "
+                f"{self.bucket.device}"
             )
         return occupancy.grid(triton_norm.SLOTS, fitting, on.count)
 

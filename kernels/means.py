@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from .address import IS_ALIGNED, NUMEL
+from .norm import FACTOR
 from .rounding import Span
 from .stages import columns
 from .step import direction, heed, named, row_of
@@ -49,9 +50,12 @@ def means_of_terms(
     chunk = chunks + program * CHUNK_FIELDS
     tensor = tl.load(chunk).to(tl.int64)
     record = table + tensor * FIELDS
-    skip, factor, late = heed(verdict, known_skips, variants, COMPUTE)
+    skip, late = heed(verdict, known_skips, variants)
     if skip != 0:
         return
+    factor = None
+    if verdict is not None:
+        factor = tl.load(verdict + FACTOR).to(COMPUTE)
     row = row_of(record, rows, late, variants, WIDTH)
 
     SMALL: tl.constexpr = max(BLOCK // 8, GRANULE)

@@ -48,10 +48,12 @@ def step(
     BLOCK: tl.constexpr,
 ):
     program = tl.program_id(0).to(tl.int64)
-    skip, factor, late = heed(verdict, known_skips, variants, COMPUTE)
+    skip, late = heed(verdict, known_skips, variants)
     if skip != 0:
         return
+    factor = None
     if verdict is not None:
+        factor = tl.load(verdict + FACTOR).to(COMPUTE)
         # The gradients that the norm was told last still lie in the second-level cache.
         program = tl.num_programs(0) - 1 - program
     tensor = tl.load(tiles + 2 * program).to(tl.int64)
@@ -63,13 +65,13 @@ def step(
 
 
 @triton.jit
-def heed(verdict, known_skips, variants, COMPUTE: tl.constexpr):
-    """What the verdict says, if there is one: (whether to skip, the gradients' factor or None, the late skips)"""
+def heed(verdict, known_skips, variants):
+    """What the verdict says, if there is one: (whether to skip, the late skips)"""
+    # Not the factor too, which may be None: Triton 3.6 has no tuples that hold it.
     if verdict is None:
-        return 0, None, 0
+        return 0, 0
     else:
-        late = late_skips(tl.load(verdict + SKIPPED), known_skips, variants)
-        return tl.load(verdict + NONFINITE), tl.load(verdict + FACTOR).to(COMPUTE), late
+        return tl.load(verdict + NONFINITE), late_skips(tl.load(verdict + SKIPPED), known_skips, variants)
 
 
 @triton.jit

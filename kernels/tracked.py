@@ -9,6 +9,7 @@ import triton.language as tl
 
 from .address import NUMEL
 from .means import CHUNK_FIELDS
+from .norm import FACTOR
 from .rounding import Span, read
 from .step import heed, named, row_of, update_tile
 from .tally import SUMS, added, nothing, store_sums
@@ -44,8 +45,10 @@ def tracked_step(
     LANES: tl.constexpr,  # threads, of which each has neighbouring elements
 ):
     program = tl.program_id(0).to(tl.int64)
-    skip, factor, late = heed(verdict, known_skips, variants, COMPUTE)
+    skip, late = heed(verdict, known_skips, variants)
+    factor = None
     if verdict is not None:
+        factor = tl.load(verdict + FACTOR).to(COMPUTE)
         # As in step.py.
         program = tl.num_programs(0) - 1 - program
     chunk = chunks + program * CHUNK_FIELDS

@@ -9,6 +9,7 @@ import json
 
 import torch
 import triton
+from fusedopt.kernels import tuning
 from rule_cases import optimizer, parameters, set_gradients, tensors
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia import driver as nvidia
@@ -106,7 +107,27 @@ def main():
         bound = launched(stub, records, made.step)
         launch.DIRECT = True
         report[f"{case}, {address}, {label}"] = [direct, bound]
+    report["refused"] = refused(stub, records)
     print(json.dumps(report))
+
+
+def refused(stub, records):
+    """What an optimizer does whose cooperative launches the driver refuses: with "auto", launches of two steps; with 1,
+    its error."""
+    ctypes.c_int.in_dll(stub, "refuses_cooperative").value = 1
+    row = tuning.TABLE["sm_90"]
+    tuning.TABLE["sm_90"] = row._replace(launches=1)
+    found = []
+    for launches in ("auto", 1):
+        ctypes.c_int.in_dll(stub, "launched").value = 0
+        params = parameters([5000, 33], "cpu")
+        made = optimizer("adam", params, "scattered", max_grad_norm=1.0, launches=launches)
+        set_gradients(params, tensors([5000, 33], "cpu"))
+        try:
+            found.append([launched(stub, records, made.step) for _ in range(2)])
+        except RuntimeError as error:
+            found.append([str(error), ctypes.c_int.in_dll(stub, "launched").value])
+    return found
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from cases import every_optimizer, every_optimizer_and_backend, model
+from cases import every_optimizer, every_optimizer_and_backend, give_gradients, model
 from options import IN_TORCH
 from pairs import Pair, assert_same, raised, snapshot
 
@@ -88,6 +88,42 @@ def test_hyperparameters(name, options):
         assert "nan" in str(error)
     else:
         assert error is None
+
+
+@every_optimizer_and_backend
+def test_learning_rates_that_no_step_can_use(name, backend, device):
+    """torch would make the parameters NaN."""
+    with pytest.raises(ValueError, match=r"Invalid .*inf"):
+        fusedopt.registry[name](model("tiny"), lr=math.inf)
+    pair = Pair(name, None, "tiny", device=device, backend=backend, max_grad_norm=1.0)
+    pair.step(2)
+    before = snapshot(pair.opt)
+    group = pair.opt.param_groups[1]
+    bad = [(ValueError, math.inf), (ValueError, math.nan), (ValueError, torch.tensor(math.inf))]
+    bad += [(ValueError, torch.ones(2)), (RuntimeError, torch.ones((), device="meta"))]
+    for error, lr in bad:
+        good, group["lr"] = group["lr"], lr
+        with pytest.raises(error, match=r"learning rate.*group 1|lr.*group 1"):
+            pair.opt.step()
+        group["lr"] = good
+        assert_same(before, snapshot(pair.opt))
+    assert pair.opt.skipped_steps == 0
+    pair.step()
+    pair.check()
+
+
+@pytest.mark.parametrize("name", ["Adam", "Lion"])
+def test_a_learning_rate_on_another_device_than_a_graph_needs(name, needs_triton, device):
+    params = model("tiny", device=device)
+    optimizer = fusedopt.registry[name](params, lr=0.1, capturable=True, backend="triton")
+    give_gradients(params, 5)
+    optimizer.step()
+    before = snapshot(optimizer)
+    optimizer.param_groups[0]["lr"] = torch.ones((), device="meta")
+    with pytest.raises(RuntimeError, match=f"group 0 is a tensor on meta, its parameters are on {device.type}"):
+        optimizer.step()
+    optimizer.param_groups[0]["lr"] = 0.1
+    assert_same(before, snapshot(optimizer))
 
 
 PARAMETERS = {

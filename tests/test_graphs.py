@@ -15,6 +15,7 @@ SETTINGS = [
     {},
     {"max_grad_norm": 3.0, "ema_decay": 0.9},
     {"max_grad_norm": 3.0, "skip_nonfinite": True, "launches": 1},
+    {"skip_nonfinite": True, "track": "parameters"},
 ]
 """Of which parts a step may consist."""
 
@@ -60,7 +61,8 @@ class Run:
         found = snapshot(self.opt)
         for group in found["groups"]:
             group["lr"] = float(group["lr"])
-        return found | {"params": found["params"] + averages}, self.opt.skipped_steps, self.opt.grad_norm
+        metrics = [] if self.opt.track is None else list(self.opt.metrics)
+        return found | {"params": found["params"] + averages + metrics}, self.opt.skipped_steps, self.opt.grad_norm
 
 
 def assert_equal(a, b):

@@ -45,17 +45,32 @@ def report(request, tmp_path_factory):
     return found
 
 
-def test_every_case_was_launched(report):
-    assert len(report) == 4
-    for case, (direct, _) in report.items():
+@pytest.fixture(scope="module")
+def cases(report):
+    return {name: launches for name, launches in report.items() if name != "refused"}
+
+
+def test_every_case_was_launched(cases):
+    assert len(cases) == 4
+    for case, (direct, _) in cases.items():
         at_once = case.endswith("at once")
         # The norm, the update.
         assert len(direct) == (1 if case.endswith("plain") or at_once else 2), case
         assert {record["cooperative"] for record in direct} == {int(at_once)}, case
 
 
-def test_the_handle_gets_what_the_binder_would_give(report):
-    for case, (direct, bound) in report.items():
+def test_where_cooperative_launches_are_refused(report):
+    """Two launches instead, without trying again; where one was asked for, an error, and nothing was launched."""
+    auto, (error, launched) = report["refused"]
+    for step in auto:
+        assert [record["cooperative"] for record in step] == [0, 0]
+    assert "launches=1 is not possible here: the driver refuses a cooperative launch" in error
+    assert "too many blocks in cooperative launch" in error and "use launches='auto' or 2" in error
+    assert launched == 0
+
+
+def test_the_handle_gets_what_the_binder_would_give(cases):
+    for case, (direct, bound) in cases.items():
         assert direct == bound, case
         for record in direct:
             assert record["stream"] == 77

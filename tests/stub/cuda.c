@@ -19,7 +19,9 @@ CUresult cuModuleLoadData(CUmodule *module, const void *image) SAYS(*module = (C
 CUresult cuModuleUnload(CUmodule module) SAYS()
 CUresult cuFuncSetAttribute(CUfunction f, CUfunction_attribute attribute, int value) SAYS()
 CUresult cuFuncSetCacheConfig(CUfunction f, CUfunc_cache config) SAYS()
-CUresult cuGetErrorString(CUresult error, const char **text) SAYS(*text = "stub")
+CUresult cuGetErrorString(CUresult error, const char **text)
+SAYS(*text = error == CUDA_ERROR_COOPERATIVE_LAUNCH_TOO_LARGE ? "too many blocks in cooperative launch" : "stub")
+
 CUresult cuPointerGetAttribute(void *data, CUpointer_attribute attribute, CUdeviceptr p) SAYS(*(CUdeviceptr *)data = p)
 CUresult cuOccupancyMaxActiveClusters(int *n, CUfunction f, const CUlaunchConfig *config) SAYS(*n = 0)
 CUresult cuStreamIsCapturing(CUstream stream, CUstreamCaptureStatus *status) SAYS(*status = 0)
@@ -46,10 +48,13 @@ void expect(long f, int count, const int *bytes)
 
 struct launch { long function, stream; int grid, threads, shared, cooperative, count; uint64_t values[ARGUMENTS]; };
 struct launch launches[LAUNCHES];
-int launched;
+int launched, refuses_cooperative;
 
 CUresult cuLaunchKernelEx(const CUlaunchConfig *config, CUfunction f, void **params, void **extra)
 {
+    for (unsigned i = 0; i < config->numAttrs; i++)
+        if (refuses_cooperative && config->attrs[i].id == CU_LAUNCH_ATTRIBUTE_COOPERATIVE)
+            return CUDA_ERROR_COOPERATIVE_LAUNCH_TOO_LARGE;
     struct launch *record = &launches[launched++ % LAUNCHES];
     memset(record, 0, sizeof *record);
     record->function = (long)f;
