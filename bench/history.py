@@ -1,4 +1,5 @@
-"""``history.csv``: one row per case and implementation, appended as soon as it is measured and never edited.
+"""``history.csv``: one row per case and implementation, appended as soon as it is measured, and never edited but to
+withdraw it.
 
 Rows up to 2026-11-20 were written with fewer columns: of torch's implementations only the best one was kept, as
 ``rival``, and clipping, though it ran, changed nothing after the first step. What they do not say is empty.
@@ -20,6 +21,7 @@ STATUS = {
     "skipped": "cannot run here: the note says why",
     "unequal": "does not do what torch does: the note says by how much",
     "failed": "raised an error, or a check that failed",
+    "withdrawn": "measured, but not what the row says: the note says why",
 }
 
 

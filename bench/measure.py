@@ -72,7 +72,7 @@ def measure(
         except Exception as problem_:
             # A rival's error is a line of the table, not the end of the run.
             result.status, result.note = "failed", f"{type(problem_).__name__}: {problem_}".splitlines()[0]
-    _rounds(steps, results, on, seconds)
+    _rounds(steps, results, on, seconds, problem.limit.restore)
     if on.name == "cuda":
         for name, step in steps.items():
             results[name].seen = watch(step)
@@ -105,7 +105,13 @@ def _begin(problem: Problem, on: Cpu, result: Result) -> Callable[[], None]:
     return step
 
 
-def _rounds(steps: dict[str, Callable[[], None]], results: dict[str, Result], on: Cpu, seconds: float) -> None:
+def _rounds(
+    steps: dict[str, Callable[[], None]],
+    results: dict[str, Result],
+    on: Cpu,
+    seconds: float,
+    between: Callable[[], None],
+) -> None:
     if not steps:
         return
     inner = {name: max(1, int(ROUND / max(_wall(step, on, 1), 1e-7))) for name, step in steps.items()}
@@ -116,6 +122,7 @@ def _rounds(steps: dict[str, Callable[[], None]], results: dict[str, Result], on
         for name in names:
             results[name].wall.append(_wall(steps[name], on, inner[name]))
         names.append(names.pop(0))  # nobody always comes first
+        between()
         count += 1
 
 
