@@ -179,9 +179,9 @@ class Executor:
             "BLOCK": tables.wide_block, "LANES": lanes, "num_warps": tables.tuning.norm_warps,
             "launch_cooperative_grid": True,
         }  # fmt: skip
-        if tables.tuning.max_registers is not None:
+        if tables.max_registers is not None:
             # Sums take some: with 80 for all, those of bfloat16 would go to memory.
-            constants["maxnreg"] = tables.tuning.max_registers + (0 if places is None else 16)
+            constants["maxnreg"] = tables.max_registers + (0 if places is None else 16)
         try:
             if variant not in self.programs:
                 self.programs[variant] = self._grid(clipped.clipped_step, *args, **constants)

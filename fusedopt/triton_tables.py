@@ -84,13 +84,15 @@ class Tables:
         quantizes = bucket.stored.quantizes
         self.granule = QUANTIZED if quantizes else 8
         # Threads hold 16 bytes of the widest part, and a warp whole blocks of quantized ones.
-        widths = [bucket.grad_dtype.itemsize, *(part.dtype.itemsize for part in parts.values())]
+        widths = [bucket.grad_dtype.itemsize, *(part.dtype.itemsize for part in parts.values() if part.per == 1)]
         width = 2 if quantizes else max(widths)
         self.vector = self.tuning.bytes_at_once // width
         """Elements that a thread takes at once."""
         threads = 32 if interpreting() else driver.active.get_current_target().warp_size
         vectors = self.tuning.quantized_vectors if quantizes else 1
         self.num_warps = max(1, self.tuning.block // (threads * self.vector * vectors))
+        much = quantizes and (bucket.stored.draws or max(widths) > 2)
+        self.max_registers = self.tuning.max_registers_of_much if much else self.tuning.max_registers
         self.wide_block = self.tuning.norm_warps * threads * self.vector
         """The tile of an update with as many warps as the norm: it divides the norm's."""
 

@@ -23,6 +23,8 @@ class Tuning(NamedTuple):
     """Warps per program of the norm; a warp has 32 threads, on AMD 64."""
     max_registers: int | None = 80
     """Per thread of the cooperative kernel, where the compiler can be told."""
+    max_registers_of_much: int | None = 128
+    """The same where 8-bit states stand beside random bits or something in float32, which spill at less."""
     launches: int = 2
     """With clipping, where the user leaves it to us: a norm and an update, or one cooperative launch."""
     programs: int = 4
@@ -41,9 +43,9 @@ TABLE = {
     "sm_90": Tuning(),
     "sm_100": Tuning(),
     # Wavefronts of 64: as many threads in half as many. How many programs fit is not worked out: one does.
-    "gfx942": Tuning(norm_warps=4, programs=1, max_registers=None),
+    "gfx942": Tuning(norm_warps=4, programs=1, max_registers=None, max_registers_of_much=None),
     # Time there goes by programs.
-    "interpreter": Tuning(max_registers=None),
+    "interpreter": Tuning(max_registers=None, max_registers_of_much=None),
 }
 
 

@@ -24,6 +24,10 @@ RULES = {"adam": tuple(FORMS), "momentum": SOME, "rmsprop_centered_momentum": SO
 """Which forms are compiled with which case: one, two (of which one is exact) and four states beside Adam's two."""
 
 
+AT_ONCE = ("nearest + 8bit", "stochastic + 8bit", "fp32 + 8bit")
+"""Compiled with Adam's rule as one cooperative kernel too."""
+
+
 def stored_cases(extent: str) -> list[tuple[str, str]]:
     """(case, form): with extent "core" the forms of SOME with Adam's rule."""
     if extent == "core":

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import compiling
 import pytest
 from compiling import EXTENT, NVIDIA, TRITONS, compiled, count
-from form_cases import stored_cases
+from form_cases import AT_ONCE, stored_cases
 
 TARGETS = compiling.TARGETS if EXTENT == "all" else ["sm_90", "gfx942"]
 
@@ -20,13 +20,18 @@ class Report(NamedTuple):
     extent: str
     triton: str
     kernels: dict[str, list[dict]]
-    """Facts by target."""
+    """Facts about the updates, by target."""
+    once: dict[str, list[dict]]
+    """About norm and update in one cooperative launch."""
 
 
 @pytest.fixture(scope="module", params=TRITONS)
 def report(request):
     extent, found = compiled(request.param, [f"{target}:stored" for target in TARGETS])
-    return Report(extent, found["triton"], {target: found[f"{target}:stored"] for target in TARGETS})
+    kernels = {target: found[f"{target}:stored"] for target in TARGETS}
+    once = {t: [kernel for kernel in kernels[t] if kernel["name"].startswith("clipped_")] for t in TARGETS}
+    steps = {t: [kernel for kernel in kernels[t] if kernel["name"].startswith("step_")] for t in TARGETS}
+    return Report(extent, found["triton"], steps, once)
 
 
 def wide(kernel, target, what):
@@ -102,6 +107,15 @@ def test_registers_suffice(target, report):
         is_large = most_registers(kernel) > 128
         assert kernel["stack"] <= (8 if is_large and report.triton.startswith("3.6.") else 0), f"{title(kernel)} spills"
         assert kernel["registers"] <= most_registers(kernel), f"{title(kernel)}: {kernel['registers']}"
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_registers_of_one_launch(target, report):
+    """Two programs of 256 threads on a multiprocessor at least; ptxas may park an address or two."""
+    assert [kernel["form"] for kernel in report.once[target]] == list(AT_ONCE)
+    for kernel in report.once[target]:
+        assert kernel["stack"] <= (16 if target in NVIDIA else 0), f"{title(kernel)} spills"
+        assert kernel["registers"] <= (128 if target in NVIDIA else 512), title(kernel)
 
 
 @pytest.mark.parametrize("target", TARGETS)
