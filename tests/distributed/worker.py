@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 
 HERE = Path(__file__).parent
-sys.path[:0] = [str(HERE.parent), str(HERE)]
+sys.path[:0] = [str(HERE.parent), str(HERE), str(HERE.parent / "frameworks")]
 
 import conftest as memory  # noqa: E402  (the one of tests/: the interpreter's repairs, and memory that is NaN)
 import launch  # noqa: E402
