@@ -13,6 +13,7 @@ from cases import KERNEL_NAMES, every_option, give_gradients, in_two_groups, int
 from graphs import Waits
 from options import LR, NAMES, STATEFUL
 from pairs import assert_same, close, snapshot
+from test_schedulers import SCHEDULERS
 
 import fusedopt
 
@@ -107,6 +108,33 @@ def test_nobody_waits(name, device, no_launches):
             rates[0].mul_(0.9)
             opt.param_groups[1]["weight_decay"] = 0.01 * number
             opt.step()
+
+
+@pytest.mark.parametrize("kind", SCHEDULERS)
+def test_schedulers_write_into_the_tensors(kind, device, no_launches):
+    """What every scheduler of torch does to the learning rate, and to betas, arrives in the rows."""
+    opts, schedulers = [], []
+    for capturable in (False, True):
+        opt = optimizer("Adam", model("tiny", device=device), None, capturable)
+        for group in opt.param_groups if capturable else ():
+            group["lr"] = torch.tensor(group["lr"], dtype=torch.float64, device=device)
+        opts.append(opt)
+    rates = [group["lr"] for group in opts[1].param_groups]
+    schedulers = [SCHEDULERS[kind](opt) for opt in opts]
+    seen = set()
+    for number in range(4, 12):
+        found = []
+        for opt, scheduler in zip(opts, schedulers):
+            give_gradients([p for group in opt.param_groups for p in group["params"]], number)
+            opt.step()
+            scheduler.step(*([1.0] if kind == "ReduceLROnPlateau" else []))
+            found.append(rows_by_parameter(opt))
+        for position, row in found[0].items():
+            # Chained multiplications of the rate, by Python and by torch.
+            torch.testing.assert_close(found[1][position], row, rtol=1e-12, atol=1e-300)
+            seen.add(float(row[0]))
+    assert len(seen) > 2
+    assert all(group["lr"] is rate for group, rate in zip(opts[1].param_groups, rates))
 
 
 def test_groups_with_rates_of_their_own_cost_no_operations_of_their_own(device, no_launches):

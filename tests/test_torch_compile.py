@@ -6,7 +6,7 @@ optimizers stand for all.
 
 import pytest
 import torch
-from cases import give_gradients, model
+from cases import give_gradients, interpreter_noise, model
 from options import LR, STATEFUL
 from pairs import Pair, clip, close
 from torch._dynamo.utils import counters
@@ -173,3 +173,30 @@ def test_step_of_a_subclass_runs_once_when_compiled():
     give_gradients(params, 5)
     torch.compile(lambda: optimizer.step(), backend="eager")()
     assert len(calls) == 1
+
+
+@interpreter_noise
+def test_capturable(needs_triton, device):
+    """The step count and the learning rate on the device: the same breaks, nothing compiled anew, the same numbers."""
+    ended = []
+    for capturable in (False, True):
+        params = model("tiny", device=device)
+        lr = torch.tensor(LR, dtype=torch.float64, device=device)
+        optimizer = fusedopt.Adam(params, lr=lr, capturable=capturable, backend="triton", max_grad_norm=2.0)
+
+        @torch.compile(backend="eager")
+        def train(optimizer, params):
+            optimizer.zero_grad()
+            loss = loss_of(params)
+            loss.backward()
+            optimizer.step()
+            return loss
+
+        for number in range(5):
+            lr.fill_(LR / (1 + number))
+            train(optimizer, params)
+            if number == 1:
+                made = graphs()
+        assert graphs() == made
+        ended.append([*params, *(state["step"].cpu() for state in optimizer.state.values())])
+    close(*ended, 1e-12)
