@@ -26,15 +26,19 @@ class Norm:
         self.tables = tables
         self.device = device
         self.launch = launch
-        self.slots: Tensor | None = None
+        self.slots: dict[int, Tensor] = {}
+        self.counters: Tensor | None = None
 
     def workspace(self, buckets: int) -> tuple[Tensor, Tensor]:
         """Slots, and the ticket or barrier. Zeroed once: every step writes the same slots, and leaves the other as
         the next one needs it."""
-        if self.slots is None or len(self.slots) != buckets * SLOTS:
-            self.slots = torch.zeros(buckets * SLOTS, dtype=torch.float64, device=self.device)
+        if self.counters is None:
             self.counters = torch.zeros(2, 1, dtype=torch.int32, device=self.device)
-        return self.slots, self.counters
+        slots = self.slots.get(buckets)
+        if slots is None:
+            # Others stay: a CUDA graph may go on using them.
+            slots = self.slots[buckets] = torch.zeros(buckets * SLOTS, dtype=torch.float64, device=self.device)
+        return slots, self.counters
 
     def wait(self) -> float:
         """The norm, waited for: only for buckets on several devices or backends."""

@@ -137,6 +137,33 @@ def test_schedulers_write_into_the_tensors(kind, device, no_launches):
     assert all(group["lr"] is rate for group, rate in zip(opts[1].param_groups, rates))
 
 
+@pytest.mark.parametrize("tensors", [False, True])
+def test_groups_that_are_alike_do_not_lie_side_by_side(tensors, device, no_launches):
+    """Evaluated together, their rows still go to the right parameters."""
+    found = []
+    for capturable in (False, True):
+        params = [torch.nn.Parameter(torch.ones(3, dtype=torch.float64, device=device)) for _ in range(5)]
+        rates = [0.1, 0.2, 0.3]
+        if tensors and capturable:
+            rates = [torch.tensor(rate, dtype=torch.float64, device=device) for rate in rates]
+        decays = [0.0, 0.5, 0.0]
+        groups = [
+            {"params": ps, "lr": lr, "weight_decay": decay}
+            for ps, lr, decay in zip((params[:2], params[2:3], params[3:]), rates, decays)
+        ]
+        opt = fusedopt.NAdam(groups, capturable=capturable, backend="triton")
+        for number in range(3):
+            for k, p in enumerate(params):
+                p.grad = None if k == 4 and number == 0 else torch.ones_like(p)
+            opt.step()
+        found.append(rows_by_parameter(opt))
+        products = [state["mu_product"].item() for state in opt.state.values()]
+        found[-1]["products"] = torch.tensor(products)
+    assert found[0].keys() == found[1].keys()
+    for position, row in found[0].items():
+        torch.testing.assert_close(found[1][position], row, rtol=1e-12, atol=0)
+
+
 def test_groups_with_rates_of_their_own_cost_no_operations_of_their_own(device, no_launches):
     def operations(count, rate):
         params = [torch.nn.Parameter(torch.ones(3, device=device)) for _ in range(count)]

@@ -1,9 +1,12 @@
 """Steps in CUDA graphs: every replay is a step, and the same bits as an eager one. Without a GPU: see graphs.py."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 from cases import KERNEL_NAMES, give_gradients, in_two_groups, interpreter_noise, label, model
-from graphs import capture
+from graphs import Graph, capture
 from options import STATEFUL
 from pairs import assert_same, snapshot
 
@@ -122,6 +125,52 @@ def test_eager_steps_and_other_graphs_do_not_disturb_it(device, monkeypatch):
         else:
             graphs[turn].replay()
         assert_equal(captured, eager)
+
+
+@interpreter_noise
+def test_eager_steps_with_the_gradients_of_the_capture(device, monkeypatch):
+    """Before it, after it, and elsewhere before the next replay: the graph's tables are its own, as are theirs."""
+    eager, captured = (Run("Adam", device, max_grad_norm=3.0) for _ in range(2))
+    for run in (eager, captured):
+        run.warm_up()
+        run.prepare(6)
+    graph = captured.capture(monkeypatch)
+    own = [[p.grad for p in run.params] for run in (eager, captured)]
+    for number, elsewhere in ((6, False), (7, True), (8, True)):
+        for run in (eager, captured):
+            if elsewhere:
+                for p in run.params:
+                    p.grad = p.grad.clone()
+            run.prepare(number)
+            run.opt.step()
+        for run, grads in zip((eager, captured), own):
+            for p, g in zip(run.params, grads):
+                p.grad = g
+            run.prepare(number + 10)
+        eager.opt.step()
+        graph.replay()
+        assert_equal(captured, eager)
+
+
+@interpreter_noise
+def test_what_a_graph_uses_outlives_the_plan(device, monkeypatch):
+    run = Run("Adam", device, max_grad_norm=3.0)
+    run.warm_up()
+    run.prepare(6)
+    graph = run.capture(monkeypatch)
+    (executor,) = run.opt._engine.executors
+    used = [
+        weakref.ref(executor.norms.slots[1]),
+        weakref.ref(executor.tables.tiles.table),
+        weakref.ref(executor.copied[0][1]),
+    ]
+    # What the CPU's graph holds for itself, and a true one does not.
+    (graph.calls if isinstance(graph, Graph) else []).clear()
+    del executor, graph
+    run.params[1].grad = None
+    run.opt.step()
+    gc.collect()
+    assert all(ref() is not None for ref in used)
 
 
 @interpreter_noise
