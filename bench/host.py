@@ -73,22 +73,25 @@ class NoGPU:
 
 @contextlib.contextmanager
 def torch_launches_nothing(steps_on_host: bool) -> Iterator[None]:
-    """In-place operations do nothing, others give back what they got. Step counts are counted where they are numbers
-    on the host: with ``foreach``, but not with ``fused``."""
-    add = torch._foreach_add_
+    """In-place operations do nothing, others give back what they got. Step counts and their like go on where they are
+    numbers on the host: with ``foreach``, but not with ``fused``."""
 
     def nothing(tensors: list, *args: object, **kwargs: object) -> list:
         return tensors
 
-    def add_or_nothing(tensors: list, *args: object, **kwargs: object) -> None:
-        if steps_on_host and tensors[0].dim() == 0:
-            add(tensors, *args, **kwargs)
+    def on_numbers(operation: Callable[..., None]) -> Callable[..., None]:
+        def act(tensors: list, *args: object, **kwargs: object) -> None:
+            if steps_on_host and tensors[0].dim() == 0:
+                operation(tensors, *args, **kwargs)
+
+        return act
 
     def norm(tensors: list, *args: object, **kwargs: object) -> list:
         return [NORM] * len(tensors)
 
     names = [name for name in dir(torch) if name.startswith(("_foreach_", "_fused_"))]
-    instead = dict.fromkeys(names, nothing) | {"_foreach_add_": add_or_nothing, "_foreach_norm": norm}
+    real = {name: on_numbers(getattr(torch, name)) for name in ("_foreach_add_", "_foreach_mul_")}
+    instead = dict.fromkeys(names, nothing) | real | {"_foreach_norm": norm}
     with mock.patch.multiple(torch, **instead):
         yield
 
