@@ -16,9 +16,14 @@ from shapes import TITLES
 
 README = HISTORY.parent.parent / "README.md"
 BEGIN = "<!-- made by bench/report.py from bench/history.csv: do not edit -->"
+PLANS = "<!-- plans: made by bench/report.py from the rows of bench/scale.py: do not edit -->"
 END = "<!-- end -->"
 
 OURS = "fusedopt", "fusedopt flatten", "fusedopt 8-bit"
+
+PLANNING = "plan", "new plan"
+BACKENDS = "torch", "triton"
+"""The rows of bench/scale.py."""
 
 MANY = 6
 """Checks of one kind, above which a summary only counts those that passed."""
@@ -121,17 +126,52 @@ def readme_section(rows: list[Row]) -> str:
     return "\n\n".join(parts)
 
 
-def with_section(text: str, section: str) -> str:
-    """README with that section between its markers.
+def plan_table(rows: list[Row]) -> str:
+    """How long planning takes, by number of tensors: the fallback, and the kernels' tables."""
+    found = {(r.part, r.tensors, r.implementation): r for r in latest(rows) if r.part in PLANNING}
+    if not found:
+        return "Not measured yet."
+    lines = [
+        f"{list(found.values())[-1].machine}, one thread; {origin(list(found.values()))}; fallback / kernels' tables:"
+    ]
+    lines += ["", "| tensors | plan at the first step | at a step with other gradients | check at every other step |"]
+    lines.append("|---|---|---|---|")
+    for tensors in sorted({tensors for _, tensors, _ in found}):
+        cells = [
+            " / ".join(
+                _milliseconds(getattr(found.get((part, tensors, name)), column, None), scale) for name in BACKENDS
+            )
+            for part, column, scale in (
+                ("plan", "first_ms", 1),
+                ("new plan", "host_us", 1e-3),
+                ("plan", "host_us", 1e-3),
+            )
+        ]
+        lines.append(f"| {tensors:,} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _milliseconds(value: float | None, scale: float) -> str:
+    return "–" if value is None else f"{value * scale:.2g} ms" if value * scale < 100 else f"{value * scale:.0f} ms"
+
+
+SECTIONS = {BEGIN: readme_section, PLANS: plan_table}
+"""What README takes from the rows, by the marker before it."""
+
+
+def with_sections(text: str, rows: list[Row]) -> str:
+    """README with all of them between their markers.
 
     Raises:
-        ValueError: if the markers are not there.
+        ValueError: if a marker is not there.
     """
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise ValueError(f"README.md has no markers {BEGIN} and {END}")
-    return f"{before}{begin}\n\n{section}\n\n{end}{after}"
+    for marker, make in SECTIONS.items():
+        before, begin, rest = text.partition(marker)
+        _, end, after = rest.partition(END)
+        if not begin or not end:
+            raise ValueError(f"README.md has no markers {marker} and {END}")
+        text = f"{before}{begin}\n\n{make(rows)}\n\n{end}{after}"
+    return text
 
 
 def results(rows: list[Row]) -> str:
@@ -139,10 +179,13 @@ def results(rows: list[Row]) -> str:
     pages = ["# Results\n\nMade by `bench/report.py` from `bench/history.csv`; the latest row of each case."]
     for machine, found in machines(latest(rows)).items():
         timed = [row for row in found if row.part in ("step", "train", "kernel", "sweep", "cold")]
-        checks = [row for row in found if row not in timed]
+        plans = [row for row in found if row.part in PLANNING]
+        checks = [row for row in found if row not in timed and row not in plans]
         pages.append(f"## {machine}\n\n{origin(found)}")
         if timed:
             pages.append(full_table(timed))
+        if plans:
+            pages.append(plan_table(plans))
         if checks:
             pages.append("\n".join(f"- {row.part}, {row.implementation}: {row.status}. {row.note}" for row in checks))
     return "\n\n".join(pages) + "\n"
@@ -158,7 +201,7 @@ def summary(rows: list[Row]) -> str:
     lines += [f"NOT OK {r.part} {r.model} {r.optimizer} {r.implementation}: {r.note}"[:160] for r in bad]
     checks: dict[str, list[Row]] = {}
     for row in found:
-        if row.part not in ("step", "train", "kernel", "sweep") and row.status == "ok":
+        if row.part not in ("step", "train", "kernel", "sweep", *PLANNING) and row.status == "ok":
             checks.setdefault(row.part, []).append(row)
     for part, passed in checks.items():
         if len(passed) > MANY:
@@ -186,7 +229,7 @@ def write(history: pathlib.Path = HISTORY, readme: pathlib.Path = README, out: p
     import plots
 
     rows, _ = read(history)
-    readme.write_text(with_section(readme.read_text(), readme_section(rows)))
+    readme.write_text(with_sections(readme.read_text(), rows))
     (out / "results.md").write_text(results(rows))
     for path in plots.draw(steps(rows), out / "plots"):
         print(path)
@@ -204,8 +247,10 @@ def main() -> int:
         print(f"not used: {problem}", file=sys.stderr)
     if options.check:
         text = options.readme.read_text()
-        same = text == with_section(text, readme_section(rows))
-        print("README's table is what the rows say" if same else "README's table is not what the rows say: run this")
+        same = text == with_sections(text, rows)
+        print(
+            "README's tables are what the rows say" if same else "README's tables are not what the rows say: run this"
+        )
         return 0 if same and not problems else 1
     print(readme_section(rows))
     write(options.history, options.readme, options.out)

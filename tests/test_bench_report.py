@@ -78,7 +78,8 @@ class TestReport:
         rows.append(a_row(optimizer="Lion", implementation="apex", status="skipped", note="no apex", wall_us=None))
         rows.append(a_row(optimizer="Lion", implementation="fusedopt", rival="", ratio=None))
         history.append(rows, tmp_path / "history.csv")
-        (tmp_path / "README.md").write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+        sections = "\nbetween\n".join(f"{marker}\nold\n{report.END}" for marker in report.SECTIONS)
+        (tmp_path / "README.md").write_text(f"before\n{sections}\nafter\n")
         return tmp_path
 
     def run(self, folder, *more):
@@ -131,12 +132,23 @@ class TestReport:
 
     def test_readme_without_markers(self):
         with pytest.raises(ValueError, match="no markers"):
-            report.with_section("nothing", "table")
+            report.with_sections("nothing", [])
 
     def test_committed_readme_says_what_the_rows_say(self):
         rows, _ = history.read()
         text = (ROOT / "README.md").read_text()
-        assert report.with_section(text, report.readme_section(rows)) == text, "run python bench/report.py"
+        assert report.with_sections(text, rows) == text, "run python bench/report.py"
+
+    def test_plans(self):
+        """The latest row of each number of tensors, in milliseconds; a backend that was not measured is a dash."""
+        common = {"tensors": 1000, "model": "1000 tensors", "wall_us": None}
+        rows = [
+            a_row(part="plan", implementation="torch", first_ms=first, host_us=420.0, **common)
+            for first in (90.0, 31.4)
+        ]
+        rows.append(a_row(part="new plan", implementation="triton", host_us=123_456.0, **common))
+        assert "| 1,000 | 31 ms / – | – / 123 ms | 0.42 ms / – |" in report.plan_table(rows)
+        assert report.plan_table([]) == "Not measured yet."
 
 
 def test_fields_of_old_rows_have_defaults():
