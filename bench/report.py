@@ -131,9 +131,9 @@ def plan_table(rows: list[Row]) -> str:
     found = {(r.part, r.tensors, r.implementation): r for r in latest(rows) if r.part in PLANNING}
     if not found:
         return "Not measured yet."
-    lines = [
-        f"{list(found.values())[-1].machine}, one thread; {origin(list(found.values()))}; fallback / kernels' tables:"
-    ]
+    measured = list(found.values())
+    notes = "".join(f"; {note}" for note in dict.fromkeys(row.note for row in measured if row.note))
+    lines = [f"{measured[-1].machine}, one thread; {origin(measured)}{notes}; fallback / kernels' tables:"]
     lines += ["", "| tensors | plan at the first step | at a step with other gradients | check at every other step |"]
     lines.append("|---|---|---|---|")
     for tensors in sorted({tensors for _, tensors, _ in found}):

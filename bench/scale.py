@@ -1,6 +1,6 @@
 """How the host's part of a step grows with the number of tensors.
 
-    python bench/scale.py [--counts 1000 10000 100000] [--repeats 3] [--save]
+    python bench/scale.py [--counts 1000 10000 100000] [--repeats 3] [--save] [--note TEXT]
 
 Tiny tensors, so that nothing but the plan counts: what planning takes at the first step; at a step where another
 quarter of the parameters has no gradient than at the step before; and what checking the plan takes at every other step.
@@ -59,11 +59,11 @@ def measured(count: int, backend: str) -> tuple[float, float, float]:
     return first, changed, check
 
 
-def rows(count: int, backend: str, times: tuple[float, float, float], repeats: int) -> list[history.Row]:
+def rows(count: int, backend: str, times: tuple[float, float, float], repeats: int, note: str) -> list[history.Row]:
     first, changed, check = times
     what = {
         "tensors": count, "elements": SIZE * count, "optimizer": "AdamW", "dtype": "float32", "clip": True,
-        "amp": False, "implementation": backend, "rounds": repeats, "model": f"{count} tensors",
+        "amp": False, "implementation": backend, "rounds": repeats, "model": f"{count} tensors", "note": note,
     }  # fmt: skip
     surrounding = surroundings("cpu")
     return [
@@ -76,6 +76,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--counts", nargs="+", type=int, default=[1_000, 10_000, 100_000], help="numbers of tensors")
     parser.add_argument("--repeats", type=int, default=3, help="optimizers of each kind (default: %(default)s)")
+    parser.add_argument("--note", default="", help="what the rows shall say of the machine's state")
     parser.add_argument("--save", action="store_true", help="append rows to history.csv")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -88,7 +89,7 @@ def main() -> None:
             times = tuple(map(statistics.median, zip(*found)))
             print(f"{backend:7} {count:9}" + "".join(f"{x * 1e3:10.2f} ms" for x in times), flush=True)
             if options.save:
-                history.append(rows(count, backend, times, options.repeats))
+                history.append(rows(count, backend, times, options.repeats, options.note))
 
 
 if __name__ == "__main__":
