@@ -48,6 +48,13 @@ def _norm(name: str, value: Any) -> float | None:
     return value
 
 
+def _clipping(name: str, value: Any) -> float | None:
+    value = _norm(name, value)
+    if value == math.inf:
+        raise ValueError(f"Invalid {name}: {value}; give a finite number, or None for no clipping")
+    return value
+
+
 def _decay(name: str, value: Any) -> float | None:
     if value is None:
         return None
@@ -151,6 +158,13 @@ class Settings:
         one_of("clip", "normalize"),
         """("clip" | "normalize"): "normalize" scales the norm to max_grad_norm at every step, also upwards:
         g <- g max_grad_norm / norm. Zero gradients stay zero, and nothing is enlarged by more than 2^126.""",
+    )
+    adaptive_grad_clip: float | None = setting(
+        None,
+        _clipping,
+        """(float, optional): after the norm over all, clip the gradient of each unit to this part of its parameters'
+        norm, g <- g min(1, adaptive_grad_clip max(|p|, 1e-3) / |g|), as in arXiv 2102.06171. A unit is a row of a
+        matrix, a filter of a convolution, else all of a parameter. On a GPU that is one launch more.""",
     )
     max_grad_value: float | tuple[float | None, float | None] | None = setting(
         None,
@@ -277,7 +291,7 @@ class Settings:
     def layout(self) -> tuple:
         """What decides where tensors are put: a plan holds as long as it stays the same."""
         where = self.flatten, self.backend, self.needs_norm, self.ema_decay is None, self.cautious, self.clip_group
-        return *where, self.master, self.state_dtype, self.track is None
+        return *where, self.master, self.state_dtype, self.track is None, self.adaptive_grad_clip is None
 
     def active(self) -> list[str]:
         """The names of the settings that ask for more than torch.optim does."""

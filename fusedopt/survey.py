@@ -21,6 +21,7 @@ from .places import Place, terms
 from .rule import Rule
 from .shards import PLAIN, alike, is_distributed, local
 from .storage import Storage, quantization_problem, storage, traits
+from .units import refuse_shards
 
 
 class NotFusable(Exception):
@@ -97,6 +98,8 @@ def survey(
                 _look_at_kind(p, g, group, where)
             if g.shape != p.shape:
                 raise RuntimeError(f"the gradient of {where} has shape {tuple(g.shape)}")
+            if optimizer._settings.adaptive_grad_clip is not None and (spread or hasattr(owner, "_fsdp_flattened")):
+                refuse_shards(owner, where)
             settled = place is not None and place.is_settled(p, state, agreed)
             if state and not settled:
                 _look_at_state(owner, rule, state, where)

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from . import means
+from . import means, units
 from .buckets import Bucket, Member
 from .clipping import Skips, Verdict
 from .cohorts import Cohort
@@ -109,6 +109,8 @@ class Executor:
         self.in_layout = False
         """Whether gradients that are laid out as at the first step have their parameters' layout."""
         self.strides = [m.place.strides for m in self.direct]
+        self.begun = False
+        """Whether this step's gradients were looked at, and clipped by units."""
         self.tally = None if settings.track is None else Tally(self.runs, self.block, bucket.device)
 
     def _run(self, cohort: Cohort, ways: Ways) -> Run:
@@ -158,6 +160,7 @@ class Executor:
         """Forget the gradients: the next backward pass must not hold two sets of them."""
         for run in self.runs:
             run.grads = []
+        self.begun = False
 
     def norm(self) -> float:
         """The norm of the gradients; not finite if and only if one of them is not."""
@@ -171,6 +174,7 @@ class Executor:
 
     def shares_of_means(self, update: Callable[[Cohort], Update], verdict: Verdict, skips: Skips) -> Tensor:
         """What this rank's parts add to the means over whole parameters: float64 [members, terms]."""
+        self._begin(verdict)
         rows = []
         for run in self.runs:
             numbers = update(run.cohort)
@@ -188,8 +192,7 @@ class Executor:
         means, where ranks have joined theirs."""
         if self.staged:
             torch._foreach_copy_(self.staging_views, self.staged)
-        if self.tally is not None:
-            self.tally.begin(verdict.loss_scale)
+        self._begin(verdict)
         if verdict.skip:
             self.tally.look(self._load)
             return
@@ -203,6 +206,15 @@ class Executor:
             torch._foreach_copy_(self.staged, self.staging_views)
         # In-place writes that autograd does not see by itself.
         torch.autograd.graph.increment_version(self.in_place)
+
+    def _begin(self, verdict: Verdict) -> None:
+        if self.begun:
+            return
+        self.begun = True
+        if self.tally is not None:
+            self.tally.begin(verdict.loss_scale)
+        if self.settings.adaptive_grad_clip is not None and not verdict.skip:
+            units.clip_runs(self.runs, self.settings.adaptive_grad_clip, verdict.factor, self.compute_dtype)
 
     def _step_fused(self, update: Callable[[Cohort], Update], factor: float) -> None:
         clips = self.settings.max_grad_value is not None

@@ -23,6 +23,7 @@ from .flat import is_dense
 from .gather import picker
 from .kernels import clipped, means, rules, tracked
 from .kernels import step as step_kernel
+from .kernels import units as unit_kernels
 from .launch import Launches
 from .means import Chunks, stages_of
 from .rule import Rule, Update
@@ -32,6 +33,7 @@ from .triton_norm import Norm, judge, on_device, scaler_argument
 from .triton_rows import Chains, Rows
 from .triton_tables import TYPES, Tables
 from .triton_tally import Tally
+from .units import EPS, PART, Units
 
 __all__ = ["Executor", "judge", "rule_kernel"]
 
@@ -66,6 +68,8 @@ class Executor:
         self.rows = (Columns if bucket.capturable else Rows)(bucket, self.compute_dtype)
         self.chunks: Chunks | None = None
         self.needs_means: bool | None = None
+        self.units = Units(self.params, self.compute_dtype, bucket.device) if settings.adaptive_grad_clip else None
+        self.units_known = False
         self.tally = Tally([m.position for m in members], self.tables, bucket.device)
         self.refusal: str | None = None
         """Why there can be no cooperative launch, once that was tried."""
@@ -89,6 +93,7 @@ class Executor:
     def release(self) -> None:
         """Forget the gradients: the next backward pass must not hold two sets of them."""
         self.grads = []
+        self.units_known = False
 
     def norm(self) -> float:
         """The norm of the gradients, waited for: only for buckets on several devices or backends."""
@@ -131,7 +136,7 @@ class Executor:
         elif len(chains.terms) < found.shape[1]:
             found = found[:, chains.means_of(update(self.bucket.cohorts[0]))].contiguous()
         variant, tables = (chains.used, heeding[0] is None), self.tables
-        numbers = self.rows.table, found, *heeding, self.settings.seed
+        numbers = self.rows.table, found, *heeding, self.settings.seed, self._launch_units()
         formulas = tables.roles, tables.forms, chains.h, chains.on_grad, chains.on_update, chains.averages
         shared |= {"DRAWS": self.bucket.stored.draws, "MEANS": len(chains.terms)}
         if self.settings.track is None:
@@ -142,6 +147,23 @@ class Executor:
         else:
             self._launch_tracked(variant, numbers, formulas, shared, verdict.loss_scale)
         self._finish()
+
+    def _launch_units(self) -> unit_kernels.Units | None:
+        """Work out what the gradients' units are clipped to, if they are: once per step, by whoever needs it first."""
+        if self.units is None:
+            return None
+        found = unit_kernels.Units(self.units.ratios, self.units.table)
+        if self.units_known:
+            return found
+        self.units_known = True
+        self.launch(
+            unit_kernels.ratios_of_units, (), self.units.programs,
+            self.tables.device_copy, found, self.units.parts, self.units.partials, self.units.tickets,
+            self.settings.adaptive_grad_clip, EPS, self.tables.roles,
+            ADDRESS=self.tables.address, FIELDS=self.tables.fields, PART=PART, BLOCK=self.tables.tuning.block,
+            enable_fp_fusion=False,
+        )  # fmt: skip
+        return found
 
     def _launch_tracked(
         self, variant: tuple, numbers: tuple, formulas: tuple, shared: dict[str, Any], loss_scale: Tensor | None
@@ -170,7 +192,7 @@ class Executor:
         variant = chains.used, variant
         args = (
             tables.device_copy, tiles.table, tiles.count, self.rows.table, slots, barrier, verdict,
-            *judging, known, variants, self.settings.seed, places,
+            *judging, known, variants, self.settings.seed, self._launch_units(), places,
             tables.roles, tables.forms, chains.h, chains.on_grad, chains.on_update, chains.averages,
         )  # fmt: skip
         constants |= shared | {
@@ -265,7 +287,7 @@ class Executor:
         self.launch(
             means.means_of_terms, (chains.used, heeding[0] is None), chunks.programs,
             tables.device_copy, chunks.table, self.rows.table, chunks.partials, chunks.tickets, chunks.means, *heeding,
-            tables.roles, tables.forms, chains.h, chains.on_grad, chains.terms, VECTOR=tables.vector, **shared,
+            self._launch_units(), tables.roles, tables.forms, chains.h, chains.on_grad, chains.terms, VECTOR=tables.vector, **shared,
         )  # fmt: skip
         return chunks.means
 

@@ -1,8 +1,8 @@
 """The kernels. They import triton and nothing else: no torch, no fusedopt."""
 
-from . import address, clipped, means, norm, philox, rounding, rules, stages, step, tally, tracked, tuning
+from . import address, clipped, means, norm, philox, rounding, rules, stages, step, tally, tracked, tuning, units
 
 __all__ = [
     "address", "clipped", "means", "norm", "philox", "rounding", "rules", "stages", "step", "tally", "tracked",
-    "tuning",
+    "tuning", "units",
 ]  # fmt: skip

@@ -33,6 +33,7 @@ def clipped_step(
     known_skips: tl.int64,
     variants: tl.int64,
     seed: tl.int64,
+    units,
     tally,  # float64 [tile_count, SUMS], or None: nobody wants the norms
     roles,
     forms,
@@ -84,8 +85,8 @@ def clipped_step(
                 for k in tl.range(0, parts):
                     start = tl.multiple_of(first + (parts - 1 - k) * BLOCK, BLOCK)
                     sums = update_tile(
-                        table, tensor, start, rows, None, factor.to(COMPUTE), late, variants, seed, roles, forms,
-                        h, on_grad, on_update, averages, sums,
+                        table, tensor, start, rows, None, factor.to(COMPUTE), units, late, variants, seed, roles,
+                        forms, h, on_grad, on_update, averages, sums,
                         RULE, ADDRESS, COMPUTE, FIELDS, 0, WIDTH, GRANULE, DRAWS, BLOCK, LANES,
                     )  # fmt: skip
                 if tally is not None:

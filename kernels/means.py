@@ -13,6 +13,7 @@ from .norm import FACTOR
 from .rounding import Span
 from .stages import columns
 from .step import direction, heed, named, row_of
+from .units import of_tensor
 
 # The fields of a chunk: tensor, first tile within the tensor, tiles, the tensor's first chunk, how many it has.
 CHUNK_FIELDS = tl.constexpr(5)
@@ -32,6 +33,7 @@ def means_of_terms(
     verdict,
     known_skips: tl.int64,
     variants: tl.int64,
+    units,
     roles,
     forms,
     h,
@@ -57,6 +59,8 @@ def means_of_terms(
     if verdict is not None:
         factor = tl.load(verdict + FACTOR).to(COMPUTE)
     row = row_of(record, rows, late, variants, WIDTH)
+    if units is not None:
+        units = of_tensor(units, tensor)
 
     SMALL: tl.constexpr = max(BLOCK // 8, GRANULE)
     numel = tl.load(record + NUMEL)
@@ -71,13 +75,13 @@ def means_of_terms(
         if vectors > 0:
             t = ADDRESS(record, roles, True)
             span = Span(start, vectors, tl.arange(0, BLOCK) < tl.multiple_of(vectors, GRANULE), True)
-            u, p, g, state, raw = direction(t, span, row, factor, forms, h, on_grad, RULE, COMPUTE)
+            u, p, g, state, raw = direction(t, span, row, factor, units, forms, h, on_grad, RULE, COMPUTE)
             sums = added(sums, terms, u, p, g, state, row, span.mask, VECTOR)
         if vectors < valid:
             t = ADDRESS(record, roles, False)
             for at in tl.range(vectors, valid, SMALL):
                 span = Span(start + at, valid - at, at + tl.arange(0, SMALL) < valid, False)
-                u, p, g, state, raw = direction(t, span, row, factor, forms, h, on_grad, RULE, COMPUTE)
+                u, p, g, state, raw = direction(t, span, row, factor, units, forms, h, on_grad, RULE, COMPUTE)
                 rest = added(rest, terms, u, p, g, state, row, span.mask, 1)
     for k in tl.static_range(len(terms)):
         tl.store(partials + program * len(terms) + k, tl.sum(sums[k]) + tl.sum(rest[k]))

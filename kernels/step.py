@@ -14,6 +14,7 @@ from .philox import Draw
 from .rounding import Span, read
 from .stages import columns, through, through_with_means
 from .tally import added
+from .units import of_tensor, scaled
 
 
 def named(kernel):
@@ -31,6 +32,7 @@ def step(
     known_skips: tl.int64,  # skipped steps that the host knew of when it wrote the rows
     variants: tl.int64,  # rows per cohort, one per number of skips that it may not know of
     seed: tl.int64,  # of the random bits
+    units,  # Units of units.py, or None: no gradient is clipped by units
     roles,
     forms,  # how each role is stored: see rounding.py
     h,
@@ -59,8 +61,8 @@ def step(
     tensor = tl.load(tiles + 2 * program).to(tl.int64)
     start = tl.multiple_of(tl.load(tiles + 2 * program + 1).to(tl.int64) * BLOCK, BLOCK)
     update_tile(
-        table, tensor, start, rows, means, factor, late, variants, seed, roles, forms, h, on_grad, on_update, averages,
-        (), RULE, ADDRESS, COMPUTE, FIELDS, MEANS, WIDTH, GRANULE, DRAWS, BLOCK, 0,
+        table, tensor, start, rows, means, factor, units, late, variants, seed, roles, forms, h, on_grad, on_update,
+        averages, (), RULE, ADDRESS, COMPUTE, FIELDS, MEANS, WIDTH, GRANULE, DRAWS, BLOCK, 0,
     )  # fmt: skip
 
 
@@ -83,9 +85,10 @@ def late_skips(skipped, known_skips, variants):
 
 @triton.jit
 def update_tile(
-    table, tensor, start, rows, means, factor, late, variants, seed, roles, forms, h, on_grad, on_update, averages,
-    sums, RULE: tl.constexpr, ADDRESS: tl.constexpr, COMPUTE: tl.constexpr, FIELDS: tl.constexpr, MEANS: tl.constexpr,
-    WIDTH: tl.constexpr, GRANULE: tl.constexpr, DRAWS: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr,
+    table, tensor, start, rows, means, factor, units, late, variants, seed, roles, forms, h, on_grad, on_update,
+    averages, sums, RULE: tl.constexpr, ADDRESS: tl.constexpr, COMPUTE: tl.constexpr, FIELDS: tl.constexpr,
+    MEANS: tl.constexpr, WIDTH: tl.constexpr, GRANULE: tl.constexpr, DRAWS: tl.constexpr, BLOCK: tl.constexpr,
+    LANES: tl.constexpr,
 ):  # fmt: skip
     """The elements from ``start``, of which the tensor must have one, to ``start + BLOCK``, as far as it goes. Returns
     ``sums``, of LANES lanes or none, with their squares: see tally.py."""
@@ -94,6 +97,8 @@ def update_tile(
     row = row_of(record, rows, late, variants, WIDTH)
     if means is not None:
         means += tensor * MEANS
+    if units is not None:
+        units = of_tensor(units, tensor)
     draw = None
     if DRAWS:
         draw = Draw(seed, tl.load(row + WIDTH - 1).to(tl.int32), tl.load(record + DRAW))
@@ -105,14 +110,16 @@ def update_tile(
     if vectors > 0:
         t = ADDRESS(record, roles, True)
         span = Span(start, vectors, tl.arange(0, BLOCK) < tl.multiple_of(vectors, GRANULE), True)
-        sums = update(t, span, row, factor, means, draw, forms, h, on_grad, on_update, averages, sums, RULE, COMPUTE)
+        sums = update(
+            t, span, row, factor, units, means, draw, forms, h, on_grad, on_update, averages, sums, RULE, COMPUTE
+        )
     if vectors < valid:
         t = ADDRESS(record, roles, False)
         SMALL: tl.constexpr = max(max(BLOCK // 8, LANES), GRANULE)
         for at in tl.range(vectors, valid, SMALL):
             span = Span(start + at, valid - at, at + tl.arange(0, SMALL) < valid, False)
             sums = update(
-                t, span, row, factor, means, draw, forms, h, on_grad, on_update, averages, sums, RULE, COMPUTE
+                t, span, row, factor, units, means, draw, forms, h, on_grad, on_update, averages, sums, RULE, COMPUTE
             )
     return sums
 
@@ -124,17 +131,14 @@ def row_of(record, rows, late, variants, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def direction(t, span, row, factor, forms, h, on_grad, RULE: tl.constexpr, COMPUTE: tl.constexpr):
+def direction(t, span, row, factor, units, forms, h, on_grad, RULE: tl.constexpr, COMPUTE: tl.constexpr):
     """What the rule makes of one tile: (u, p, g, new states, g as it was read); nothing is stored."""
     raw = read(t.grad, span).to(COMPUTE)
-    g = raw
     p = forms.param.load(t.param, span, COMPUTE)
     state = ()
     for k in tl.static_range(len(t.states)):
         state += (forms.states[k].load(t.states[k], span, COMPUTE),)
-    if factor is not None:
-        g = g * factor
-    g = through(on_grad, g, p, row)
+    g = through(on_grad, scaled(raw, factor, units, span), p, row)
     u, state = RULE(g, state, columns(row, h))
     tl.static_assert(len(state) == len(t.states), "a rule returns as many states as it was given")
     return u, p, g, state, raw
@@ -142,10 +146,10 @@ def direction(t, span, row, factor, forms, h, on_grad, RULE: tl.constexpr, COMPU
 
 @triton.jit
 def update(
-    t, span, row, factor, means, draw, forms, h, on_grad, on_update, averages, sums,
+    t, span, row, factor, units, means, draw, forms, h, on_grad, on_update, averages, sums,
     RULE: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
-    u, p, g, state, raw = direction(t, span, row, factor, forms, h, on_grad, RULE, COMPUTE)
+    u, p, g, state, raw = direction(t, span, row, factor, units, forms, h, on_grad, RULE, COMPUTE)
     u = through(on_update, u, p, row) if means is None else through_with_means(on_update, u, p, g, row, means)
     p = p - tl.load(row) * u
     for k in tl.static_range(len(t.states)):

@@ -25,6 +25,7 @@ def tracked_step(
     known_skips: tl.int64,
     variants: tl.int64,
     seed: tl.int64,
+    units,
     tally,  # float64 [programs, SUMS]
     loss_scale,  # float32 [1] of a GradScaler, or None
     roles,
@@ -60,8 +61,8 @@ def tracked_step(
         for tile in tl.range(first, end):
             start = tl.multiple_of(tl.cast(tile, tl.int64) * BLOCK, BLOCK)
             sums = update_tile(
-                table, tensor, start, rows, means, factor, late, variants, seed, roles, forms, h, on_grad, on_update,
-                averages, sums, RULE, ADDRESS, COMPUTE, FIELDS, MEANS, WIDTH, GRANULE, DRAWS, BLOCK, LANES,
+                table, tensor, start, rows, means, factor, units, late, variants, seed, roles, forms, h, on_grad,
+                on_update, averages, sums, RULE, ADDRESS, COMPUTE, FIELDS, MEANS, WIDTH, GRANULE, DRAWS, BLOCK, LANES,
             )  # fmt: skip
     else:
         for tile in tl.range(first, end):

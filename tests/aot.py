@@ -66,7 +66,7 @@ EXTENT = os.environ.get("FUSEDOPT_COMPILE", "some")
 
 KERNELS = (
     kernels.step.step, kernels.means.means_of_terms, kernels.norm.sum_of_squares, kernels.norm.judge,
-    kernels.clipped.clipped_step, kernels.tracked.tracked_step,
+    kernels.clipped.clipped_step, kernels.tracked.tracked_step, kernels.units.ratios_of_units,
 )  # fmt: skip
 
 
@@ -281,6 +281,7 @@ def main(jobs):
             }
             report[job] |= {f"{case}, at once": compiles(case, "scattered", launches=1) for case in AT_ONCE[:1]}
             report[job] |= {"adam, tracked": compiles("adam", "flat", track="total")}
+            report[job] |= {"adam, units": compiles("adam", "flat", adaptive_grad_clip=0.1)}
             report[job] |= {f"{case}, means": compiles(case, "flat", **more) for case, more in WITH_MEANS.items()}
         else:
             target, what = job.split(":")

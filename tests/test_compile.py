@@ -224,15 +224,15 @@ def test_numbers_never_recompile(report):
     """50 steps in which every hyperparameter and step count changes, with three groups and then with one."""
     launched = compiled_rules("sm_80", "float32", report["extent"])
     cases = [case for case in CASES if case.split()[0] in launched and WITH_MEANS.get(case) != {}]
-    assert len(report["launches"]) == len(cases) * len(ADDRESSES) + len(WITH_MEANS) + 2
+    assert len(report["launches"]) == len(cases) * len(ADDRESSES) + len(WITH_MEANS) + 3
     for case, compiles in report["launches"].items():
         rule, place = re.split("[ ,]", case)[0], case.split()[-1]
         if place == "once":
             assert compiles == {f"clipped_{rule}": 1}, case
             continue
-        means = {f"means_{rule}": 1} if place == "means" else {}
+        more = {"means": {f"means_{rule}": 1}, "units": {"ratios_of_units": 1}}.get(place, {})
         update = f"tracked_{rule}" if place == "tracked" else f"step_{rule}"
-        assert compiles == {update: 1, "sum_of_squares": 1} | means, case
+        assert compiles == {update: 1, "sum_of_squares": 1} | more, case
 
 
 @pytest.mark.parametrize("dtype", ["float32", "mixed"])

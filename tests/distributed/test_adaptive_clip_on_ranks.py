@@ -1,0 +1,57 @@
+"""Adaptive gradient clipping where ranks hold parts of the parameters: by rows it is right, else refused."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from sharding import sharded
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+from training import close, loss_of, moved, net, weights
+
+import fusedopt
+
+
+class Rows(nn.Module):
+    """Matrices alone; over two ranks their rows are shared out unevenly."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(7, 33, bias=False)
+        self.last = nn.Linear(33, 5, bias=False)
+
+    def forward(self, x):
+        return self.last(torch.tanh(self.first(x)))
+
+
+@pytest.mark.ranks(2)
+@pytest.mark.parametrize("cautious", [False, True])
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_rows(backend, cautious):
+    """Also where means over whole parameters are taken of what is left of the gradients."""
+    model, reference = fully_shard(net(Rows)), net(Rows)
+    settings = {"lr": 0.5, "adaptive_grad_clip": 0.01, "max_grad_norm": 10.0, "cautious": cautious}
+    settings |= {"momentum": 0.9, "weight_decay": 0.01, "track": "total"}
+    made = fusedopt.SGD(model.parameters(), **settings, backend=backend)
+    alone = fusedopt.SGD(reference.parameters(), **settings, backend="torch")
+    for number in range(3):
+        for optimizer, trained, split in ((made, model, None), (alone, reference, lambda x: x)):
+            optimizer.zero_grad()
+            (loss_of(trained, number) if split is None else loss_of(trained, number, split)).backward()
+            optimizer.step()
+    close(weights(model), weights(reference))
+    for found, norm in zip(made.metrics, alone.metrics):
+        torch.testing.assert_close(found, norm, rtol=1e-5, atol=0)
+    assert moved(model)
+
+
+@pytest.mark.ranks(2)
+def test_parts_of_units_are_refused():
+    """Before anything is changed, on every rank."""
+    model = sharded()
+    made = fusedopt.SGD(model.parameters(), lr=0.5, adaptive_grad_clip=0.01)
+    loss_of(model, 0).backward()
+    before = [p._local_tensor.clone() for p in model.parameters()]
+    with pytest.raises(RuntimeError, match=r"holds only a part of parameter .*: parameters of two dimensions"):
+        made.step()
+    assert all(torch.equal(a, p._local_tensor) for a, p in zip(before, model.parameters()))
+    dist.barrier()
