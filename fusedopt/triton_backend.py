@@ -23,7 +23,6 @@ from .flat import is_dense
 from .gather import picker
 from .kernels import clipped, means, rules, tracked
 from .kernels import step as step_kernel
-from .kernels import units as unit_kernels
 from .launch import Launches
 from .means import Chunks, stages_of
 from .rule import Rule, Update
@@ -33,7 +32,7 @@ from .triton_norm import Norm, judge, on_device, scaler_argument
 from .triton_rows import Chains, Rows
 from .triton_tables import TYPES, Tables
 from .triton_tally import Tally
-from .units import EPS, PART, Units
+from .triton_units import Limits
 
 __all__ = ["Executor", "judge", "rule_kernel"]
 
@@ -68,8 +67,9 @@ class Executor:
         self.rows = (Columns if bucket.capturable else Rows)(bucket, self.compute_dtype)
         self.chunks: Chunks | None = None
         self.needs_means: bool | None = None
-        self.units = Units(self.params, self.compute_dtype, bucket.device) if settings.adaptive_grad_clip else None
-        self.units_known = False
+        self.units: Limits | None = None
+        if settings.adaptive_grad_clip is not None:
+            self.units = Limits(self.params, self.compute_dtype, self.tables, self.launch)
         self.tally = Tally([m.position for m in members], self.tables, bucket.device)
         self.refusal: str | None = None
         """Why there can be no cooperative launch, once that was tried."""
@@ -93,7 +93,8 @@ class Executor:
     def release(self) -> None:
         """Forget the gradients: the next backward pass must not hold two sets of them."""
         self.grads = []
-        self.units_known = False
+        if self.units is not None:
+            self.units.forget()
 
     def norm(self) -> float:
         """The norm of the gradients, waited for: only for buckets on several devices or backends."""
@@ -136,7 +137,7 @@ class Executor:
         elif len(chains.terms) < found.shape[1]:
             found = found[:, chains.means_of(update(self.bucket.cohorts[0]))].contiguous()
         variant, tables = (chains.used, heeding[0] is None), self.tables
-        numbers = self.rows.table, found, *heeding, self.settings.seed, self._launch_units()
+        numbers = self.rows.table, found, *heeding, self.settings.seed, self._limits()
         formulas = tables.roles, tables.forms, chains.h, chains.on_grad, chains.on_update, chains.averages
         shared |= {"DRAWS": self.bucket.stored.draws, "MEANS": len(chains.terms)}
         if self.settings.track is None:
@@ -148,22 +149,9 @@ class Executor:
             self._launch_tracked(variant, numbers, formulas, shared, verdict.loss_scale)
         self._finish()
 
-    def _launch_units(self) -> unit_kernels.Units | None:
-        """Work out what the gradients' units are clipped to, if they are: once per step, by whoever needs it first."""
-        if self.units is None:
-            return None
-        found = unit_kernels.Units(self.units.ratios, self.units.table)
-        if self.units_known:
-            return found
-        self.units_known = True
-        self.launch(
-            unit_kernels.ratios_of_units, (), self.units.programs,
-            self.tables.device_copy, found, self.units.parts, self.units.partials, self.units.tickets,
-            self.settings.adaptive_grad_clip, EPS, self.tables.roles,
-            ADDRESS=self.tables.address, FIELDS=self.tables.fields, PART=PART, BLOCK=self.tables.tuning.block,
-            enable_fp_fusion=False,
-        )  # fmt: skip
-        return found
+    def _limits(self) -> Any:
+        """What gradients are clipped to by units, if they are."""
+        return self.units and self.units.of_step(self.settings.adaptive_grad_clip)
 
     def _launch_tracked(
         self, variant: tuple, numbers: tuple, formulas: tuple, shared: dict[str, Any], loss_scale: Tensor | None
@@ -192,7 +180,7 @@ class Executor:
         variant = chains.used, variant
         args = (
             tables.device_copy, tiles.table, tiles.count, self.rows.table, slots, barrier, verdict,
-            *judging, known, variants, self.settings.seed, self._launch_units(), places,
+            *judging, known, variants, self.settings.seed, self._limits(), places,
             tables.roles, tables.forms, chains.h, chains.on_grad, chains.on_update, chains.averages,
         )  # fmt: skip
         constants |= shared | {
@@ -287,7 +275,8 @@ class Executor:
         self.launch(
             means.means_of_terms, (chains.used, heeding[0] is None), chunks.programs,
             tables.device_copy, chunks.table, self.rows.table, chunks.partials, chunks.tickets, chunks.means, *heeding,
-            self._launch_units(), tables.roles, tables.forms, chains.h, chains.on_grad, chains.terms, VECTOR=tables.vector, **shared,
+            self._limits(), tables.roles, tables.forms, chains.h, chains.on_grad, chains.terms,
+            VECTOR=tables.vector, **shared,
         )  # fmt: skip
         return chunks.means
 

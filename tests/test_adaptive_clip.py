@@ -81,9 +81,9 @@ def test_layouts(backend, settings, part, small, device, monkeypatch):
     have no size of their own, and some no gradient. A few roundings of float32."""
     monkeypatch.setattr(units, "PART", part)
     if backend == "triton":
-        from fusedopt import triton_backend
+        from fusedopt import triton_units
 
-        monkeypatch.setattr(triton_backend, "PART", part)
+        monkeypatch.setattr(triton_units, "PART", part)
     sizes = [shape for shape, _ in LAYOUTS.values()]
     values = [laid_out(x, layout) for x, (_, layout) in zip(tensors(sizes, "cpu"), LAYOUTS.values())]
     params = [torch.nn.Parameter((1e-5 * x if small else x).to(device)) for x in values]
