@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import torch
 
+from .blocks import blocks
 from .columns import maximum, number, tensor
 from .optimizer import FusedOptimizer
 from .rule import Rule
@@ -23,7 +24,15 @@ def asgd(g, state, h):
     return g
 
 
-ASGD_RULE = Rule("asgd", (), asgd, averages=("ax",), scalars=("eta", "mu"))
+def fused(params, grads, states, t, group, scale, eta, mu):
+    """torch has no fused ASGD, but the step is two calls: with fewer around them it is as quick as torch's."""
+    eta = float(eta)
+    for p, g in blocks(group, scale, params, grads):
+        p.mul_(1 - eta * float(group["lambd"])).sub_(g, alpha=eta)
+
+
+DTYPES = frozenset((torch.float32, torch.float64))
+ASGD_RULE = Rule("asgd", (), asgd, fused, DTYPES, averages=("ax",), scalars=("eta", "mu"))
 
 
 class ASGD(FusedOptimizer, torch.optim.ASGD):

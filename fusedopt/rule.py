@@ -26,7 +26,7 @@ class Rule(NamedTuple):
     """``twin(g, state, h) -> u`` in plain torch; updates ``state`` in place, leaves ``g`` alone."""
     fused: Callable[..., None] | None = None
     """torch's fused CPU kernel for the same formula, decay and step included:
-    ``fused(params, grads, states, t, group, scale)`` for the ``t``-th step; ``scale``, a float32 tensor or
+    ``fused(params, grads, states, t, group, scale, *scalars)`` for the ``t``-th step; ``scale``, a float32 tensor or
     None, divides the gradients."""
     fused_dtypes: frozenset = frozenset()
     """Parameter dtypes in which that kernel is right."""

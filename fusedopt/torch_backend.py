@@ -229,13 +229,13 @@ class Executor:
         fused = self.bucket.rule.fused
         for run in self.runs:
             before = None if self.tally is None else self.tally.copies(run)
-            fused(run.params, run.grads, run.states, run.cohort.t + 1, run.cohort.group, scale)
+            cohort = run.cohort
+            fused(run.params, run.grads, run.states, cohort.t + 1, cohort.group, scale, *cohort.scalars)
             if before is not None:
                 self.tally.compare(before, run)
-        if self.bucket.averages:
-            for run in self.runs:
-                for averages, weight in zip(run.averages, update(run.cohort).averages):
-                    follow(averages, run.params, weight)
+            # While the parameters lie in the cache.
+            for averages, weight in zip(run.averages, update(cohort).averages if run.averages else ()):
+                follow(averages, run.params, weight)
 
     def _step_in_blocks(self, run: Run, update: Update, factor: float, joined: Iterator[Tensor] | None = None) -> None:
         terms = means.stages_of(update)
