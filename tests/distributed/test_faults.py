@@ -15,6 +15,8 @@ from sharding import sharded
 from test_checkpoint import save, trained
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import Shard, distribute_tensor
 from training import full, loss_of, ours, train, weights
 
 import fusedopt
@@ -34,6 +36,26 @@ def test_a_rank_that_does_not_step_is_not_waited_for_for_ever():
         assert time.monotonic() - begin < 20
         assert torch.equal(p.detach(), torch.ones(3))
         assert optimizer.state[p]["step"] == 0
+
+
+@pytest.mark.ranks(2)
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_nor_where_means_over_whole_parameters_are_taken(backend):
+    group = dist.new_group(timeout=timedelta(seconds=2))
+    # A name of its own: torch's caches take meshes of equal ranks and names for each other, whatever their groups.
+    mesh = DeviceMesh.from_group(group, "cpu", mesh_dim_names=(f"soon over, {backend}",))
+    whole = distribute_tensor(torch.ones(4), mesh, [Shard(0)])
+    p = torch.nn.Parameter(whole)
+    p.grad = torch.ones_like(p)
+    optimizer = fusedopt.AdamW([p], cautious=True, backend=backend)
+    if dist.get_rank() == 0:
+        begin = time.monotonic()
+        with pytest.raises(RuntimeError, match=r"[Tt]imed out"):
+            optimizer.step()
+        assert time.monotonic() - begin < 20
+        assert torch.equal(p._local_tensor, torch.ones(2))
+        state = optimizer.state[p]
+        assert state["step"] == 0 and not state["exp_avg"]._local_tensor.any()
 
 
 @pytest.mark.ranks(2)

@@ -100,6 +100,31 @@ def test_sharding_with_tensor_parallelism(backend):
     same_on_all_ranks([*weights(model), optimizer.grad_norm])
 
 
+@pytest.mark.ranks(4)
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("parallel", ["hybrid", "with tensor parallelism"])
+def test_nan_in_one_part_of_the_batch_skips_on_all(parallel, backend):
+    """Parameters that are spread over one dimension only belong to the verdict of all ranks too."""
+    grid = mesh(2, 2)
+    model = net() if parallel == "hybrid" else tensor_parallel(net(Wide), grid["tp"])
+    shards = grid if parallel == "hybrid" else grid["dp"]
+    for layer in (model.first, model.second, model.last, model):
+        fully_shard(layer, mesh=shards)
+    split = part if parallel == "hybrid" else functools.partial(part, group=grid.get_group("dp"))
+    optimizer = ours(model, backend=backend, skip_nonfinite=True)
+    train(model, optimizer, steps=2, split=split)
+    before = [w.clone() for w in weights(model)]
+    optimizer.zero_grad()
+    bad = float("nan") if grid.get_local_rank("dp") == 1 else 1.0
+    loss_of(model, 2, split=lambda x: bad * split(x)).backward()
+    optimizer.step()
+    assert optimizer.skipped_steps == 1
+    assert all(map(torch.equal, before, weights(model)))
+    train(model, optimizer, steps=1, start=3, split=split)
+    assert not any(map(torch.equal, before, weights(model)))
+    same_on_all_ranks(weights(model))
+
+
 class Sequence(nn.Module):
     """Over the tokens of a sequence: its normalization works on this rank's tokens, so that its gradients are sums
     still to be taken over the ranks (Partial)."""
