@@ -20,10 +20,9 @@ import tempfile
 from pathlib import Path
 from unittest import mock
 
-import form_cases
 import torch
 import triton
-from form_cases import FORMS, stored_cases
+from form_cases import FORMS, FORMS_AT_ONCE, stored_cases
 from rule_cases import (
     ADDRESSES,
     AT_ONCE,
@@ -152,7 +151,7 @@ def stored_facts(target):
             if kernel.metadata.name.startswith("step_"):
                 parts = [(part.dtype.itemsize, part.per) for _, role in stored.roles for part in role.parts]
                 yield facts(kernel) | {"form": form, "parts": parts, "per_thread": per_thread(kernel)}
-    for form in form_cases.AT_ONCE:
+    for form in FORMS_AT_ONCE:
         before = set(gpu.compiled())
         step_stored("adam", "scattered", form, max_grad_norm=1.0, launches=1)
         for kernel in set(gpu.compiled()) - before:

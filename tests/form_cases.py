@@ -24,7 +24,7 @@ RULES = {"adam": tuple(FORMS), "momentum": SOME, "rmsprop_centered_momentum": SO
 """Which forms are compiled with which case: one, two (of which one is exact) and four states beside Adam's two."""
 
 
-AT_ONCE = ("nearest + 8bit", "stochastic + 8bit", "fp32 + 8bit")
+FORMS_AT_ONCE = ("nearest + 8bit", "stochastic + 8bit", "fp32 + 8bit")
 """Compiled with Adam's rule as one cooperative kernel too."""
 
 

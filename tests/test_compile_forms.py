@@ -11,7 +11,7 @@ from typing import NamedTuple
 import compiling
 import pytest
 from compiling import EXTENT, NVIDIA, TRITONS, compiled, count
-from form_cases import AT_ONCE, stored_cases
+from form_cases import FORMS_AT_ONCE, stored_cases
 
 TARGETS = compiling.TARGETS if EXTENT == "all" else ["sm_90", "gfx942"]
 
@@ -112,7 +112,7 @@ def test_registers_suffice(target, report):
 @pytest.mark.parametrize("target", TARGETS)
 def test_registers_of_one_launch(target, report):
     """Two programs of 256 threads on a multiprocessor at least; ptxas may park an address or two."""
-    assert [kernel["form"] for kernel in report.once[target]] == list(AT_ONCE)
+    assert [kernel["form"] for kernel in report.once[target]] == list(FORMS_AT_ONCE)
     for kernel in report.once[target]:
         assert kernel["stack"] <= (16 if target in NVIDIA else 0), f"{title(kernel)} spills"
         assert kernel["registers"] <= (128 if target in NVIDIA else 512), title(kernel)

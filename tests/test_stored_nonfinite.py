@@ -7,12 +7,18 @@ import torch
 from rule_cases import same_bits
 
 import fusedopt
+from fusedopt import storage
 
 STORED = [("split8", "8bit"), ("stochastic", torch.bfloat16), ("kahan", "8bit"), (None, "8bit")]
-SIZES = (4096 + 300, 33)
+SIZES = (1024 + 300, 33)
 BAD = 300
 
 pytestmark = pytest.mark.filterwarnings("ignore:(overflow|invalid value|divide):RuntimeWarning:triton")
+
+
+@pytest.fixture(autouse=True)
+def small_tensors_have_quantized_states(monkeypatch):
+    monkeypatch.setattr(storage, "SMALL", 1000)
 
 
 def trained(backend, device, master, state_dtype, steps, **settings):
