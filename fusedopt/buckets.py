@@ -87,6 +87,8 @@ def settle(optimizer: Any, key: tuple, entries: list[Entry], places: dict[Tensor
     small = [gathers and _is_small(optimizer, entry, places.get(entry.owner), overlapping) for entry in entries]
     settings = optimizer._settings
     fused = stored.plain and rule.fuses(device, {dtype, grad_dtype, *stored.dtypes}) and not settings.cautious
+    # Where parameters share memory, torch takes one with its averages before the next.
+    fused = fused and not (overlapping and rule.averages)
     listed = fused and torch.get_num_threads() <= rule.list_threads
     # One call serves a list already; a list costs more than its calls only where it is longer.
     enough = sum(small) >= (FEW_LISTED if fused and rule.list_threads else FEW)
