@@ -56,12 +56,16 @@ class Columns:
             (space, *_indices([k for k, place in enumerate(places) if place.space is space], places, bucket.device))
             for space in self.spaces
         ]
+        self.in_order = [place.index for place in places] == list(range(starts[-1]))
+        """Whether the rows' numbers are those of one space, as they lie there."""
         self.alike: list[int] | None = None
         """For each group the first one with the same options."""
         self.classes: list[Class] = []
         self.order: Tensor | None = None
+        self.before: list[Tensor] = []
+        """The step counts and scalars that the latest step began with."""
         self.evaluated: list[tuple[Class, Cohort]] = []
-        """The classes and their numbers at the latest step."""
+        """The classes and their part of these."""
 
     def write(self, update: Callable[[Cohort], Update]) -> Chains:
         """Make the rows of the next step."""
@@ -82,25 +86,27 @@ class Columns:
     def look(self) -> None:
         """Take what the formulas need as it is now."""
         self._sort()
-        counts = self._numbers("step").double()
-        scalars = [self._numbers(key) for key in self.bucket.rule.scalars]
-        self.evaluated = [(one, self._cohort(one, counts, scalars)) for one in self.classes]
+        self.before = [self._numbers(key) for key in ("step", *self.bucket.rule.scalars)]
+        counts, *scalars = self.before
+        self.evaluated = [(one, self._cohort(one, counts.double(), scalars)) for one in self.classes]
 
     def advance(self, optimizer: Any, skip: Tensor | None) -> None:
-        """Count the step that was looked at, and move the rule's scalars along; not where ``skip``, a
-        number on the device, is not 0."""
+        """Count the step that was looked at, and move the rule's scalars along; not where ``skip``, a number on the
+        device, is not 0."""
         news = []
         for _, cohort in self.evaluated:
             later = optimizer.next_scalars(cohort.group, cohort.t + 1, *cohort.scalars) if cohort.scalars else ()
             news.append([cohort.t + 1, *later])
-        for key, parts in zip(("step", *self.bucket.rule.scalars), zip(*news)):
+        for key, before, parts in zip(("step", *self.bucket.rule.scalars), self.before, zip(*news)):
             column = parts[0] if len(parts) == 1 else torch.cat(parts).index_select(0, self.order)
-            before = self._numbers(key)
-            column = column.to(before.dtype)
             if skip is not None:
                 column = torch.where(skip != 0, before, column)
+            if self.in_order:
+                self.spaces[0].numbers[key].copy_(column.squeeze(1))
+                continue
+            column = column.to(before.dtype).squeeze(1)
             for space, rows, indices in self.own:
-                space.numbers[key].index_copy_(0, indices, column.index_select(0, rows).squeeze(1))
+                space.numbers[key].index_copy_(0, indices, column.index_select(0, rows))
 
     def _numbers(self, key: str) -> Tensor:
         """What the parameters' states hold under that key, as a column."""

@@ -9,7 +9,7 @@ import copy
 import numpy as np
 import pytest
 import torch
-from cases import KERNEL_NAMES, every_option, give_gradients, in_two_groups, interpreter_noise, model
+from cases import KERNEL_NAMES, STEADY, every_option, give_gradients, in_two_groups, interpreter_noise, model
 from graphs import Waits
 from options import LR, NAMES, STATEFUL
 from pairs import assert_same, close, snapshot
@@ -51,6 +51,7 @@ def test_the_device_makes_the_rows_of_the_host(name, options, device, no_launche
     opts = [
         optimizer(name, model("tiny", device=device), options, capturable, **settings) for capturable in (False, True)
     ]
+    plans = []
     for number in range(14):
         found = []
         for opt in opts:
@@ -61,10 +62,13 @@ def test_the_device_makes_the_rows_of_the_host(name, options, device, no_launche
                 opt.param_groups[0]["lr"] = LR / (1 + number // 2)
             opt.step()
             found.append(rows_by_parameter(opt))
+        if number in (STEADY + 1, STEADY + 7):
+            plans.append(opts[1]._engine.plan)
         expected, made = found
         assert made.keys() == expected.keys()
         for position, row in expected.items():
             torch.testing.assert_close(made[position], row, rtol=1e-13, atol=1e-300, msg=f"{position}, step {number}")
+    assert plans[0] is plans[1]
     host, device_counts = (opt.state_dict()["state"] for opt in opts)
     for k, state in host.items():
         for key in {"step", "mu_product", "eta", "mu"} & state.keys():
