@@ -19,6 +19,7 @@ SETTINGS = [
     {"max_grad_norm": 3.0, "ema_decay": 0.9},
     {"max_grad_norm": 3.0, "skip_nonfinite": True, "launches": 1},
     {"skip_nonfinite": True, "track": "parameters"},
+    {"max_grad_norm": 3.0, "adaptive_grad_clip": 0.01, "cautious": True},
 ]
 """Of which parts a step may consist."""
 
