@@ -113,7 +113,8 @@ def laid_out(values, layout):
         return laid_out(values.t(), layout.removeprefix("transposed").strip()).t()
     if layout == "gaps":
         return torch.stack([values, torch.full_like(values, 7.0)], dim=-1)[..., 0]
-    return values.clone()
+    # Not the strides of what it was made from.
+    return values.clone(memory_format=torch.contiguous_format)
 
 
 @functools.cache
