@@ -51,7 +51,9 @@ class _Scratch(threading.local):
         """At least as long as the longest block of these parameters; the longest that there ever was, else."""
         size, key = min(BLOCK, max(map(Tensor.numel, params))), (role, params[0].dtype)
         if key not in self.buffers or len(self.buffers[key]) < size:
-            self.buffers[key] = torch.zeros(size, dtype=params[0].dtype, device="cpu")
+            # Memory made in inference mode could not be written to outside it.
+            with torch.inference_mode(False):
+                self.buffers[key] = torch.zeros(size, dtype=params[0].dtype, device="cpu")
         return self.buffers[key]
 
 

@@ -47,6 +47,13 @@ def picker(positions: Sequence[int]) -> Callable[[Sequence[Any]], list[Any]]:
     return lambda items: list(pick(items))
 
 
+def each_once(grads: list[Tensor]) -> list[Tensor]:
+    """The same gradients, with copies of those that stand there again: what is clipped where it is must be clipped
+    once. torch's guards tell when to look (``Layouts``)."""
+    seen: set[int] = set()
+    return [g.clone() if id(g) in seen or seen.add(id(g)) else g for g in grads]
+
+
 class Gather:
     """Copies gradients into scratch buffers: rows of neighbours whose shapes differ in the first dimension only by one
     concatenation, which is three times faster than copying one by one; the others by one list copy."""

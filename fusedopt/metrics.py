@@ -35,7 +35,7 @@ class Metrics(NamedTuple):
     update_norm: Tensor
     """Of new minus old parameter, weight decay included, before the new one is rounded to its dtype."""
     param_norm: Tensor
-    """Of the parameter after the step."""
+    """Of the parameter after the step; where it had no gradient, as it is when this is asked for."""
 
 
 class Tracker:

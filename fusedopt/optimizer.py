@@ -9,11 +9,11 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Mapping
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C._profiler import _RecordFunctionFast
 from torch.autograd import _profiler_enabled
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
@@ -74,8 +74,8 @@ class FusedOptimizer(Formula, torch.optim.Optimizer):
 
     @staticmethod
     def profile_hook_step(func: Callable[..., Any]) -> Callable[..., Any]:
-        """What torch puts around ``step``: its name in profiles, and hooks. Where nobody profiles and there are no
-        hooks, the name is announced without the microseconds that torch's wrapper costs."""
+        """What torch puts around ``step``, its name in profiles and hooks, where somebody profiles or there are hooks:
+        it costs microseconds."""
         hooked = torch.optim.Optimizer.profile_hook_step(func)
 
         @functools.wraps(func)
@@ -90,9 +90,11 @@ class FusedOptimizer(Formula, torch.optim.Optimizer):
                 or torch.compiler.is_compiling()
             ):
                 return hooked(*args, **kwargs)
-            with _RecordFunctionFast(f"Optimizer.step#{type(self).__name__}.step"):
-                result = func(*args, **kwargs)
+            result = func(*args, **kwargs)
             self._optimizer_step_code()
+            # The closure may have registered some.
+            for hook in chain(self._optimizer_step_post_hooks.values(), _global_optimizer_post_hooks.values()):
+                hook(self, args, kwargs)
             return result
 
         return wrapper

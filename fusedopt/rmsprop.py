@@ -80,15 +80,20 @@ def fused_centered(params, grads, states, t, group, scale):
     zeros, memory = scratch("zeros", params), scratch("variance", params)
     for p, g, v, a in blocks(group, scale, params, grads, *states):
         centered = variance(g, v, a, (1 - float(group["alpha"]), 0.0, 0.0), out=memory[: p.numel()])
-        _adam([p], [zeros[: p.numel()]], [g], [centered], beta1=KEEP, beta2=KEEP, group=group)
+        _adam([p], [zeros[: p.numel()]], [_writable(g)], [centered], beta1=KEEP, beta2=KEEP, group=group)
 
 
 def fused_centered_momentum(params, grads, states, t, group, scale):
     zeros, memory = scratch("zeros", params), scratch("variance", params)
     for p, g, v, b, a in blocks(group, scale, params, grads, *states):
         centered = variance(g, v, a, (1 - float(group["alpha"]), 0.0, 0.0), out=memory[: p.numel()])
-        _adamw_on_buffer([b], [zeros[: p.numel()]], [g], [centered], beta1=KEEP, beta2=KEEP, group=group)
+        _adamw_on_buffer([b], [zeros[: p.numel()]], [_writable(g)], [centered], beta1=KEEP, beta2=KEEP, group=group)
         p.sub_(b, alpha=float(group["lr"]))
+
+
+def _writable(g):
+    """The gradient, or a copy where KEEP is not 1: it takes half an ulp from what it should leave alone."""
+    return g.clone() if g.dtype == torch.float64 else g
 
 
 def _adam(params, grads, m, v, *, beta1=0.0, beta2, group, scale=None):

@@ -20,41 +20,15 @@ from .buckets import Bucket, Member
 from .clipping import Skips, Verdict
 from .cohorts import Cohort
 from .flat import memory_order
-from .gather import Gather, Ways, find_ways, neighbours, picker
+from .gather import Gather, Ways, each_once, find_ways, neighbours, picker
 from .rule import Stage, Update
 from .settings import Settings
 from .torch_norm import norm
+from .torch_stages import follow, through
 from .torch_tally import Tally
 
 BLOCK = 1 << 17
 """Elements per block of a rule that torch has no fused kernel for."""
-
-stages = {
-    "clip_value": lambda g, p, low, high: g.clamp(low, high),
-    "maximize": lambda g, p, sign: g * sign,
-    "decay": lambda x, p, weight: x.add(p, alpha=weight),
-    "damp": lambda u, p, factor: u * factor,
-    "cautious": lambda u, p, g, mean: u * means.agreement(u, p, g, ()).div_(mean.clamp(min=1e-3)),
-    "limit_rms": lambda u, p, g, mean, eps_squared: u / mean.sqrt().clamp_(min=1.0),
-}
-
-
-def through(chain: Sequence[Stage], x: Tensor, p: Tensor, g: Tensor | None = None, found: Sequence = ()) -> Tensor:
-    """``found`` are the means that stages need, in their order."""
-    found = iter(found)
-    for stage in chain:
-        if stage.args != stage.neutral:
-            needs = () if stage.term is None else (g, next(found))
-            x = stages[stage.name](x, p, *needs, *stage.args)
-    return x
-
-
-def follow(averages: list[Tensor], params: list[Tensor], weight: float) -> None:
-    """a <- a + weight (p - a); a copy where the weight is 1."""
-    if weight == 1:
-        torch._foreach_copy_(averages, params)
-    else:
-        torch._foreach_lerp_(averages, params, weight)
 
 
 @dataclasses.dataclass(slots=True)
@@ -146,6 +120,7 @@ class Executor:
         self.gather(grads)
         direct = self.pick(grads)
         if not (as_planned and self.in_layout):
+            direct = each_once(direct)
             in_layout = list(map(Tensor.stride, direct)) == self.strides
             self.in_layout = as_planned and in_layout
             if not in_layout:
@@ -226,6 +201,9 @@ class Executor:
             for g in (g for run in self.runs for g in run.grads):
                 g.clamp_(*self.settings.value_limits)
         scale = None if factor == 1 else torch.tensor(1 / factor if factor else math.inf, device="cpu")
+        if scale is not None:
+            # Where they write it back, autograd does not see it.
+            torch.autograd.graph.increment_version([g for run in self.runs for g in run.grads[len(run.gathered) :]])
         fused = self.bucket.rule.fused
         for run in self.runs:
             before = None if self.tally is None else self.tally.copies(run)

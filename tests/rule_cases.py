@@ -10,7 +10,7 @@ import sys
 import torch
 
 import fusedopt
-from fusedopt import torch_backend
+from fusedopt import torch_stages
 from fusedopt.means import terms as torch_terms
 from fusedopt.rule import Rule
 
@@ -189,7 +189,7 @@ def twin_step(made, t):
             # float64 tensors of a float64 optimizer are its own: the twin writes to its arguments.
             state = [s.clone() for s in state]
             update = made.update(group, t, *scalars(made, group, p))
-            g = torch_backend.through(update.on_grad, g * factor, value)
+            g = torch_stages.through(update.on_grad, g * factor, value)
             kept = state[: len(rule.states)]
             u = rule.twin(g, kept, update.h)
             means = [
@@ -197,7 +197,7 @@ def twin_step(made, t):
                 for stage in update.on_update
                 if stage.term is not None
             ]
-            value = value - update.lr * torch_backend.through(update.on_update, u, value, g, means)
+            value = value - update.lr * torch_stages.through(update.on_update, u, value, g, means)
             for average, weight in zip(state[len(rule.states) :], update.averages):
                 average.lerp_(value, weight)
             expected.append([value, *state])

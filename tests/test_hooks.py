@@ -202,3 +202,16 @@ def test_hook_that_raises_while_loading(name):
     handle.remove()
     pair.step(2)
     pair.check(AFTER_LOADING[name])
+
+
+def test_hooks_registered_by_the_closure_run_at_this_step():
+    for cls in (fusedopt.SGD, torch.optim.SGD):
+        p, ran = torch.nn.Parameter(torch.ones(3)), []
+        optimizer = cls([p], lr=0.1)
+
+        def closure(optimizer=optimizer, ran=ran):
+            optimizer.register_step_post_hook(lambda *args: ran.append(1))
+            return 1.0
+
+        optimizer.step(closure)
+        assert ran == [1]

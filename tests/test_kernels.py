@@ -29,7 +29,7 @@ from rule_cases import (
 )
 
 import fusedopt
-from fusedopt import kernels, means, torch_backend, triton_backend
+from fusedopt import kernels, means, torch_stages, triton_backend
 
 # The warnings are numpy's, in the interpreter, where numbers overflow on purpose.
 pytestmark = [
@@ -47,7 +47,7 @@ def test_vocabularies_are_equal():
     # What takes a value and the parameter is a stage.
     in_kernels = {name: fn.arg_names for name, fn in vars(kernels.stages).items() if hasattr(fn, "arg_names")}
     in_kernels = {name: names for name, names in in_kernels.items() if names[1:2] == ["p"]}
-    twins = torch_backend.stages | means.terms
+    twins = torch_stages.stages | means.terms
     assert in_kernels == {name: list(inspect.signature(twin).parameters) for name, twin in twins.items()}
     # A term sees the states, a stage may see its term's mean.
     assert {name for name, names in in_kernels.items() if "state" in names} == set(means.terms)
@@ -67,7 +67,7 @@ def test_every_optimizer_speaks_of_known_stages():
         (group,) = made.param_groups
         update = made.update(group, 1, *scalars(made, group, *params))
         for stage in (*update.on_grad, *update.on_update):
-            assert stage.name in torch_backend.stages
+            assert stage.name in torch_stages.stages
             # First the value (or gradient) and the parameter, and where there is a mean, the gradient and that.
             args = getattr(kernels.stages, stage.name).arg_names[2 if stage.term is None else 4 :]
             assert len(stage.args) == len(args)
