@@ -25,7 +25,8 @@ import torch
 from .columns import number
 from .optimizer import FusedOptimizer
 from .rule import FOREVER, Rule, divisible, root_of_sum, root_plus_eps, step_tensors
-from .settings import EpsSettings, flag, setting
+from .setting_checks import flag
+from .settings import EpsSettings, setting
 
 
 def adam(g, state, h, denominator=root_plus_eps):

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 
 from . import upload
-from .settings import EpsSettings, Settings, flag, setting
+from .setting_checks import flag
+from .settings import EpsSettings, Settings, setting
 
 IMPAIRS = (
     "This instance was constructed with capturable=True or some of all the param_groups came with capturable=True, but "

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .optimizer import FusedOptimizer
-from .settings import MASTERS
+from .setting_checks import MASTERS
 from .storage import NARROW, storage
 
 STATE_DTYPES = (None, torch.float32, torch.bfloat16, "8bit")

@@ -6,21 +6,19 @@ validation, parameter groups, hooks and checkpoints stay torch's own.
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Callable, Mapping
-from itertools import chain
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import _profiler_enabled
-from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from . import appearance, checkpoints, conversion, ema, storage
 from .ema import EmaParameters
 from .engine import Engine
+from .flat_grads import FlatGrads
 from .formula import Formula
+from .hooks import profile_hook_step
 from .metrics import Metrics
 from .survey import NotFusable
 
@@ -58,8 +56,11 @@ class FusedOptimizer(Formula, torch.optim.Optimizer):
         self._settings = self.settings_class(**{name: kwargs.pop(name) for name in names if name in kwargs})
         self._engine = Engine()
         self._ema: dict[Tensor, Tensor] = {}
+        self._flat_grads = FlatGrads()
         super().__init__(params, *args, **kwargs)
         self._check_settings()
+        if self.flat_grads:
+            self._flat_grads.zero(self)
 
     def _check_settings(self) -> None:
         """Raise ValueError where options or parameters contradict the settings."""
@@ -72,32 +73,7 @@ class FusedOptimizer(Formula, torch.optim.Optimizer):
 
     # The protocol
 
-    @staticmethod
-    def profile_hook_step(func: Callable[..., Any]) -> Callable[..., Any]:
-        """What torch puts around ``step``, its name in profiles and hooks, where somebody profiles or there are hooks:
-        it costs microseconds."""
-        hooked = torch.optim.Optimizer.profile_hook_step(func)
-
-        @functools.wraps(func)
-        def wrapper(*args: Any, **kwargs: Any) -> Any:
-            self = args[0]
-            if (
-                _profiler_enabled()
-                or self._optimizer_step_pre_hooks
-                or self._optimizer_step_post_hooks
-                or _global_optimizer_pre_hooks
-                or _global_optimizer_post_hooks
-                or torch.compiler.is_compiling()
-            ):
-                return hooked(*args, **kwargs)
-            result = func(*args, **kwargs)
-            self._optimizer_step_code()
-            # The closure may have registered some.
-            for hook in chain(self._optimizer_step_post_hooks.values(), _global_optimizer_post_hooks.values()):
-                hook(self, args, kwargs)
-            return result
-
-        return wrapper
+    profile_hook_step = staticmethod(profile_hook_step)
 
     def step(self, closure: Any = None) -> Any:
         """Perform one optimization step.
@@ -224,14 +200,19 @@ class FusedOptimizer(Formula, torch.optim.Optimizer):
         self.__dict__.setdefault("_settings", self.settings_class())
         self.__dict__.setdefault("_engine", Engine())
         self.__dict__.setdefault("_ema", {})
+        self.__dict__.setdefault("_flat_grads", FlatGrads())
         self._engine.settle(self)
         self._engine.forget()
         conversion.release(state.get("state", {}))
         super().__setstate__(state)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
+        """As torch's; with ``flat_grads`` gradients become zeros, whatever ``set_to_none`` says."""
         self._engine.deferred = None
-        super().zero_grad(set_to_none)
+        if self.flat_grads:
+            self._flat_grads.zero(self)
+        else:
+            super().zero_grad(set_to_none)
 
     # What fusedopt adds
 

@@ -20,6 +20,9 @@ from .optimizer import FusedOptimizer
 from .shards import is_distributed
 from .survey import NotFusable
 
+TOGETHER = ("max_grad_norm", "skip_nonfinite", "track", "flat_grads")
+"""Settings that need the gradients of all parameters at once."""
+
 
 class GradientRelease:
     """What ``enable_gradient_release`` returns: ``remove()`` ends it."""
@@ -51,9 +54,9 @@ def enable_gradient_release(model: torch.nn.Module, optimizer: FusedOptimizer) -
     Raises:
         TypeError: for another optimizer.
         ValueError: if the optimizer has none of the model's parameters.
-        RuntimeError: for settings that need the gradients together (``max_grad_norm``, ``skip_nonfinite``, ``track``),
-            now or at a later backward pass; for DistributedDataParallel, which would average gradients that were used
-            already, and FullyShardedDataParallel; if it is enabled already.
+        RuntimeError: for settings that need the gradients together (``TOGETHER``), now or at a later backward pass; for
+            DistributedDataParallel, which would average gradients that were used already, and
+            FullyShardedDataParallel; if it is enabled already.
     """
     if not isinstance(optimizer, FusedOptimizer):
         raise TypeError(f"gradient release needs an optimizer of fusedopt, got {type(optimizer).__qualname__}")
@@ -91,7 +94,7 @@ def _stepper(optimizer: FusedOptimizer, group: dict[str, Any], p: Tensor) -> Cal
 
 
 def _refuse_settings(optimizer: FusedOptimizer) -> None:
-    names = [name for name in optimizer._settings.active() if name in ("max_grad_norm", "skip_nonfinite", "track")]
+    names = [name for name in optimizer._settings.active() if name in TOGETHER]
     if names:
         raise RuntimeError(
             f"gradient release updates each parameter before the others' gradients are there, which {', '.join(names)} "

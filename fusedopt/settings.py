@@ -12,14 +12,11 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
-import numbers
 from collections.abc import Callable
 from typing import Any
 
-import torch
-
-BACKENDS = ("torch", "triton")
-MASTERS = ("stochastic", "kahan", "split", "split8", "fp32")
+from . import setting_checks
+from .setting_checks import flag, one_of
 
 CLIP = (1e-6, 1.0)
 """epsilon and the largest factor of g <- g min(largest, S / (norm + epsilon)), as torch.nn.utils.clip_grad_norm_ has
@@ -27,117 +24,6 @@ them: zero gradients stay zero."""
 
 NORMALIZE = (1e-300, 2.0**126)
 """The same for normalized gradients: 2^126 and its inverse are normal numbers in float32."""
-
-
-def _number(name: str, value: Any) -> float:
-    if isinstance(value, torch.Tensor):
-        raise TypeError(f"{name} must be a Python number, got a tensor: pass {name}=float(value)")
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(f"{name} must be a number, got {value!r}")
-    if math.isnan(value):
-        raise ValueError(f"Invalid {name}: {value}")
-    return float(value)
-
-
-def _norm(name: str, value: Any) -> float | None:
-    if value is None:
-        return None
-    value = _number(name, value)
-    if value <= 0:
-        raise ValueError(f"Invalid {name}: {value}; give a positive number, or None for no clipping")
-    return value
-
-
-def _clipping(name: str, value: Any) -> float | None:
-    value = _norm(name, value)
-    if value == math.inf:
-        raise ValueError(f"Invalid {name}: {value}; give a finite number, or None for no clipping")
-    return value
-
-
-def _decay(name: str, value: Any) -> float | None:
-    if value is None:
-        return None
-    value = _number(name, value)
-    if not 0 <= value < 1:
-        raise ValueError(f"Invalid {name}: {value}; give a number of at least 0 and below 1, or None for no averages")
-    return value
-
-
-def _limits(name: str, value: Any) -> Any:
-    if value is None:
-        return None
-    if not isinstance(value, (tuple, list)):
-        return _norm(name, value)
-    if len(value) != 2:
-        raise ValueError(f"Invalid {name}: {value}; give one limit, or a pair (low, high) where None means no limit")
-    low, high = (None if limit is None else _number(name, limit) for limit in value)
-    if low is not None and high is not None and low > high:
-        raise ValueError(f"Invalid {name}: {value}; the lower limit lies above the upper one")
-    return None if low is None and high is None else (low, high)
-
-
-def _launches(name: str, value: Any) -> str | int:
-    if isinstance(value, bool) or value not in ("auto", 1, 2):
-        raise ValueError(f"Invalid {name}: {value!r}; choose 'auto', 1 or 2")
-    return value
-
-
-def _backend(name: str, value: Any) -> str | None:
-    if value is not None and value not in BACKENDS:
-        raise ValueError(f"Invalid {name}: {value!r}; choose one of {', '.join(map(repr, BACKENDS))} or None")
-    return value
-
-
-def _master(name: str, value: Any) -> str | None:
-    if value is not None and value not in MASTERS:
-        raise ValueError(f"Invalid {name}: {value!r}; choose one of {', '.join(map(repr, MASTERS))} or None")
-    return value
-
-
-def _track(name: str, value: Any) -> str | None:
-    if value not in (None, "total", "parameters"):
-        raise ValueError(f"Invalid {name}: {value!r}; choose 'total', 'parameters' or None")
-    return value
-
-
-def _state_dtype(name: str, value: Any) -> Any:
-    if value is None or value in (torch.float32, torch.bfloat16) or value == "8bit":
-        return value
-    raise ValueError(f"Invalid {name}: {value!r}; choose torch.float32, torch.bfloat16, '8bit' or None")
-
-
-def _seed(name: str, value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-        raise TypeError(f"{name} must be a whole number, got {value!r}")
-    if not 0 <= value < 2**63:
-        raise ValueError(f"Invalid {name}: {value}; give a number from 0 to 2**63 - 1")
-    return int(value)
-
-
-def flag(name: str, value: Any) -> bool:
-    """The check of a setting that is True or False."""
-    if not isinstance(value, bool):
-        raise TypeError(f"{name} must be True or False, got {value!r}")
-    return value
-
-
-def one_of(*choices: str) -> Callable[[str, Any], str]:
-    """The check of a setting that is one of these words."""
-
-    def check(name: str, value: Any) -> str:
-        if value not in choices:
-            raise ValueError(f"Invalid {name}: {value!r}; choose one of {', '.join(map(repr, choices))}")
-        return value
-
-    return check
-
-
-def _group(name: str, value: Any) -> Any:
-    groups = torch.distributed.is_available() and (torch.distributed.ProcessGroup, torch.distributed.DeviceMesh)
-    if value is None or value == "world" or (groups and isinstance(value, groups)):
-        return value
-    raise TypeError(f"{name} must be None, 'world', a ProcessGroup or a DeviceMesh, got {value!r}")
 
 
 def setting(default: Any, check: Callable[[str, Any], Any], doc: str) -> Any:
@@ -149,7 +35,7 @@ def setting(default: Any, check: Callable[[str, Any], Any], doc: str) -> Any:
 class Settings:
     max_grad_norm: float | None = setting(
         None,
-        _norm,
+        setting_checks.norm,
         """(float, optional): clip the norm over the gradients of all groups to this before the rule,
         g <- g min(1, max_grad_norm / (norm + 1e-6)), as torch.nn.utils.clip_grad_norm_ does.""",
     )
@@ -161,14 +47,14 @@ class Settings:
     )
     adaptive_grad_clip: float | None = setting(
         None,
-        _clipping,
+        setting_checks.clipping,
         """(float, optional): after the norm over all, clip the gradient of each unit to this part of its parameters'
         norm, g <- g min(1, adaptive_grad_clip max(|p|, 1e-3) / |g|), as in arXiv 2102.06171. A unit is a row of a
         matrix, a filter of a convolution, else all of a parameter. On a GPU that is one launch more.""",
     )
     max_grad_value: float | tuple[float | None, float | None] | None = setting(
         None,
-        _limits,
+        setting_checks.limits,
         """(float or pair, optional): clip every component after that, to [-L, L], or to [low, high] if
         given as a pair, in which None means no limit.""",
     )
@@ -180,7 +66,7 @@ class Settings:
     )
     ema_decay: float | None = setting(
         None,
-        _decay,
+        setting_checks.decay,
         """(float, optional): keep a moving average of every parameter, a <- a + (1 - ema_decay) (p - a) with
         the new p: see ``ema_parameters``, ``ema_state_dict`` and ``load_ema_state_dict``.""",
     )
@@ -193,7 +79,7 @@ class Settings:
     )
     clip_group: Any = setting(
         None,
-        _group,
+        setting_checks.group,
         """("world" | ProcessGroup | DeviceMesh | None): further ranks whose gradients belong to the same norm,
         where they hold other parameters than this rank and nothing in the parameters says so: "world" for
         ZeroRedundancyOptimizer and FullyShardedDataParallel, the pipeline's group for pipeline stages. Parameters
@@ -201,13 +87,13 @@ class Settings:
     )
     track: str | None = setting(
         None,
-        _track,
+        setting_checks.track,
         """("total" | "parameters" | None): keep the norms of gradient, update and parameter of the latest step for
         ``metrics``, of all parameters together or of each; taken while the update has the numbers at hand.""",
     )
     launches: str | int = setting(
         "auto",
-        _launches,
+        setting_checks.launches,
         """("auto" | 1 | 2): on a GPU, clip and update by a launch each (2), or by one cooperative launch (1), which
         needs a single device, dtype and rule; "auto" is 2 until a measurement on that GPU speaks for 1.""",
     )
@@ -216,9 +102,16 @@ class Settings:
         flag,
         """(bool): move plain dense parameters that alone own their memory into one flat buffer.""",
     )
+    flat_grads: bool = setting(
+        False,
+        flag,
+        """(bool): keep gradients in one flat buffer per device and dtype, into which backward adds, at addresses that
+        stay: ``zero_grad()`` fills it with zeros, whatever ``set_to_none`` says, so that every parameter has a gradient
+        at every step. A gradient that somebody else put there (DistributedDataParallel's buckets) is used as it is.""",
+    )
     master: str | None = setting(
         None,
-        _master,
+        setting_checks.master,
         """("stochastic" | "kahan" | "split" | "split8" | "fp32" | None): how bfloat16 and float16 parameters keep
         what rounding would take from them. None rounds to the nearest; "stochastic" up or down at random, right in
         the mean; "kahan" remembers what was rounded off in the parameter's dtype; "split" (bfloat16) the lower 16
@@ -226,7 +119,7 @@ class Settings:
     )
     state_dtype: Any = setting(
         None,
-        _state_dtype,
+        setting_checks.state_dtype,
         """(torch.float32 | torch.bfloat16 | "8bit" | None): how states are stored; arithmetic is float32 all the
         same. None is the parameter's dtype, as in torch; torch.float32 is better for 16-bit parameters.
         torch.bfloat16 is rounded stochastically. "8bit" keeps 256 elements of a state to a float32 scale, the roots
@@ -234,12 +127,12 @@ class Settings:
     )
     seed: int = setting(
         0,
-        _seed,
+        setting_checks.seed,
         """(int): of stochastic rounding, which depends on it, the step and the element's number only.""",
     )
     backend: str | None = setting(
         None,
-        _backend,
+        setting_checks.backend,
         """("torch" | "triton" | None): None takes Triton kernels on GPUs and torch elsewhere.""",
     )
 

@@ -29,7 +29,8 @@ from .capture import CapturableSettings
 from .columns import number, where
 from .optimizer import FusedOptimizer
 from .rule import Rule
-from .settings import one_of, setting
+from .setting_checks import one_of
+from .settings import setting
 
 
 def sgd(g, state, h):

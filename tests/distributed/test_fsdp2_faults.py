@@ -141,6 +141,13 @@ def test_state_of_another_layout_is_refused():
 
 
 @pytest.mark.ranks(2)
+def test_flat_gradients_are_refused():
+    model = sharded()
+    with pytest.raises(RuntimeError, match="flat_grads=True cannot keep the gradients of distributed parameters"):
+        ours(model, flat_grads=True)
+
+
+@pytest.mark.ranks(2)
 def test_clip_group_over_ranks_that_share_the_parameters_is_refused():
     """Every square would be counted twice."""
     model = sharded()

@@ -1,0 +1,39 @@
+"""What torch puts around an optimizer's ``step``, where it is needed."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from itertools import chain
+from typing import Any
+
+import torch
+from torch.autograd import _profiler_enabled
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
+
+
+def profile_hook_step(func: Callable[..., Any]) -> Callable[..., Any]:
+    """What torch puts around ``step``, its name in profiles and hooks, where somebody profiles or there are hooks:
+    it costs microseconds."""
+    hooked = torch.optim.Optimizer.profile_hook_step(func)
+
+    @functools.wraps(func)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        self = args[0]
+        if (
+            _profiler_enabled()
+            or self._optimizer_step_pre_hooks
+            or self._optimizer_step_post_hooks
+            or _global_optimizer_pre_hooks
+            or _global_optimizer_post_hooks
+            or torch.compiler.is_compiling()
+        ):
+            return hooked(*args, **kwargs)
+        result = func(*args, **kwargs)
+        self._optimizer_step_code()
+        # The closure may have registered some.
+        for hook in chain(self._optimizer_step_post_hooks.values(), _global_optimizer_post_hooks.values()):
+            hook(self, args, kwargs)
+        return result
+
+    return wrapper

@@ -1,0 +1,136 @@
+"""``flat_grads=True``: gradients that stay where they are."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from cases import every_kind_and_backend
+
+import fusedopt
+
+
+def network(dtype=torch.float32):
+    torch.manual_seed(0)
+    layers = torch.nn.Sequential(torch.nn.Conv2d(2, 4, 3), torch.nn.Flatten(), torch.nn.Linear(36, 3))
+    layers[0].weight = torch.nn.Parameter(layers[0].weight.detach().to(memory_format=torch.channels_last))
+    return layers.to(dtype)
+
+
+def backward(layers, number):
+    generator = torch.Generator().manual_seed(number)
+    x = torch.randn(6, 2, 5, 5, generator=generator).to(layers[2].weight.dtype)
+    layers(x).square().mean().backward()
+
+
+def addresses(layers):
+    return [p.grad.data_ptr() for p in layers.parameters()]
+
+
+@every_kind_and_backend
+def test_trains_as_without(name, backend):
+    ended = []
+    for flat in (True, False):
+        layers = network()
+        optimizer = fusedopt.registry[name](
+            layers.parameters(), lr=0.01, flat_grads=flat, backend=backend, max_grad_norm=0.1
+        )
+        places = []
+        for number in range(6):
+            optimizer.zero_grad(set_to_none=number % 2 == 0)
+            for part in range(2):
+                backward(layers, 2 * number + part)
+            places.append(addresses(layers))
+            optimizer.step()
+        assert not flat or places.count(places[0]) == len(places)
+        ended.append([p.detach() for p in layers.parameters()])
+    # backward adds to zeros what it otherwise puts there: the same number.
+    assert all(map(torch.equal, *ended))
+
+
+def test_one_buffer_holds_them_and_zeros():
+    layers = network()
+    optimizer = fusedopt.AdamW(layers.parameters(), flat_grads=True)
+    assert [float(p.grad.abs().sum()) for p in layers.parameters()] == [0.0] * 4
+    assert all(p.grad.stride() == p.stride() for p in layers.parameters())
+    (buffer,) = optimizer._flat_grads.buffers
+    backward(layers, 0)
+    inside = [buffer.data_ptr() <= p.grad.data_ptr() < buffer.data_ptr() + buffer.nbytes for p in layers.parameters()]
+    assert all(inside) and all(p.grad.abs().sum() > 0 for p in layers.parameters())
+    optimizer.zero_grad()
+    assert not buffer.any()
+
+
+def test_autograd_knows_that_they_were_zeroed():
+    p = torch.nn.Parameter(torch.ones(3))
+    optimizer = fusedopt.SGD([p], lr=0.1, flat_grads=True)
+    (p * 2).sum().backward()
+    squares = (p.grad * torch.ones(3, requires_grad=True)).sum()
+    optimizer.zero_grad()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        squares.backward()
+
+
+def test_what_others_do_to_gradients_and_parameters():
+    """model.zero_grad(), another dtype, a new group, frozen parameters: the next zero_grad() brings them back."""
+    layers = network()
+    optimizer = fusedopt.SGD(layers[0].parameters(), lr=0.1, flat_grads=True)
+    twin = copy.deepcopy(layers)
+    theirs = torch.optim.SGD(twin[0].parameters(), lr=0.1)
+
+    def both(number, change=lambda layers, optimizer: None):
+        for model, opt in ((layers, optimizer), (twin, theirs)):
+            opt.zero_grad()
+            change(model, opt)
+            backward(model, number)
+            opt.step()
+        assert all(torch.allclose(p, q, rtol=1e-6, atol=0) for p, q in zip(layers.parameters(), twin.parameters()))
+
+    both(0)
+    both(1, lambda model, opt: model.zero_grad())
+    both(2)
+    first = addresses(layers[0])
+    both(3, lambda model, opt: model.double())
+    both(4)
+    assert [p.grad.dtype for p in layers[0].parameters()] == [torch.float64] * 2 and addresses(layers[0]) != first
+    both(5, lambda model, opt: opt.add_param_group({"params": list(model[2].parameters())}))
+    both(6)
+    assert len(optimizer._flat_grads.given) == 4
+    both(7, lambda model, opt: model[0].bias.requires_grad_(False))
+    both(8)
+
+
+def test_a_part_of_a_larger_buffer_is_left_there():
+    bucket = torch.ones(10)
+    p = torch.nn.Parameter(torch.ones(4))
+    optimizer = fusedopt.SGD([p], lr=0.1, flat_grads=True)
+    p.grad = lent = bucket[3:7]
+    optimizer.step()
+    assert torch.equal(p, torch.full((4,), 0.9))
+    optimizer.zero_grad()
+    assert p.grad is lent and bucket.tolist() == [1.0] * 3 + [0.0] * 4 + [1.0] * 3
+
+
+def test_copies_and_the_setting():
+    layers = network()
+    optimizer = fusedopt.AdamW(layers.parameters(), flat_grads=True)
+    for other in (copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))):
+        other.zero_grad()
+        params = other.param_groups[0]["params"]
+        assert other.flat_grads and all(p.grad is not None for p in params)
+        assert not {p.grad.data_ptr() for p in params} & set(addresses(layers))
+    optimizer.flat_grads = False
+    optimizer.zero_grad()
+    assert all(p.grad is None for p in layers.parameters())
+    with pytest.raises(TypeError, match="flat_grads must be True or False"):
+        optimizer.flat_grads = 1
+    converted = fusedopt.convert(torch.optim.AdamW(layers.parameters()), flat_grads=True)
+    converted.zero_grad()
+    assert all(p.grad is not None for p in layers.parameters())
+
+
+def test_not_with_gradient_release():
+    layers = network()
+    optimizer = fusedopt.SGD(layers.parameters(), lr=0.1, flat_grads=True)
+    with pytest.raises(RuntimeError, match="flat_grads"):
+        fusedopt.enable_gradient_release(layers, optimizer)
