@@ -21,6 +21,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from history import write
+
 os.environ.pop("TRITON_INTERPRET", None)  # it compiles nothing
 TESTS = Path(__file__).resolve().parent.parent / "tests"
 sys.path.insert(0, str(TESTS))
@@ -204,13 +206,6 @@ def _value(kind: str, text: str) -> Any:
     return text if kind == "str" else None if text == "" else int(text) if kind == "int" else float(text)
 
 
-def write(kernels: list[Kernel], path: Path = REPORT) -> None:
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [field.name for field in dataclasses.fields(Kernel)], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(map(dataclasses.asdict, kernels))
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
@@ -233,7 +228,7 @@ def main() -> int:
         print(f"and {len(other) - MANY} other changes, none of them for the worse")
     if options.save:
         replaced = {kernel.key()[1:] for kernel in made}
-        write([*(kernel for kernel in old if kernel.key()[1:] not in replaced), *made], options.report)
+        write([*(kernel for kernel in old if kernel.key()[1:] not in replaced), *made], Kernel, options.report)
     return int(options.check and bool(worse))
 
 

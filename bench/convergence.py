@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
+from history import write
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
@@ -261,13 +262,6 @@ def read(path: pathlib.Path = RUNS) -> list[Run]:
         ]
 
 
-def write(runs: list[Run], path: pathlib.Path = RUNS) -> None:
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [field.name for field in dataclasses.fields(Run)], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(map(dataclasses.asdict, runs))
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
@@ -282,7 +276,7 @@ def main() -> None:
         print(f"{made.task:9} {made.form:30} seed {made.seed}: {made.loss:.4f}", flush=True)
     print(table(runs))
     if options.save:
-        write(runs)
+        write(runs, Run, RUNS)
         draw(runs)
 
 

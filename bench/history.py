@@ -11,7 +11,7 @@ import csv
 import dataclasses
 import datetime
 import pathlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 HISTORY = pathlib.Path(__file__).with_name("history.csv")
@@ -90,6 +90,14 @@ class Row:
 
 
 FIELDS = {field.name: field for field in dataclasses.fields(Row)}
+
+
+def write(records: Sequence[Any], kind: type, path: pathlib.Path) -> None:
+    """A file of its own for dataclass instances of one kind, which replaces what was there."""
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, [field.name for field in dataclasses.fields(kind)], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(map(dataclasses.asdict, records))
 
 
 def append(rows: Iterable[Row], path: pathlib.Path = HISTORY) -> None:

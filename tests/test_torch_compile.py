@@ -29,9 +29,8 @@ def loss_of(params):
     return sum((p * p).sum() for p in params)
 
 
-@pytest.mark.parametrize("name", ["AdamW", "SGD"])
-def test_training_step(name, backend, device):
-    pair = Pair(name, None, "tiny", device=device, backend=backend, max_grad_norm=2.0)
+def compiled_training():
+    """A training step, compiled anew."""
 
     @torch.compile(backend="eager")
     def train(optimizer, params):
@@ -41,6 +40,14 @@ def test_training_step(name, backend, device):
         optimizer.step()
         return loss
 
+    return train
+
+
+@pytest.mark.parametrize("name", ["AdamW", "SGD"])
+def test_training_step(name, backend, device):
+    pair = Pair(name, None, "tiny", device=device, backend=backend, max_grad_norm=2.0)
+
+    train = compiled_training()
     for number in range(5):
         for p in pair.theirs:
             p.grad = None
@@ -184,14 +191,7 @@ def test_capturable(needs_triton, device):
         lr = torch.tensor(LR, dtype=torch.float64, device=device)
         optimizer = fusedopt.Adam(params, lr=lr, capturable=capturable, backend="triton", max_grad_norm=2.0)
 
-        @torch.compile(backend="eager")
-        def train(optimizer, params):
-            optimizer.zero_grad()
-            loss = loss_of(params)
-            loss.backward()
-            optimizer.step()
-            return loss
-
+        train = compiled_training()
         for number in range(5):
             lr.fill_(LR / (1 + number))
             train(optimizer, params)
