@@ -214,13 +214,19 @@ def start(kind: str | None) -> torch.device:
     # After a restart the store of torch.distributed.run still holds the addresses of the ranks before.
     store = dist.PrefixStore(f"restart {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
     dist.init_process_group("nccl" if kind == "cuda" else "gloo", store=store, rank=rank, world_size=world)
-    print(f"rank {dist.get_rank()} of {dist.get_world_size()} on {device}, process {os.getpid()}", flush=True)
+    write(f"rank {dist.get_rank()} of {dist.get_world_size()} on {device}, process {os.getpid()}")
     return device
+
+
+def write(line: str) -> None:
+    # One write with its end: print()'s two, when Python's output is unbuffered, mix with those of other ranks.
+    sys.stdout.write(line + "\n")
+    sys.stdout.flush()
 
 
 def say(line: str) -> None:
     if dist.get_rank() == 0:
-        print(line, flush=True)
+        write(line)
 
 
 def arguments() -> argparse.ArgumentParser:
