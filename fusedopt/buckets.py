@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from operator import itemgetter
 from typing import Any
@@ -68,6 +69,19 @@ class Bucket:
     """Whether the device counts the steps. The host's cohorts are whole groups then, and their counts mean nothing."""
     cohorts: list[Cohort]
     members: list[Member]
+
+    def __str__(self) -> str:
+        flattened = sum(m.place.flattened is not None for m in self.members)
+        gathered = sum(m.place.packed for m in self.members)
+        elements = sum(m.param.numel() for m in self.members)
+        placement = f"{flattened} flattened, {gathered} gathered" if flattened or gathered else "left in place"
+        if self.spread:
+            placement += f", parts of DTensors spread over {math.prod(group.size() for group in self.spread)} ranks"
+        return (
+            f"{self.rule.name} on {self.device}, {str(self.dtype).removeprefix('torch.')}: {len(self.members)} "
+            f"parameters ({elements} elements, {placement}) in {len(self.cohorts)} row(s), "
+            f"backend {self.backend} ({self.backend.reason})"
+        )
 
 
 def settle(optimizer: Any, key: tuple, entries: list[Entry], places: dict[Tensor, Place]) -> Bucket:

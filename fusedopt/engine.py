@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable
 from itertools import chain
@@ -22,6 +21,7 @@ from .plan import Plan, without_collection
 from .rule import Update
 from .settings import CLIP, Settings
 from .shards import is_distributed, local_grads
+from .survey import left_to_torch
 
 get_params = itemgetter("params")
 
@@ -41,6 +41,8 @@ class Engine:
         """Whether a step was taken."""
         self.distributed = False
         """Whether some parameters are distributed over ranks."""
+        self.left: Exception | None = None
+        """Why the latest step was torch's own."""
         self.verdict = clipping.UNJUDGED
         self.tracker: Tracker | None = None
         """For the plan, where ``track`` is set."""
@@ -137,9 +139,14 @@ class Engine:
 
     @without_collection()
     def _build(self, optimizer: Any, grads: list[Tensor | None]) -> None:
-        capture.refuse_to_build({p.device for group in optimizer.param_groups for p in group["params"]})
+        devices = {p.device for group in optimizer.param_groups for p in group["params"]}
+        left = left_to_torch(optimizer, devices)
+        if left is None:
+            capture.refuse_to_build(devices)
         self.settle(optimizer)
         self.plan, self.tracker, self.verdict = None, None, clipping.UNJUDGED
+        if left is not None:
+            raise left
         plan = Plan(optimizer, self.places, grads)
         self.executors = [_executor(bucket, optimizer._settings) for bucket in plan.buckets]
         self.prefers_one_launch = any(
@@ -148,7 +155,7 @@ class Engine:
         tracks = optimizer._settings.track is not None
         self.tracker = Tracker(plan.params, self.executors, plan.reduction) if tracks else None
         plan.note_uses()
-        self.plan = plan
+        self.plan, self.left = plan, None
 
     def _run(self, optimizer: Any, grads: list[Tensor | None]) -> None:
         captures = self.plan.may_be_captured and capture.check(optimizer, self.plan)
@@ -290,9 +297,11 @@ class Engine:
         return self.skips.total()
 
     def layout(self) -> str:
+        if self.left is not None:
+            return f"torch.optim's own step: {self.left}"
         if self.plan is None:
             return "nothing yet: the layout is decided at the first step"
-        return "\n".join(_describe(bucket) for bucket in self.plan.buckets) or "no parameter had a gradient"
+        return "\n".join(map(str, self.plan.buckets)) or "no parameter had a gradient"
 
 
 def _executor(bucket: Bucket, settings: Settings) -> Any:
@@ -302,18 +311,3 @@ def _executor(bucket: Bucket, settings: Settings) -> Any:
     from . import triton_backend
 
     return triton_backend.Executor(bucket, settings)
-
-
-def _describe(bucket: Bucket) -> str:
-    members = bucket.members
-    flattened = sum(m.place.flattened is not None for m in members)
-    gathered = sum(m.place.packed for m in members)
-    elements = sum(m.param.numel() for m in members)
-    placement = f"{flattened} flattened, {gathered} gathered" if flattened or gathered else "left in place"
-    if bucket.spread:
-        placement += f", parts of DTensors spread over {math.prod(group.size() for group in bucket.spread)} ranks"
-    return (
-        f"{bucket.rule.name} on {bucket.device}, {str(bucket.dtype).removeprefix('torch.')}: {len(members)} parameters "
-        f"({elements} elements, {placement}) in {len(bucket.cohorts)} row(s), "
-        f"backend {bucket.backend} ({bucket.backend.reason})"
-    )

@@ -6,8 +6,9 @@ validation, parameter groups, hooks and checkpoints stay torch's own.
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -126,15 +127,22 @@ class FusedOptimizer(Formula, torch.optim.Optimizer):
                 scaling.found_inf = scaling.unscale()
             if scaling.found_inf.item():
                 return
-        step = super().step
-        if step.__func__ is torch.optim.Optimizer.step:
+        if self.step_of_torch is None:
             raise RuntimeError(
                 f"{type(self).__name__} cannot be combined with {reason}: torch.optim has no step to leave it to; "
                 "make the parameters and gradients plain dense real tensors"
             ) from None
+        self._engine.left = reason
+        self.step_of_torch()
+
+    @property
+    def step_of_torch(self) -> Callable[[], Any] | None:
+        """torch's own step, if torch.optim has this class."""
+        step = super().step
+        if step.__func__ is torch.optim.Optimizer.step:
+            return None
         # Not the hooked one, or every hook would run twice.
-        step = step.__wrapped__ if getattr(step, "hooked", False) else step.__func__
-        step(self)
+        return functools.partial(step.__wrapped__ if getattr(step, "hooked", False) else step.__func__, self)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         if isinstance(param_group, dict):

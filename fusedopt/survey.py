@@ -6,7 +6,9 @@ as they were.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+import warnings
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -23,9 +25,31 @@ from .shards import PLAIN, alike, is_distributed, local
 from .storage import Storage, quantization_problem, storage, traits
 from .units import refuse_shards
 
+FALLBACK_IS_FOR = {"cpu", "meta"}
+"""Types of devices."""
+
 
 class NotFusable(Exception):
     """Some parameter needs torch's own step; the message names it and says why."""
+
+
+def left_to_torch(optimizer: Any, devices: Iterable[torch.device]) -> NotFusable | None:
+    """Why the whole step is torch's own: on a GPU without kernels, unless more is asked for than torch.optim can do.
+    The fallback is made for CPUs; torch's calls for lists of tensors are faster there."""
+    if optimizer.step_of_torch is None or optimizer._settings.active():
+        return None
+    for device in devices:
+        choice = backend(device, optimizer.backend)
+        if choice.name == "torch" and device.type not in FALLBACK_IS_FOR:
+            if optimizer.backend is None:
+                _say_once(f"{choice.reason}: torch.optim's own step runs on {device}")
+            return NotFusable(f"parameters on {device}, where {choice.reason}")
+    return None
+
+
+@functools.cache
+def _say_once(reason: str) -> None:
+    warnings.warn(reason, stacklevel=10)  # the line that called optimizer.step()
 
 
 def is_differentiable(group: dict[str, Any]) -> bool:

@@ -7,6 +7,7 @@ from options import LR, STATEFUL
 from pairs import both, close
 
 import fusedopt
+from fusedopt import survey
 
 
 @pytest.mark.parametrize("name", ["SGD", "Adagrad"])  # torch's other optimizers refuse sparse gradients
@@ -89,3 +90,43 @@ def test_parameter_listed_twice(name):
             optimizer.step()
         pair.append(params)
     close(*pair, 1e-12)
+
+
+@pytest.fixture
+def gpu_without_kernels(monkeypatch):
+    """CPUs count as such."""
+    monkeypatch.setattr(survey, "FALLBACK_IS_FOR", set())
+    survey._say_once.cache_clear()
+
+
+@pytest.mark.usefixtures("gpu_without_kernels")
+@every_torch_optimizer
+def test_a_gpu_without_kernels_is_left_to_torch(name):
+    ours, theirs = model("tiny"), model("tiny")
+    options = {"lr": LR, **STATEFUL[name]}
+    optimizer, oracle = fusedopt.registry[name](ours, **options), getattr(torch.optim, name)(theirs, **options)
+    with pytest.warns(UserWarning, match="torch.optim's own step runs on cpu") as warned:
+        for number in range(4):
+            for params, its in ((ours, optimizer), (theirs, oracle)):
+                give_gradients(params, number, plain=True)
+                its.step()
+    assert len(warned) == 1 and warned[0].filename == __file__
+    assert "own step" in optimizer.layout()
+    assert all(torch.equal(p, q) for p, q in zip(ours, theirs))
+    # What torch cannot do is done here, with the states that torch's step left.
+    optimizer.max_grad_value = 0.1
+    for params, its in ((ours, optimizer), (theirs, oracle)):
+        give_gradients(params, 4, plain=True)
+        torch.nn.utils.clip_grad_value_(theirs, 0.1)
+        its.step()
+    assert "own step" not in optimizer.layout()
+    close(ours, theirs, 1e-6)
+
+
+@pytest.mark.usefixtures("gpu_without_kernels")
+def test_what_torch_lacks_is_not_left_to_it(recwarn):
+    p = torch.nn.Parameter(torch.ones(3))
+    optimizer = fusedopt.Lion([p], lr=0.1)
+    p.grad = torch.ones(3)
+    optimizer.step()
+    assert torch.allclose(p, torch.full((3,), 0.9)) and "lion on cpu" in optimizer.layout() and not recwarn.list
