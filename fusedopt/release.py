@@ -136,6 +136,9 @@ def _refuse_late_wrappers(model: torch.nn.Module, arguments: Any) -> None:
 class Single:
     """An optimizer as if it had one parameter only: what an engine asks of one, in the true one's words."""
 
+    step_of_torch = None
+    """That would be a step of all parameters."""
+
     def __init__(self, optimizer: FusedOptimizer, group: dict[str, Any], p: Tensor):
         self.optimizer = optimizer
         # A view of the group, where schedulers write.

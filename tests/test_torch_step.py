@@ -130,3 +130,13 @@ def test_what_torch_lacks_is_not_left_to_it(recwarn):
     p.grad = torch.ones(3)
     optimizer.step()
     assert torch.allclose(p, torch.full((3,), 0.9)) and "lion on cpu" in optimizer.layout() and not recwarn.list
+
+
+@pytest.mark.usefixtures("gpu_without_kernels")
+def test_gradient_release_is_not_left_to_torch():
+    model = torch.nn.Linear(3, 2)
+    optimizer = fusedopt.SGD(model.parameters(), lr=0.5)
+    fusedopt.enable_gradient_release(model, optimizer)
+    before = model.bias.detach().clone()
+    model(torch.ones(1, 3)).sum().backward()
+    assert torch.equal(model.bias, before - 0.5) and model.bias.grad is None
