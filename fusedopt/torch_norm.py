@@ -25,7 +25,8 @@ def norm(tensors: Sequence[Tensor], dtype: torch.dtype, compute_dtype: torch.dty
     norms += torch._foreach_norm(small, 2, dtype=compute_dtype) if small else []
     if not norms:
         return 0.0
-    norm = torch.linalg.vector_norm(torch.stack(norms), dtype=torch.float64).item()
+    # On the host, since some accelerators have no float64.
+    norm = torch.linalg.vector_norm(torch.stack(norms).cpu(), dtype=torch.float64).item()
     if not 1e-16 < norm < 1e150:
         # Squares that the dtype may not hold: once more in float64, relative to the largest element.
         norm = hypot(list(map(_norm_of_any, tensors)))
@@ -42,4 +43,4 @@ def _norm_of_any(x: Tensor) -> float:
     largest = x.abs().max().item() if x.numel() else 0.0
     if not 0 < largest < math.inf:
         return largest
-    return largest * torch.linalg.vector_norm(x.to(torch.float64) / largest).item()
+    return largest * torch.linalg.vector_norm(x.cpu().double() / largest).item()
