@@ -57,6 +57,8 @@ class Engine:
         """Whether the parameters hold their averages now."""
         self.released = False
         """Whether parameters are updated inside backward."""
+        self.owes_zeros = False
+        """Whether this step shall leave zeros in place of the gradients."""
 
     def step(self, optimizer: Any) -> None:
         if self.averaged:
@@ -116,7 +118,7 @@ class Engine:
         try:
             try:
                 for executor in self.executors:
-                    executor.take(parts, self.plan.as_planned)
+                    executor.take(parts, self.plan.as_planned, self.owes_zeros)
             except RuntimeError:
                 # Nothing was changed yet. A new plan looks at everything, and says what does not fit.
                 self._build(optimizer, parts)

@@ -1,7 +1,8 @@
 """``flat_grads=True``: gradients that stay where they are, in one buffer per device and dtype.
 
 backward adds to a gradient that is there. So views of a buffer, put there once, collect what follows at addresses that
-never change: accumulation and CUDA graphs need no other, and one call zeroes all of them.
+never change: accumulation and CUDA graphs need no other, and one call zeroes all of them. With ``"zeroed"`` the step
+does it, in the kernel that has just read them.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from . import upload
 from .flat import Space, alias
 from .shards import is_distributed
 
@@ -34,19 +36,55 @@ class FlatGrads:
     def __init__(self) -> None:
         self.given: dict[Tensor, Given] = {}
         self.buffers: list[Tensor] = []
+        self.versions: list[int] | None = None
+        """Of the gradients, where a step left zeros in all of them: nobody has written to one that still has it."""
 
+    def step(self, optimizer: Any) -> None:
+        """A step of the optimizer's engine that leaves zeros in the buffers, also if it skips the update. Whoever reads
+        the gradients behind it finds these."""
+        self.versions = None
+        engine = optimizer._engine
+        engine.owes_zeros = here = self._all_are_here([p for p in _params(optimizer) if p.grad is not None])
+        try:
+            engine.step(optimizer)
+        finally:
+            engine.owes_zeros = False
+        if not here or any(executor.owes_zeros for executor in engine.executors):
+            self._fill()
+        else:
+            self._note_writes()
+        self.versions = self._versions()
+
+    @torch._disable_dynamo
     def zero(self, optimizer: Any) -> None:
         """Zero all gradients, after giving a place to those that have none.
 
         Raises:
             RuntimeError: for distributed parameters, whose gradients belong to their engine.
         """
-        params = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
+        params = [p for p in _params(optimizer) if p.requires_grad]
+        # Once only: what the replay of a graph writes is not seen.
+        versions, self.versions = self.versions, None
         if not self._all_are_here(params):
             self._bring(params)
+        elif versions is not None and versions == self._versions():
+            return
+        self._fill()
+
+    def _fill(self) -> None:
         for buffer in self.buffers:
             buffer.zero_()
+        self._note_writes()
+
+    def _note_writes(self) -> None:
+        """Tell autograd, which does not see them by itself."""
         torch.autograd.graph.increment_version([given.view for given in self.given.values()])
+
+    def _versions(self) -> list[int] | None:
+        """None while a graph is captured: its steps have not run yet, and will do so unseen."""
+        if any(upload.capturing(buffer.device) for buffer in self.buffers):
+            return None
+        return [given.view._version for given in self.given.values()]
 
     def _all_are_here(self, params: list[Tensor]) -> bool:
         views = [given.view for given in self.given.values()]
@@ -82,6 +120,10 @@ class FlatGrads:
         self.buffers.append(space.buffers["grad"])
         views = [alias(space.view("grad", index)) for index in range(len(params))]
         return {p: Given(view, view.data_ptr(), _kind(p)) for p, view in zip(params, views)}
+
+
+def _params(optimizer: Any) -> list[Tensor]:
+    return [p for group in optimizer.param_groups for p in group["params"]]
 
 
 def _buffer(p: Tensor) -> tuple[str, str]:

@@ -60,3 +60,14 @@ def grid(slots: int, per_multiprocessor: int, count: int) -> int:
     most = min(slots, per_multiprocessor * count)
     rounds = -(-slots // most)
     return -(-slots // rounds)
+
+
+def largest_grid(compiled: Any, device: torch.device, slots: int, most: int) -> int:
+    """The grid of a cooperative launch, with ``most`` programs per multiprocessor. RuntimeError if none fits."""
+    on = multiprocessors(device)
+    fitting = min(most, resident_programs(compiled, on))
+    if fitting == 0:
+        raise RuntimeError(
+            f"a cooperative launch of {compiled.metadata.name}, of which no program fits a multiprocessor of {device}"
+        )
+    return grid(slots, fitting, on.count)

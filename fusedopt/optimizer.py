@@ -104,7 +104,7 @@ class FusedOptimizer(Formula, torch.optim.Optimizer):
         grad_mode = torch.is_grad_enabled()
         torch._C._set_grad_enabled(False)
         try:
-            self._engine.step(self)
+            (self._flat_grads if self._settings.flat_grads == "zeroed" else self._engine).step(self)
         except NotFusable as error:
             reason = error
         finally:
@@ -215,7 +215,8 @@ class FusedOptimizer(Formula, torch.optim.Optimizer):
         super().__setstate__(state)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """As torch's; with ``flat_grads`` gradients become zeros, whatever ``set_to_none`` says."""
+        """As torch's; with ``flat_grads`` gradients become zeros, whatever ``set_to_none`` says, unless a step has left
+        them so."""
         self._engine.deferred = None
         if self.flat_grads:
             self._flat_grads.zero(self)

@@ -106,6 +106,12 @@ def flag(name: str, value: Any) -> bool:
     return value
 
 
+def flat_grads(name: str, value: Any) -> bool | str:
+    if not isinstance(value, bool) and value != "zeroed":
+        raise TypeError(f"{name} must be True, False or 'zeroed', got {value!r}")
+    return value
+
+
 def one_of(*choices: str) -> Callable[[str, Any], str]:
     """The check of a setting that is one of these words."""
 

@@ -102,12 +102,14 @@ class Settings:
         flag,
         """(bool): move plain dense parameters that alone own their memory into one flat buffer.""",
     )
-    flat_grads: bool = setting(
+    flat_grads: bool | str = setting(
         False,
-        flag,
-        """(bool): keep gradients in one flat buffer per device and dtype, into which backward adds, at addresses that
-        stay: ``zero_grad()`` fills it with zeros, whatever ``set_to_none`` says, so that every parameter has a gradient
-        at every step. A gradient that somebody else put there (DistributedDataParallel's buckets) is used as it is.""",
+        setting_checks.flat_grads,
+        """(bool or "zeroed"): keep gradients in one flat buffer per device and dtype, into which backward adds, at
+        addresses that stay: ``zero_grad()`` fills it with zeros, whatever ``set_to_none`` says, so that every parameter
+        has a gradient at every step. A gradient that somebody else put there (DistributedDataParallel's buckets) is
+        used as it is. With "zeroed" each step leaves the buffer so, a skipped one too, and ``zero_grad()`` right behind
+        it has nothing to do: gradients cannot be read after the step.""",
     )
     master: str | None = setting(
         None,

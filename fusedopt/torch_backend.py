@@ -85,6 +85,8 @@ class Executor:
         self.strides = [m.place.strides for m in self.direct]
         self.begun = False
         """Whether this step's gradients were looked at, and clipped by units."""
+        self.owes_zeros = False
+        """Whether zeros shall take the gradients' place, and do not yet: kernels leave them, we do not."""
         self.tally = None if settings.track is None else Tally(self.runs, self.block, bucket.device)
 
     def _run(self, cohort: Cohort, ways: Ways) -> Run:
@@ -114,9 +116,10 @@ class Executor:
                 run.blocks.append(list(zip(*(memory_order(x).split(self.block) for x in tensors))))
         return run
 
-    def take(self, grads: Sequence[Tensor | None], as_planned: bool) -> None:
+    def take(self, grads: Sequence[Tensor | None], as_planned: bool, owes_zeros: bool) -> None:
         """Take this step's gradients, the direct ones in their parameters' layout. ``as_planned``: whether they are
-        laid out as at the first step."""
+        laid out as at the first step; ``owes_zeros``: whether zeros shall take their place."""
+        self.owes_zeros = owes_zeros
         self.gather(grads)
         direct = self.pick(grads)
         if not (as_planned and self.in_layout):

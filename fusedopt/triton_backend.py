@@ -59,6 +59,8 @@ class Executor:
         """Whether gradients that are laid out as at the first step have their parameters' layout."""
         self.in_place = [m.param for m in members if id(m) not in copies]
         self.grads: list[Tensor] = []
+        self.owes_zeros = False
+        """Whether zeros shall take the gradients' place, and do not yet."""
 
         self.launch = Launches(bucket.device)
         self.tables = Tables(bucket, self.params)
@@ -76,9 +78,10 @@ class Executor:
         self.programs: dict[Any, int] = {}
         """The grid of each variant of the cooperative kernel."""
 
-    def take(self, grads: Sequence[Tensor | None], as_planned: bool) -> None:
+    def take(self, grads: Sequence[Tensor | None], as_planned: bool, owes_zeros: bool) -> None:
         """Take this step's gradients, in their parameters' layout, and tell the device where they are. ``as_planned``:
-        whether they are laid out as at the first step."""
+        whether they are laid out as at the first step; ``owes_zeros``: whether zeros shall take their place."""
+        self.owes_zeros = owes_zeros
         self.grads = self.pick(grads)
         if not (as_planned and self.in_layout):
             in_layout = list(map(Tensor.stride, self.grads)) == self.strides
@@ -125,6 +128,7 @@ class Executor:
 
     def step(self, update: Callable[..., Update], verdict: Verdict, skips: Skips, found: Tensor | None = None) -> None:
         """Launch the update; ``found`` are the means, where ranks have joined theirs."""
+        forms = self._forms()
         if self.tables.tiles.count == 0:
             if self.bucket.capturable:
                 self.rows.look()
@@ -136,9 +140,10 @@ class Executor:
             found = self._means(chains, shared, *heeding)
         elif len(chains.terms) < found.shape[1]:
             found = found[:, chains.means_of(update(self.bucket.cohorts[0]))].contiguous()
-        variant, tables = (chains.used, heeding[0] is None), self.tables
+        tables = self.tables
+        variant = chains.used, heeding[0] is None, forms is tables.forms
         numbers = self.rows.table, found, *heeding, self.settings.seed, self._limits()
-        formulas = tables.roles, tables.forms, chains.h, chains.on_grad, chains.on_update, chains.averages
+        formulas = tables.roles, forms, chains.h, chains.on_grad, chains.on_update, chains.averages
         shared |= {"DRAWS": self.bucket.stored.draws, "MEANS": len(chains.terms)}
         if self.settings.track is None:
             tiles = tables.tiles
@@ -148,6 +153,14 @@ class Executor:
         else:
             self._launch_tracked(variant, numbers, formulas, shared, verdict.loss_scale)
         self._finish()
+
+    def _forms(self) -> Any:
+        """The forms that this step's kernel stores in."""
+        # Zeros belong in the gradients themselves, not in copies of them.
+        if not (self.owes_zeros and all(g is m.owner.grad for g, m in zip(self.grads, self.bucket.members))):
+            return self.tables.forms
+        self.owes_zeros = False
+        return self.tables.zeroing_forms
 
     def _limits(self) -> Any:
         """What gradients are clipped to by units, if they are."""
@@ -177,11 +190,12 @@ class Executor:
         if self.settings.track is not None:
             lanes, self.tally.latest = tables.wide_block // tables.vector, self.tally.of_norm_tiles
             places = self.tally.latest.sums
-        variant = chains.used, variant
+        forms = self._forms()
+        variant = chains.used, variant, forms is tables.forms
         args = (
             tables.device_copy, tiles.table, tiles.count, self.rows.table, slots, barrier, verdict,
             *judging, known, variants, self.settings.seed, self._limits(), places,
-            tables.roles, tables.forms, chains.h, chains.on_grad, chains.on_update, chains.averages,
+            tables.roles, forms, chains.h, chains.on_grad, chains.on_update, chains.averages,
         )  # fmt: skip
         constants |= shared | {
             "DRAWS": self.bucket.stored.draws, "NORM_BLOCK": tables.norm_block, "SLOTS": triton_norm.SLOTS,
@@ -199,6 +213,7 @@ class Executor:
         except (RuntimeError, AssertionError) as error:
             if not any(words in str(error).lower() for words in REFUSALS):
                 raise
+            self.owes_zeros = forms is not tables.forms
             self.refusal = f"the driver refuses a cooperative launch ({error})"
             if self.settings.launches == 1:
                 raise RuntimeError(IMPOSSIBLE.format(self.refusal)) from error
@@ -234,14 +249,7 @@ class Executor:
         if interpreting():
             return 1
         compiled = self.launch.compiled(kernel, *args, **constants)
-        on = occupancy.multiprocessors(self.bucket.device)
-        fitting = min(self.tables.tuning.programs, occupancy.resident_programs(compiled, on))
-        if fitting == 0:
-            raise RuntimeError(
-                f"a cooperative launch of {compiled.metadata.name}, of which no program fits a multiprocessor of "
-                f"{self.bucket.device}"
-            )
-        return occupancy.grid(triton_norm.SLOTS, fitting, on.count)
+        return occupancy.largest_grid(compiled, self.bucket.device, triton_norm.SLOTS, self.tables.tuning.programs)
 
     def _prepare(self, update: Callable[..., Update], variants: int) -> tuple[Chains, dict[str, Any]]:
         """Write this step's rows; what the update kernels have in common."""

@@ -46,7 +46,10 @@ class Tables:
         """``params``: the members' parameters, or dense copies of them."""
         members = bucket.members
         parts = {part_key(role, part): part for role, form in bucket.stored.roles for part in form.parts}
-        self.forms = _of_roles([rounding.FORMS[form.name] for _, form in bucket.stored.roles], bucket, rounding.Forms)
+        forms = [rounding.FORMS[form.name] for _, form in bucket.stored.roles]
+        self.forms = _of_roles(forms, bucket, partial(rounding.Forms, rounding.leave))
+        self.zeroing_forms = self.forms._replace(grad=rounding.zero)
+        """The same, with zeros left in place of the gradients."""
         param, grad = address.PARAM.value, _role(address.GRAD.value, bucket.grad_dtype)
         if bucket.flat:
             buffers = {"": members[0].place.space.buffers["param"], **members[0].place.space.buffers}

@@ -11,9 +11,8 @@ import triton.language as tl
 
 from .address import NUMEL
 from .norm import SKIPPED, squares_of, weigh, write_down
-from .step import late_skips, named, row_of, update_tile
+from .step import late_skips, look_at_tile, named, row_of, update_tile
 from .tally import SUMS, nothing, store_sums
-from .tracked import look_at_tile
 
 
 @triton.jit(repr=named("clipped"), do_not_specialize=["tile_count", "known_skips", "variants", "seed"])
@@ -92,19 +91,22 @@ def clipped_step(
                 if tally is not None:
                     row = row_of(table + tensor * FIELDS, rows, late, variants, WIDTH)
                     store_sums(sums, tally + number * SUMS, row, loss_scale)
-    elif tally is not None:
+    else:
         for slot in tl.range(program, SLOTS, programs):
             for number in tl.range(slot, tile_count, SLOTS):
                 tensor = tl.load(tiles + 2 * number).to(tl.int64)
                 first = tl.load(tiles + 2 * number + 1).to(tl.int64) * NORM_BLOCK
-                sums = nothing(LANES, COMPUTE)
+                sums = ()
+                if tally is not None:
+                    sums = nothing(LANES, COMPUTE)
                 parts = tl.cdiv(tl.minimum(tl.load(table + tensor * FIELDS + NUMEL) - first, NORM_BLOCK), BLOCK)
                 for k in tl.range(0, parts):
                     sums = look_at_tile(
                         table, tensor, first + k * BLOCK, roles, forms, sums, ADDRESS, COMPUTE, FIELDS, BLOCK
                     )
-                row = row_of(table + tensor * FIELDS, rows, 0, variants, WIDTH)
-                store_sums(sums, tally + number * SUMS, row, loss_scale)
+                if tally is not None:
+                    row = row_of(table + tensor * FIELDS, rows, 0, variants, WIDTH)
+                    store_sums(sums, tally + number * SUMS, row, loss_scale)
 
 
 @triton.jit

@@ -28,8 +28,9 @@ class Form(NamedTuple):
 
 
 class Forms(NamedTuple):
-    """One form per role."""
+    """One form per role; gradients are autograd's, and only read."""
 
+    grad: object  # a bare jit function of (pointer, span): what is left where a gradient was read, nothing or zeros
     param: Form
     states: tuple
     averages: tuple
@@ -60,6 +61,18 @@ def read(pointer, span):
 def write(pointer, span, x):
     lanes = lanes_of(span)
     tl.store(pointer + (span.first + lanes), x, mask=span.mask, eviction_policy="evict_first")
+
+
+@triton.jit
+def leave(pointer, span):
+    """Gradients stay as they are."""
+    pass
+
+
+@triton.jit
+def zero(pointer, span):
+    """Gradients are zero when the step has read them."""
+    write(pointer, span, 0.0)
 
 
 @triton.jit

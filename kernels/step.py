@@ -52,6 +52,9 @@ def step(
     program = tl.program_id(0).to(tl.int64)
     skip, late = heed(verdict, known_skips, variants)
     if skip != 0:
+        tensor = tl.load(tiles + 2 * program).to(tl.int64)
+        start = tl.load(tiles + 2 * program + 1).to(tl.int64) * BLOCK
+        look_at_tile(table, tensor, start, roles, forms, (), ADDRESS, COMPUTE, FIELDS, BLOCK)
         return
     factor = None
     if verdict is not None:
@@ -125,6 +128,22 @@ def update_tile(
 
 
 @triton.jit
+def look_at_tile(
+    table, tensor, start, roles, forms, sums,
+    ADDRESS: tl.constexpr, COMPUTE: tl.constexpr, FIELDS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """``update_tile`` of a step that is skipped."""
+    record = table + tensor * FIELDS
+    valid = tl.minimum(tl.load(record + NUMEL) - start, BLOCK).to(tl.int32)
+    span = Span(start, valid, tl.arange(0, BLOCK) < valid, False)
+    t = ADDRESS(record, roles, False)
+    p = forms.param.load(t.param, span, COMPUTE)
+    sums = added(sums, read(t.grad, span).to(COMPUTE), tl.zeros_like(p), p, span)
+    forms.grad(t.grad, span)
+    return sums
+
+
+@triton.jit
 def row_of(record, rows, late, variants, WIDTH: tl.constexpr):
     """The row of the tensor's cohort for the number of skipped steps that the device knows of."""
     return rows + (tl.load(record + ROW) * variants + late) * WIDTH
@@ -150,6 +169,7 @@ def update(
     RULE: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
     u, p, g, state, raw = direction(t, span, row, factor, units, forms, h, on_grad, RULE, COMPUTE)
+    forms.grad(t.grad, span)
     u = through(on_update, u, p, row) if means is None else through_with_means(on_update, u, p, g, row, means)
     p = p - tl.load(row) * u
     for k in tl.static_range(len(t.states)):

@@ -7,12 +7,10 @@ step is skipped, only the squares are taken.
 import triton
 import triton.language as tl
 
-from .address import NUMEL
 from .means import CHUNK_FIELDS
 from .norm import FACTOR
-from .rounding import Span, read
-from .step import heed, named, row_of, update_tile
-from .tally import SUMS, added, nothing, store_sums
+from .step import heed, look_at_tile, named, row_of, update_tile
+from .tally import SUMS, nothing, store_sums
 
 
 @triton.jit(repr=named("tracked"), do_not_specialize=["known_skips", "variants", "seed"])
@@ -70,17 +68,3 @@ def tracked_step(
             sums = look_at_tile(table, tensor, start, roles, forms, sums, ADDRESS, COMPUTE, FIELDS, BLOCK)
     row = row_of(table + tensor * FIELDS, rows, late, variants, WIDTH)
     store_sums(sums, tally + program * SUMS, row, loss_scale)
-
-
-@triton.jit
-def look_at_tile(
-    table, tensor, start, roles, forms, sums,
-    ADDRESS: tl.constexpr, COMPUTE: tl.constexpr, FIELDS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """What ``update_tile`` returns where nothing is updated."""
-    record = table + tensor * FIELDS
-    valid = tl.minimum(tl.load(record + NUMEL) - start, BLOCK).to(tl.int32)
-    span = Span(start, valid, tl.arange(0, BLOCK) < valid, False)
-    t = ADDRESS(record, roles, False)
-    p = forms.param.load(t.param, span, COMPUTE)
-    return added(sums, read(t.grad, span).to(COMPUTE), tl.zeros_like(p), p, span)

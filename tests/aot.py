@@ -123,7 +123,7 @@ def step_once(case, address, dtype, scaler=False, **settings):
     if scaler:
         made.grad_scale, made.found_inf = torch.ones(1), torch.zeros(1)
     for p in params:
-        p.grad = torch.ones_like(p)
+        p.grad = torch.ones_like(p) if p.grad is None else p.grad
         for key in made.rule(made.param_groups[0]).keys:
             made.state[p] |= {key: torch.zeros_like(p, dtype=state), "step": torch.tensor(1.0)}
     made.step()
@@ -188,6 +188,18 @@ def all_facts(target, dtype):
         for kernel in set(gpu.compiled()) - before:
             more = {"means": without <= i < end, "tracked": "track" in settings}
             yield facts(kernel) | {"address": address, "dtype": dtype} | more
+
+
+def zeroing_facts(target):
+    """Facts about Adam's updates that leave zeros in place of the gradients, and about the same without."""
+    for flat_grads in ("zeroed", True):
+        gpu = NoGPU(target, f"flat_grads {flat_grads}")
+        driver.set_active(gpu)
+        for settings in ({}, {"launches": 1}, {"track": "total"}):
+            step_once("adam", "scattered", "float32", max_grad_norm=1.0, flat_grads=flat_grads, **settings)
+        for kernel in gpu.compiled():
+            if kernel.metadata.name.endswith("_adam"):
+                yield facts(kernel) | {"zeroes": flat_grads == "zeroed"}
 
 
 def instructions_per_element(dtype):
@@ -284,7 +296,8 @@ def main(jobs):
             report[job] |= {f"{case}, means": compiles(case, "flat", **more) for case, more in WITH_MEANS.items()}
         else:
             target, what = job.split(":")
-            report[job] = list(stored_facts(target) if what == "stored" else all_facts(target, what))
+            found = {"stored": stored_facts, "zeroed": zeroing_facts}.get(what)
+            report[job] = list(all_facts(target, what) if found is None else found(target))
     print(json.dumps(report))
 
 

@@ -20,6 +20,9 @@ DTYPES = {
     for target in TARGETS
 }
 
+ZEROING = ["sm_90", "gfx942"]
+"""The GPUs for which kernels that zero gradients are compiled."""
+
 MAX_REGISTERS = {"float32": 64, "mixed": 64, "float64": 64, "bfloat16": 80}
 """Per thread. At 64 an SM holds 1024 threads, each with 16 bytes per tensor under way. Eight bfloat16 in float32 need
 more where a rule has two or three states (maxnreg=64 spills); at 80 an SM still holds 768 threads, hence at least
@@ -34,7 +37,12 @@ sm_80. At 96 an SM holds 640 threads and 16 * 4 * 640 = 41 KB under way."""
 @pytest.fixture(scope="module", params=TRITONS)
 def report(request):
     """What the program says: facts by target, "launches" for the number of compiles, "triton" for its version."""
-    jobs = ["launches", "instructions", *(f"{target}:{dtype}" for target in TARGETS for dtype in DTYPES[target])]
+    jobs = [
+        "launches",
+        "instructions",
+        *(f"{target}:zeroed" for target in ZEROING),
+        *(f"{target}:{dtype}" for target in TARGETS for dtype in DTYPES[target]),
+    ]
     extent, found = compiled(request.param, jobs)
     found["extent"] = extent
     for target in TARGETS:
@@ -218,6 +226,20 @@ def test_means_kernel(target, report):
             assert (
                 count(kernel, "buffer_wbl2") == count(kernel, "global_atomic_add") == count(kernel, "buffer_inv") == 1
             )
+
+
+@pytest.mark.parametrize("target", ZEROING)
+def test_zeros_are_stored_in_vectors(target, report):
+    """One more store of 16 bytes where a step leaves zeros in place of the gradients."""
+    store = r"st\.global\..*evict_first.*\.v4\.b32" if target in NVIDIA else r"(global|buffer)_store_dwordx4"
+    kernels = report[f"{target}:zeroed"]
+    pairs = {kernel["name"]: [None, None] for kernel in kernels}
+    for kernel in kernels:
+        pairs[kernel["name"]][kernel["zeroes"]] = kernel
+    assert pairs.keys() == {"step_adam", "clipped_adam", "tracked_adam"}
+    for name, (without, zeroing) in pairs.items():
+        assert count(zeroing, store) == count(without, store) + 1, name
+        assert zeroing["stack"] == 0 and zeroing["registers"] <= (80 if name == "clipped_adam" else 64), name
 
 
 def test_numbers_never_recompile(report):
