@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
+import pathlib
 import re
 import signal
 import subprocess
 import sys
+import time
 
 from gpu_run import ROOT, Run
 
@@ -18,33 +19,57 @@ LAST = "test_compile.py", "test_demo.py"
 NOT_HERE = "test_bench.py"
 """It runs this program."""
 
+MOST = 16
+"""Processes at a time."""
+
 
 def tests(run: Run) -> None:
     files = sorted((ROOT / "tests").glob("test_*.py"), key=lambda path: _rank(path.name))
     # A dry run must not test everything again, only see that pytest can be started here.
     chosen = [ROOT / "tests" / "test_imports.py"] if run.dry else [path for path in files if path.name != NOT_HERE]
     command = [sys.executable, "-m", "pytest", "-v", "--tb=short", "-p", "no:cacheprovider", *map(str, chosen)]
+    command += ["--continue-on-collection-errors", "-p", "shard"]
     if run.dry:
         command += ["-k", "bench"]
-    if not run.dry and importlib.util.find_spec("xdist"):
-        command += ["-n", "8"]
-    if not run.dry and importlib.util.find_spec("pytest_timeout"):
-        command += ["--timeout", "60"]
-    log = run.out / "tests.txt"
-    with log.open("w") as file:
-        # A session of its own, so that the workers of a run that hangs can be ended with it.
-        process = subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=file, start_new_session=True)
-        try:
-            code = process.wait(run.limit - 10)
-            ended = f"exit code {code}"
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            code, ended = 1, f"cut off after {run.limit - 10:.0f} s"
-    lines = [f" {line} " for line in log.read_text().splitlines() if "%]" in line and "::" in line]
+    # Most of a test's time on a GPU is compiling, which one core does.
+    count = 2 if run.dry else min(MOST, os.cpu_count() or 1)
+    codes = _run([[*command, f"--shard={part}/{count}"] for part in range(count)], run)
+    text = "".join(_log(run, part).read_text() for part in range(count))
+    lines = [f" {line} " for line in text.splitlines() if "%]" in line and "::" in line]
     counts = {word: sum(f" {word} " in line for line in lines) for word in ("PASSED", "FAILED", "ERROR", "SKIPPED")}
     failed = [re.search(r"\S+::\S+", line)[0] for line in lines if " FAILED " in line or " ERROR " in line]
+    failed += sorted(set(re.findall(r"^ERROR (\S+\.py)", text, flags=re.MULTILINE)))
+    ended = ", ".join(sorted({"cut off" if code is None else f"exit code {code}" for code in codes}))
     note = f"{', '.join(f'{count} {word.lower()}' for word, count in counts.items())}; {ended}"
-    run.result("tests", "pytest", "ok" if code == 0 else "failed", " ".join([note, *failed[:20]]))
+    run.result("tests", "pytest", "ok" if set(codes) == {0} else "failed", " ".join([note, *failed[:20]]))
+
+
+def _run(commands: list[list[str]], run: Run) -> list[int | None]:
+    """Run them side by side, as long as there is time. Their exit codes, None for those that were cut off."""
+    paths = [str(ROOT / "bench"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
+    started, end = [], time.monotonic() + run.limit - 10
+    for part, command in enumerate(commands):
+        with _log(run, part).open("w") as file:
+            # A session of its own, so that what a run that hangs has started can be ended with it.
+            started.append(
+                subprocess.Popen(
+                    command, cwd=ROOT, env=environment, stdout=file, stderr=file, start_new_session=True
+                )
+            )  # fmt: skip
+    codes: list[int | None] = []
+    for process in started:
+        try:
+            codes.append(process.wait(max(0.0, end - time.monotonic())))
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            codes.append(None)
+    return codes
+
+
+def _log(run: Run, part: int) -> pathlib.Path:
+    return run.out / f"tests-{part}.txt"
 
 
 def _rank(name: str) -> tuple[int, str]:

@@ -4,6 +4,7 @@ With a GPU the kernels run on it; without one, on CPU tensors in Triton's interp
 """
 
 import os
+from importlib.util import find_spec
 
 import old_torch
 import pytest
@@ -18,9 +19,14 @@ if not GPU:
     # Read when a function is decorated, so before anything imports Triton.
     os.environ["TRITON_INTERPRET"] = "1"
 
+NEEDS_DEMO = "test_convergence.py", "test_demo*.py", "test_docs.py"
+"""Files that train the demo's lessons."""
+missing = [name for name in ("matplotlib", "PIL", "sklearn", "tqdm") if find_spec(name) is None]
+collect_ignore_glob = list(NEEDS_DEMO) if missing else []
+
 if backends.triton_problem() is not None:
     # They cannot even import the kernels.
-    collect_ignore_glob = ["test_kernel*.py", "test_compile*.py"]
+    collect_ignore_glob += ["test_kernel*.py", "test_compile*.py"]
 elif not GPU:
     import interpreter
 
@@ -29,6 +35,10 @@ elif not GPU:
     interpreter.repair()
     # The interpreter runs one program after the other, at a millisecond each.
     triton_norm.SLOTS = 4
+
+
+def pytest_report_header():
+    return [f"not collected, for want of {', '.join(missing)}: {', '.join(NEEDS_DEMO)}"] if missing else []
 
 
 @pytest.fixture(scope="session")
