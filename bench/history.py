@@ -66,7 +66,8 @@ class Row:
     waits: float | None = None
     """How often the host waits for the device."""
     bytes: int | None = None
-    """The least that a step must move."""
+    """The least that a step must move; in rows of scale.py what it sends to the GPU, in those of ranks.py that, or what
+    it communicates."""
     copy_gbs: float | None = None
     """Bandwidth of a copy in the same run, bytes read and written."""
     bandwidth: float | None = None
@@ -143,6 +144,15 @@ def latest(rows: Iterable[Row]) -> list[Row]:
         found.pop(row.case(), None)
         found[row.case()] = row
     return list(found.values())
+
+
+def origin(rows: Iterable[Row]) -> str:
+    """Versions, commits and dates of some rows, in the order of the rows."""
+
+    def values(name: str) -> str:
+        return ", ".join(dict.fromkeys(str(getattr(row, name)) for row in rows if getattr(row, name)))
+
+    return f"torch {values('torch')}, Triton {values('triton')}, {values('date')} (commit {values('commit')})"
 
 
 def _text(value: Any) -> str:

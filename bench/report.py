@@ -1,7 +1,8 @@
 """Tables and plots from history.csv: of every case the latest row, and nothing that has no row.
 
-python bench/report.py            prints the tables, and writes README's, results.md and plots/*.svg, *.png
-python bench/report.py --check    writes nothing; fails if README's table is not what the rows say
+python bench/report.py            prints the tables, and writes README's, those of docs/distributed.md, results.md and
+                                  plots/*.svg, *.png
+python bench/report.py --check    writes nothing; fails if a page's tables are not what the rows say
 """
 
 from __future__ import annotations
@@ -9,21 +10,20 @@ from __future__ import annotations
 import argparse
 import pathlib
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
-from history import HISTORY, Row, latest, read
+from growth import GROWTH, growth_page, step_table
+from history import HISTORY, Row, latest, origin, read
 from shapes import TITLES
 
 README = HISTORY.parent.parent / "README.md"
+PAGE = HISTORY.parent.parent / "docs" / "distributed.md"
 BEGIN = "<!-- made by bench/report.py from bench/history.csv: do not edit -->"
-PLANS = "<!-- plans: made by bench/report.py from the rows of bench/scale.py: do not edit -->"
+STEPS = "<!-- many tensors: made by bench/report.py from the rows of bench/scale.py: do not edit -->"
+RANKS = "<!-- many ranks: made by bench/report.py from the rows of bench/scale.py and ranks.py: do not edit -->"
 END = "<!-- end -->"
 
 OURS = "fusedopt", "fusedopt flatten", "fusedopt 8-bit"
-
-PLANNING = "plan", "new plan"
-BACKENDS = "torch", "triton"
-"""The rows of bench/scale.py."""
 
 MANY = 6
 """Checks of one kind, above which a summary only counts those that passed."""
@@ -41,15 +41,6 @@ def machines(rows: Iterable[Row]) -> dict[str, list[Row]]:
         threads = "" if row.device == "cuda" else f", {row.threads} thread{'s' * (row.threads > 1)}"
         found.setdefault(f"{row.machine}{threads}", []).append(row)
     return found
-
-
-def origin(rows: list[Row]) -> str:
-    """Versions, commits and dates of some rows, in the order of the rows."""
-
-    def values(name: str) -> str:
-        return ", ".join(dict.fromkeys(str(getattr(row, name)) for row in rows if getattr(row, name)))
-
-    return f"torch {values('torch')}, Triton {values('triton')}, {values('date')} (commit {values('commit')})"
 
 
 def ratio_table(rows: list[Row]) -> str:
@@ -126,50 +117,24 @@ def readme_section(rows: list[Row]) -> str:
     return "\n\n".join(parts)
 
 
-def plan_table(rows: list[Row]) -> str:
-    """How long planning takes, by number of tensors: the fallback, and the kernels' tables."""
-    found = {(r.part, r.tensors, r.implementation): r for r in latest(rows) if r.part in PLANNING}
-    if not found:
-        return "Not measured yet."
-    measured = list(found.values())
-    notes = "".join(f"; {note}" for note in dict.fromkeys(row.note for row in measured if row.note))
-    lines = [f"{measured[-1].machine}, one thread; {origin(measured)}{notes}; fallback / kernels' tables:"]
-    lines += ["", "| tensors | plan at the first step | at a step with other gradients | check at every other step |"]
-    lines.append("|---|---|---|---|")
-    for tensors in sorted({tensors for _, tensors, _ in found}):
-        cells = [
-            " / ".join(
-                _milliseconds(getattr(found.get((part, tensors, name)), column, None), scale) for name in BACKENDS
-            )
-            for part, column, scale in (
-                ("plan", "first_ms", 1),
-                ("new plan", "host_us", 1e-3),
-                ("plan", "host_us", 1e-3),
-            )
-        ]
-        lines.append(f"| {tensors:,} | {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-def _milliseconds(value: float | None, scale: float) -> str:
-    return "–" if value is None else f"{value * scale:.2g} ms" if value * scale < 100 else f"{value * scale:.0f} ms"
-
-
-SECTIONS = {BEGIN: readme_section, PLANS: plan_table}
+SECTIONS = {BEGIN: readme_section, STEPS: step_table}
 """What README takes from the rows, by the marker before it."""
 
+PAGE_SECTIONS = {RANKS: growth_page}
+"""The same for the page about many ranks."""
 
-def with_sections(text: str, rows: list[Row]) -> str:
-    """README with all of them between their markers.
+
+def with_sections(text: str, rows: list[Row], sections: dict[str, Callable[[list[Row]], str]] = SECTIONS) -> str:
+    """A page with all of them between their markers.
 
     Raises:
         ValueError: if a marker is not there.
     """
-    for marker, make in SECTIONS.items():
+    for marker, make in sections.items():
         before, begin, rest = text.partition(marker)
         _, end, after = rest.partition(END)
         if not begin or not end:
-            raise ValueError(f"README.md has no markers {marker} and {END}")
+            raise ValueError(f"the page has no markers {marker} and {END}")
         text = f"{before}{begin}\n\n{make(rows)}\n\n{end}{after}"
     return text
 
@@ -179,13 +144,13 @@ def results(rows: list[Row]) -> str:
     pages = ["# Results\n\nMade by `bench/report.py` from `bench/history.csv`; the latest row of each case."]
     for machine, found in machines(latest(rows)).items():
         timed = [row for row in found if row.part in ("step", "train", "kernel", "sweep", "cold")]
-        plans = [row for row in found if row.part in PLANNING]
-        checks = [row for row in found if row not in timed and row not in plans]
+        growing = [row for row in found if row.part in GROWTH]
+        checks = [row for row in found if row not in timed and row not in growing]
         pages.append(f"## {machine}\n\n{origin(found)}")
         if timed:
             pages.append(full_table(timed))
-        if plans:
-            pages.append(plan_table(plans))
+        if growing:
+            pages += [step_table(growing), growth_page(growing)]
         if checks:
             pages.append("\n".join(f"- {row.part}, {row.implementation}: {row.status}. {row.note}" for row in checks))
     return "\n\n".join(pages) + "\n"
@@ -201,7 +166,7 @@ def summary(rows: list[Row]) -> str:
     lines += [f"NOT OK {r.part} {r.model} {r.optimizer} {r.implementation}: {r.note}"[:160] for r in bad]
     checks: dict[str, list[Row]] = {}
     for row in found:
-        if row.part not in ("step", "train", "kernel", "sweep", *PLANNING) and row.status == "ok":
+        if row.part not in ("step", "train", "kernel", "sweep", *GROWTH) and row.status == "ok":
             checks.setdefault(row.part, []).append(row)
     for part, passed in checks.items():
         if len(passed) > MANY:
@@ -224,12 +189,18 @@ def summary(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
-def write(history: pathlib.Path = HISTORY, readme: pathlib.Path = README, out: pathlib.Path = HISTORY.parent) -> None:
-    """README's table, results.md and the plots in ``out``."""
+def write(
+    history: pathlib.Path = HISTORY,
+    readme: pathlib.Path = README,
+    page: pathlib.Path = PAGE,
+    out: pathlib.Path = HISTORY.parent,
+) -> None:
+    """README's tables and those of the page about many ranks, results.md and the plots in ``out``."""
     import plots
 
     rows, _ = read(history)
     readme.write_text(with_sections(readme.read_text(), rows))
+    page.write_text(with_sections(page.read_text(), rows, PAGE_SECTIONS))
     (out / "results.md").write_text(results(rows))
     for path in plots.draw(steps(rows), out / "plots"):
         print(path)
@@ -239,6 +210,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--history", type=pathlib.Path, default=HISTORY)
     parser.add_argument("--readme", type=pathlib.Path, default=README)
+    parser.add_argument("--page", type=pathlib.Path, default=PAGE, help="about many ranks")
     parser.add_argument("--out", type=pathlib.Path, default=HISTORY.parent, help="for results.md and plots/")
     parser.add_argument("--check", action="store_true")
     options = parser.parse_args()
@@ -246,14 +218,12 @@ def main() -> int:
     for problem in problems:
         print(f"not used: {problem}", file=sys.stderr)
     if options.check:
-        text = options.readme.read_text()
-        same = text == with_sections(text, rows)
-        print(
-            "README's tables are what the rows say" if same else "README's tables are not what the rows say: run this"
-        )
+        texts = {options.readme: SECTIONS, options.page: PAGE_SECTIONS}
+        same = all(page.read_text() == with_sections(page.read_text(), rows, of) for page, of in texts.items())
+        print(f"the tables are {'' if same else 'not '}what the rows say{'' if same else ': run this'}")
         return 0 if same and not problems else 1
     print(readme_section(rows))
-    write(options.history, options.readme, options.out)
+    write(options.history, options.readme, options.page, options.out)
     return 0
 
 

@@ -1,8 +1,11 @@
-"""bench/host.py: what it claims to measure is measured."""
+"""bench/host.py, scale.py and ranks.py: what they claim to measure is measured."""
 
 import sys
 
+import growth
+import history
 import pytest
+import torch.distributed as dist
 from programs import BENCH, program
 
 from fusedopt import backends
@@ -20,10 +23,61 @@ def test_every_case_is_measured():
     assert all(10 < float(row[column]) < 100_000 for row in rows for column in (3, 5, 7, 9))
 
 
-@pytest.mark.skipif(backends.triton_problem() is not None, reason="measures the Triton backend")
-def test_plans_of_every_size_are_measured():
-    done = program(sys.executable, BENCH / "scale.py", "--counts", "20", "40", "--repeats", "1")
+def saved(tmp_path, script, *options):
+    """What a program of bench/ prints, line by line, and the rows that it saves."""
+    path = tmp_path / "history.csv"
+    done = program(sys.executable, "-c", RUN, BENCH / script, path, *options, "--save")
     assert done.returncode == 0, done.stderr[-2000:]
-    _, *rows = [line.split() for line in done.stdout.splitlines()]
-    assert [row[:2] for row in rows] == [[b, count] for b in ("torch", "triton") for count in ("20", "40")]
-    assert all(0 < float(row[column]) < 10_000 for row in rows for column in (2, 4, 6))
+    rows, problems = history.read(path)
+    assert problems == []
+    return done.stdout.splitlines(), {(row.part, row.model, row.implementation): row for row in rows}
+
+
+RUN = """
+import pathlib, runpy, sys
+script, path, *options = sys.argv[1:]
+sys.path.insert(0, str(pathlib.Path(script).parent))
+import history
+history.append.__defaults__ = (pathlib.Path(path),)
+sys.argv = [script, *options]
+runpy.run_path(script, run_name="__main__")
+"""
+"""Runs a program with rows that go to another file."""
+
+
+@pytest.mark.skipif(backends.triton_problem() is not None, reason="measures the Triton backend")
+def test_steps_of_every_size_are_measured(tmp_path):
+    lines, rows = saved(tmp_path, "scale.py", "--counts", "20", "40", "--repeats", "1")
+    starts = [line.split()[:2] for line in lines[1:]]
+    assert starts == [[b, count] for b in ("torch", "triton") for count in ("20", "40")]
+    for count in (20, 40):
+        found = {part: rows[part, f"{count} tensors", "triton"] for part in growth.STEPS}
+        first, same, moved, other = found.values()
+        # Records of 8 numbers; a tile of the update and one of the norm, 8 bytes each; a row of hyperparameters.
+        assert first.bytes == count * (64 + 16) + same.bytes
+        assert same.bytes == 7 * 4
+        assert moved.bytes == count * 64 + same.bytes
+        assert other.bytes >= count * 3 / 4 * (64 + 16) + same.bytes
+        assert all(row.launches == 2 for row in found.values())
+        assert rows["same gradients", f"{count} tensors", "torch"].rival_us > 0
+        assert 0 < rows["plan", f"{count} tensors", "triton"].host_us < first.host_us
+
+
+@pytest.mark.skipif(backends.triton_problem() is not None, reason="measures the Triton backend")
+@pytest.mark.skipif(not dist.is_available(), reason="needs torch.distributed")
+def test_a_rank_of_many(tmp_path):
+    """Shards of 4 tensors over 24 ranks, in whole rows: 256 of 784 and as many biases, 10 of 256 and as many biases."""
+    options = "--ranks", "24", "--cases", "mlp/fully_shard/float32", "mlp/tensor-parallel/float32", "50/hybrid/float32"
+    lines, rows = saved(tmp_path, "ranks.py", *options)
+    assert len(lines) == 6
+    first, last = (rows["rank", "mlp fully_shard 24", f"{place} rank"] for place in ("first", "last"))
+    assert (first.tensors, first.elements) == (4, 11 * 784 + 11 + 256 + 1)
+    assert (last.tensors, last.elements) == (2, 3 * 784 + 3)
+    assert first.memory_bytes == first.elements * 8 + 4 * 4
+    assert (first.launches, first.bytes) == (3, 28)
+    assert rows["rank, moved", "mlp fully_shard 24", "first rank"].bytes == 4 * 64 + 28
+    for name, numbers in (("max_grad_norm", 2), ("track", 3 * 4), ("cautious", 4)):
+        row = rows["all_reduce", "mlp fully_shard 24", name]
+        assert (row.launches, row.bytes) == (1, numbers * 8)
+    assert rows["all_reduce", "mlp tensor-parallel 24", "max_grad_norm"].launches == 2
+    assert rows["rank", "50 hybrid 24", "last rank"].elements == 150

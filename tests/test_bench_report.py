@@ -3,11 +3,12 @@
 import dataclasses
 import sys
 
+import growth
 import history
 import pytest
 import report
 from history import Row
-from programs import BENCH, ROOT, program
+from programs import BENCH, program
 
 
 def a_row(**values):
@@ -78,14 +79,15 @@ class TestReport:
         rows.append(a_row(optimizer="Lion", implementation="apex", status="skipped", note="no apex", wall_us=None))
         rows.append(a_row(optimizer="Lion", implementation="fusedopt", rival="", ratio=None))
         history.append(rows, tmp_path / "history.csv")
-        sections = "\nbetween\n".join(f"{marker}\nold\n{report.END}" for marker in report.SECTIONS)
-        (tmp_path / "README.md").write_text(f"before\n{sections}\nafter\n")
+        for name, sections in (("README.md", report.SECTIONS), ("page.md", report.PAGE_SECTIONS)):
+            texts = "\nbetween\n".join(f"{marker}\nold\n{report.END}" for marker in sections)
+            (tmp_path / name).write_text(f"before\n{texts}\nafter\n")
         return tmp_path
 
     def run(self, folder, *more):
         return program(
             sys.executable, BENCH / "report.py", "--history", folder / "history.csv", "--readme", folder / "README.md",
-            "--out", folder, *more,
+            "--page", folder / "page.md", "--out", folder, *more,
         )  # fmt: skip
 
     def test_tables_and_plots(self, sample):
@@ -102,10 +104,11 @@ class TestReport:
         assert all((sample / "plots" / name).stat().st_size > 5000 for name in plots)
         assert self.run(sample, "--check").returncode == 0
 
-    def test_a_number_without_a_row(self, sample):
+    @pytest.mark.parametrize("page", ["README.md", "page.md"])
+    def test_a_number_without_a_row(self, sample, page):
         assert self.run(sample).returncode == 0
-        path = sample / "README.md"
-        path.write_text(path.read_text().replace("1.37", "0.37"))
+        path = sample / page
+        path.write_text(path.read_text().replace("1.37", "0.37").replace("Not measured yet.", "It is fast."))
         assert self.run(sample, "--check").returncode == 1
 
     @pytest.mark.parametrize("damage", DAMAGE)
@@ -134,21 +137,55 @@ class TestReport:
         with pytest.raises(ValueError, match="no markers"):
             report.with_sections("nothing", [])
 
-    def test_committed_readme_says_what_the_rows_say(self):
+    def test_committed_pages_say_what_the_rows_say(self):
         rows, _ = history.read()
-        text = (ROOT / "README.md").read_text()
-        assert report.with_sections(text, rows) == text, "run python bench/report.py"
+        for page, sections in ((report.README, report.SECTIONS), (report.PAGE, report.PAGE_SECTIONS)):
+            text = page.read_text()
+            assert report.with_sections(text, rows, sections) == text, "run python bench/report.py"
+
+
+MANY = {"tensors": 1000, "model": "1000 tensors", "wall_us": None, "rival_us": None, "memory_bytes": None}
+
+
+class TestGrowth:
+    """Tables by numbers of tensors and of ranks; what was not measured is a dash."""
 
     def test_plans(self):
-        """The latest row of each number of tensors, in milliseconds; a backend that was not measured is a dash."""
-        common = {"tensors": 1000, "model": "1000 tensors", "wall_us": None}
+        """The latest row of each number of tensors, in milliseconds."""
         rows = [
-            a_row(part="plan", implementation="torch", first_ms=first, host_us=420.0, **common)
-            for first in (90.0, 31.4)
+            a_row(**MANY, part="plan", implementation="torch", first_ms=first, host_us=420.0) for first in (90.0, 31.4)
         ]
-        rows.append(a_row(part="new plan", implementation="triton", host_us=123_456.0, **common))
-        assert "| 1,000 | 31 ms / – | – / 123 ms | 0.42 ms / – |" in report.plan_table(rows)
-        assert report.plan_table([]) == "Not measured yet."
+        rows.append(a_row(**MANY, part="new plan", implementation="triton", host_us=123_456.0))
+        assert "| 1,000 | 31 ms / – | – / 123 ms | 0.42 ms / – |" in growth.plan_table(rows)
+        assert growth.plan_table([]) == growth.step_table([]) == growth.rank_table([]) == "Not measured yet."
+
+    def test_steps(self):
+        rows = [
+            a_row(**MANY | {"rival_us": 5200.0}, part="same gradients", implementation="torch", host_us=1500.0),
+            a_row(**MANY, part="same gradients", implementation="triton", host_us=610.0, bytes=28),
+            a_row(**MANY, part="moved gradients", implementation="triton", host_us=640.0, bytes=64_028),
+        ]
+        expected = "| – / – / –, – | 1.5 ms / 5.2 ms / 0.61 ms, 28 B | – / – / 0.64 ms, 64 kB | – / – / –, – |"
+        assert f"| 1,000 {expected}" in growth.step_table(rows)
+
+    def test_ranks(self):
+        """The first and the last rank in one line, once where they are equal; in the order of their number."""
+
+        def row(world, part, implementation, **values):
+            common = {**MANY, "model": f"gpt2 fully_shard {world}", "host_us": 400.0, "launches": 3.0}
+            return a_row(**common | values, part=part, implementation=implementation)
+
+        rows = [
+            row(4096, "rank", "first rank", tensors=148, elements=93_794, memory_bytes=750_944, bytes=28),
+            row(4096, "rank", "last rank", tensors=0, elements=0, memory_bytes=592, bytes=28),
+            row(4096, "rank, moved", "first rank", bytes=9_500),
+            row(4096, "all_reduce", "max_grad_norm", launches=1.0, bytes=16),
+            row(512, "rank", "first rank", tensors=148, elements=1, memory_bytes=8, bytes=28),
+        ]
+        *_, fewer, more = growth.rank_table(rows).splitlines()
+        assert fewer.startswith("| GPT-2 124M, fully_shard, float32 | 512 | 148 / – |")
+        values = "148 / 0 | 93,794 / 0 | 751 kB / 592 B | – | 28 B | 9.5 kB / – | 3 | 0.4 ms | 1, 16 B | – | – |"
+        assert more == f"| GPT-2 124M, fully_shard, float32 | 4096 | {values}"
 
 
 def test_fields_of_old_rows_have_defaults():
