@@ -52,13 +52,23 @@ class Tracker:
         self.dtype = torch.float64 if torch.float64 in dtypes else torch.float32
         self.rows = [torch.tensor(executor.tally.positions, device=self.device) for executor in executors]
         self.added: tuple[Tensor, Tensor] | None = None
-        """By parameter and in all, over all ranks."""
-        self.spread = [reduction.spread(p) if is_distributed(p) else () for p in params]
+        """By parameter and in all, over all ranks: in memory that stays, since a CUDA graph writes there too."""
+        spreads = [reduction.spread(p) if is_distributed(p) else () for p in params]
+        self.stages = [
+            (group, torch.tensor([k for k, groups in enumerate(spreads) if group in groups], device=reduction.device))
+            for group, _ in reduction.stages
+        ]
+        """The process groups, and the parameters that are spread over each."""
 
     def finish(self) -> None:
         """The end of a step: add up over ranks."""
         if self.reduction.communicates:
-            self.added = self._over_ranks(self._here())
+            found = self._over_ranks(self._here())
+            if self.added is None:
+                self.added = found
+            else:
+                for old, new in zip(self.added, found):
+                    old.copy_(new)
 
     def metrics(self, track: str) -> Metrics:
         by_parameter, total = self.added or (None, None)
@@ -81,13 +91,12 @@ class Tracker:
 
     def _over_ranks(self, here: Tensor) -> tuple[Tensor, Tensor]:
         found = here.to(self.reduction.device)
-        for group, _ in self.reduction.stages:
-            members = [k for k, groups in enumerate(self.spread) if group in groups]
-            part = found[members]
+        for group, members in self.stages:
+            part = found.index_select(0, members)
             dist.all_reduce(part, group=group)
-            found[members] = part
+            found.index_copy_(0, members, part)
         total = found.sum(0)
         # Of other ranks' parameters only the total concerns this one.
         for group in self.reduction.clip_groups:
             dist.all_reduce(total, group=group)
-        return found.to(self.device), total.to(self.device)
+        return found.to(self.device, non_blocking=True), total.to(self.device, non_blocking=True)

@@ -110,13 +110,13 @@ class Executor:
 
     def shares_of_means(self, update: Callable[..., Update], verdict: Verdict, skips: Skips) -> Tensor:
         """What this rank's parts add to the means over whole parameters: float64 [members, terms]."""
-        numbers = update(self.bucket.cohorts[0])
-        shares = torch.zeros(len(self.ordered), len(stages_of(numbers)), dtype=torch.float64, device=self.bucket.device)
+        size = {"dtype": torch.float64, "device": self.bucket.device}
         if self.tables.tiles.count == 0:
-            return shares
+            return torch.zeros(len(self.ordered), 0, **size)
         chains, shared, heeding = self._prepare_after(update, verdict, skips)
-        found = self._means(chains, shared, *heeding) if chains.terms else shares[:, :0]
-        for k, means_here in zip(chains.means_of(numbers), found.unbind(1)):
+        shares = torch.zeros(len(self.ordered), chains.means_at_most, **size)
+        found = self._means(chains, shared, *heeding).unbind(1) if chains.terms else ()
+        for k, means_here in zip(chains.means, found):
             shares[:, k] = means_here * self.part_of_whole
         return shares
 
@@ -139,7 +139,7 @@ class Executor:
         elif found is None:
             found = self._means(chains, shared, *heeding)
         elif len(chains.terms) < found.shape[1]:
-            found = found[:, chains.means_of(update(self.bucket.cohorts[0]))].contiguous()
+            found = torch.stack([found[:, k] for k in chains.means], dim=1)
         tables = self.tables
         variant = chains.used, heeding[0] is None, forms is tables.forms
         numbers = self.rows.table, found, *heeding, self.settings.seed, self._limits()

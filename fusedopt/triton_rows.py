@@ -27,16 +27,15 @@ class Chains(NamedTuple):
     """Those of which stages need means."""
     averages: tuple
     width: int
+    means: tuple[int, ...]
+    """Which of the means that the update chain may need its stages do, by number."""
+    means_at_most: int
+    """How many it may need."""
 
     def columns(self, update: Update) -> list[Any]:
         """What stands in a row."""
         args = [x for chain, keep in self._stages(update) for s, k in zip(chain, keep) if k for x in s.args]
         return [update.lr, *update.h, *update.averages, *args]
-
-    def means_of(self, update: Update) -> list[int]:
-        """Which of the means that the chain may need its stages do, by number."""
-        kept = [keep for stage, keep in zip(update.on_update, self.used[1]) if stage.term is not None]
-        return [number for number, keep in enumerate(kept) if keep]
 
     def _stages(self, update: Update) -> Any:
         return zip((update.on_grad, update.on_update), self.used)
@@ -90,7 +89,9 @@ class Rows:
                     terms.append(stages.Term(getattr(stages, stage.term), places))
                 picked.append(stages.Stage(getattr(stages, stage.name), places, mean))
             built.append(tuple(picked))
-        return Chains(used, h, *built, tuple(terms), averages, end + self.draws)
+        needed = [keep for stage, keep in zip(update.on_update, used[1]) if stage.term is not None]
+        numbers = tuple(number for number, keep in enumerate(needed) if keep)
+        return Chains(used, h, *built, tuple(terms), averages, end + self.draws, numbers, len(needed))
 
 
 def _columns(start: int, count: int) -> tuple[tuple, int]:

@@ -23,10 +23,17 @@ class Recorder(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         refuse_to_wait(func)
+        if func.namespace == "c10d":
+            return self.communicate(func, *args, **kwargs)
         out = args[0] if func._schema.is_mutable else func(*args, **kwargs)
         if isinstance(out, torch.Tensor):
             self.calls.append(lambda: again(func, args, kwargs, out))
         return out
+
+    def communicate(self, func, tensors, *args, **kwargs):
+        """Every rank captures, so that they meet here, with copies, and again at every replay."""
+        self.calls.append(lambda: func(tensors, *args, **kwargs)[-1].wait())
+        return func([x.clone() for x in tensors], *args, **kwargs)
 
 
 class Waits(TorchDispatchMode):
