@@ -84,7 +84,8 @@ def rank_table(rows: list[Row]) -> str:
             both("rank", lambda r: f"{r.tensors:,}"), both("rank", lambda r: f"{r.elements:,}"),
             both("rank", lambda r: _bytes(r.memory_bytes)), both("rank, first", lambda r: _bytes(r.bytes)),
             both("rank", lambda r: _bytes(r.bytes)), both("rank, moved", lambda r: _bytes(r.bytes)),
-            both("rank", lambda r: f"{r.launches:.0f}"), both("rank", lambda r: _time(r.host_us)),
+            both("rank", lambda r: f"{r.launches:.0f}"),
+            _time(getattr(found.get(("rank", *case, "first rank")), "host_us", None)),
             *map(joined, ("max_grad_norm", "track", "cautious")),
         ]  # fmt: skip
 
