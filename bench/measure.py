@@ -114,7 +114,7 @@ def _rounds(
 ) -> None:
     if not steps:
         return
-    inner = {name: max(1, int(ROUND / max(_wall(step, on, 1), 1e-7))) for name, step in steps.items()}
+    inner = {name: max(1, int(ROUND / max(_warm(step, on), 1e-7))) if seconds else 1 for name, step in steps.items()}
     deadline = time.perf_counter() + seconds
     names = list(steps)
     count = 0
@@ -124,6 +124,11 @@ def _rounds(
         names.append(names.pop(0))  # nobody always comes first
         between()
         count += 1
+
+
+def _warm(step: Callable[[], None], on: Cpu) -> float:
+    """Not the first step after somebody else's, which is several times slower, and not equally for everybody."""
+    return min(_wall(step, on, 1) for _ in range(4))
 
 
 def _device_rounds(steps: dict[str, Callable[[], None]], results: dict[str, Result], on: Cpu, rounds: int = 9) -> None:

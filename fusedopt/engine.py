@@ -156,7 +156,7 @@ class Engine:
         )
         tracks = optimizer._settings.track is not None
         self.tracker = Tracker(plan.params, self.executors, plan.reduction) if tracks else None
-        plan.note_uses()
+        plan.note_memory(self.executors)
         self.plan, self.left = plan, None
 
     def _run(self, optimizer: Any, grads: list[Tensor | None]) -> None:

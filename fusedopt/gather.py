@@ -41,8 +41,10 @@ def find_ways(bucket: Bucket, cohort: Cohort, settings: Settings) -> Ways:
 
 def picker(positions: Sequence[int]) -> Callable[[Sequence[Any]], list[Any]]:
     """A function that makes a list of what stands at these positions."""
-    if len(positions) < 2:
-        return lambda items: [items[i] for i in positions]
+    if list(positions) == list(range(len(positions))):
+        return itemgetter(slice(len(positions)))
+    if len(positions) == 1:
+        return lambda items: [items[positions[0]]]
     pick = itemgetter(*positions)
     return lambda items: list(pick(items))
 

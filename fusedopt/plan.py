@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from itertools import compress
 from operator import attrgetter, is_, itemgetter
 from typing import Any
@@ -29,6 +29,7 @@ from .storage import state_keys
 from .survey import survey
 
 get_dtype = attrgetter("dtype")
+get_kind = attrgetter("dtype", "device")
 get_params = itemgetter("params")
 
 
@@ -73,7 +74,7 @@ class Plan:
         self.active = list(map(local, compress(self.params, self.present)))
         self.grad_dtypes = list(map(get_dtype, compress(grads, self.present)))
         self.sizes = list(map(Tensor.numel, self.active))
-        self.addresses = list(map(Tensor.data_ptr, self.active))
+        self.kinds = list(map(get_kind, self.active))
         self.strides = list(map(Tensor.stride, self.active))
         self.param_layouts = Layouts(self.active)
         self.grad_layouts = Layouts(list(compress(grads, self.present)))
@@ -89,7 +90,8 @@ class Plan:
         self.stepped = _stepped(counting, [m for bucket in self.counted for m in bucket.members])
         self.numbers = [numbers for space in counting for numbers in space.numbers.values()]
         self.slots = [Slots(bucket.rule, bucket.cohorts) for bucket in self.counted if bucket.rule.scalars]
-        self.identities = _identities(optimizer, self.params)
+        self.ways = _ways(optimizer)
+        self.states = list(optimizer.state.values())
         self.views = [column for bucket in self.buckets for column in _views(optimizer, bucket)]
         owners = [m.owner for m in members if is_distributed(m.owner)]
         states = (value for *_, views in self.views for value in views if is_distributed(value))
@@ -104,19 +106,24 @@ class Plan:
 
         Each check is one pass in C over cached lists, and none makes an object per tensor, of which the garbage
         collector would take notice. What they leave out is noticed otherwise: gradients of other shapes but equal
-        size, and sparse ones, where gradients are taken; a parameter of another dtype by its gradient's.
+        size, and sparse ones, where gradients are taken. Where nobody has noted a parameter's memory, it may move.
         """
-        if [g is not None for g in grads] != self.present:
-            return False
-        active = self.active
-        active_grads = grads if len(active) == len(grads) else list(compress(grads, self.present))
-        self.as_planned = self.grad_layouts.hold(active_grads)
+        active, active_grads = self.active, grads
+        # Never true of a list in which one is None.
+        self.as_planned = len(grads) == len(active) and self.grad_layouts.hold(grads)
+        if not self.as_planned:
+            if [g is not None for g in grads] != self.present:
+                return False
+            active_grads = list(compress(grads, self.present))
+            self.as_planned = self.grad_layouts.hold(active_grads)
         return (
             optimizer._settings.layout == self.settings
-            and _same(_identities(optimizer, params), self.identities)
+            and _same(_ways(optimizer), self.ways)
+            and _same(params, self.params)
+            and _same(optimizer.state.values(), self.states)
             and list(map(len, map(get_params, optimizer.param_groups))) == self.group_sizes
-            and list(map(Tensor.data_ptr, active)) == self.addresses
-            and (self.param_layouts.hold(active) or list(map(Tensor.stride, active)) == self.strides)
+            and list(map(Tensor.data_ptr, self.pinned)) == self.addresses
+            and (self.param_layouts.hold(active) or self._layouts_hold())
             and (self.as_planned or self._sizes_hold(active_grads))
             and self._states_hold()
             and (self.shards is None or self.shards.hold())
@@ -127,6 +134,15 @@ class Plan:
         """Whether gradients of other strides will do."""
         return list(map(get_dtype, grads)) == self.grad_dtypes and list(map(Tensor.numel, grads)) == self.sizes
 
+    def _layouts_hold(self) -> bool:
+        """Whether every parameter has the dtype, device, size and strides that it had."""
+        active = self.active
+        return (
+            list(map(Tensor.stride, active)) == self.strides
+            and list(map(Tensor.numel, active)) == self.sizes
+            and list(map(get_kind, active)) == self.kinds
+        )
+
     def _states_hold(self) -> bool:
         """Whether every state is the view that it was, in the memory where it was."""
         try:
@@ -136,8 +152,11 @@ class Plan:
             return False
         return self.uses == [space.uses() for space in self.spaces]
 
-    def note_uses(self) -> None:
-        """Remember how often the spaces' buffers are in use, now that the executors have their views of them."""
+    def note_memory(self, executors: Sequence[Any]) -> None:
+        """Remember where the executors, now that they are made, expect parameters, and how often the spaces' buffers
+        are in use."""
+        self.pinned = [m.param for executor in executors for m in executor.pinned]
+        self.addresses = list(map(Tensor.data_ptr, self.pinned))
         self.uses = [space.uses() for space in self.spaces]
 
     def advance(self, optimizer: Any, by: int) -> None:
@@ -165,14 +184,14 @@ def _views(optimizer: Any, bucket: Bucket) -> Iterator[tuple[Callable[[dict], Te
         yield get, states, list(map(get, states))
 
 
-def _identities(optimizer: Any, params: list[Tensor]) -> list[Any]:
-    """Objects that must stay the same ones: groups and what they ask for, parameters, their states."""
+def _ways(optimizer: Any) -> list[Any]:
+    """Groups and what they ask for: objects that must stay the same ones."""
     groups = optimizer.param_groups
-    ways = [group.get(key) for key in ("capturable", "differentiable") for group in groups]
-    return [*groups, *map(optimizer.rule, groups), *ways, *params, *optimizer.state.values()]
+    options = [group.get(key) for key in ("capturable", "differentiable") for group in groups]
+    return [*groups, *map(optimizer.rule, groups), *options]
 
 
-def _same(a: list[Any], b: list[Any]) -> bool:
+def _same(a: Collection[Any], b: Collection[Any]) -> bool:
     return len(a) == len(b) and all(map(is_, a, b))
 
 

@@ -87,6 +87,8 @@ class Executor:
         """Whether this step's gradients were looked at, and clipped by units."""
         self.owes_zeros = False
         """Whether zeros shall take the gradients' place, and do not yet: kernels leave them, we do not."""
+        self.pinned = joined if bucket.fused and not self.keys[len(rule.states) :] else bucket.members
+        """Those whose memory must stay where it is: what is only ever taken from the parameter itself may be moved."""
         self.tally = None if settings.track is None else Tally(self.runs, self.block, bucket.device)
 
     def _run(self, cohort: Cohort, ways: Ways) -> Run:

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from .clipping import hypot
-from .flat import memory_order
 
 NORM_ROW = 1024
 """torch's float32 norm adds in float32: over 25M elements it is off by 1e-3, over rows of 1024 by 1e-7."""
@@ -19,24 +18,28 @@ def norm(tensors: Sequence[Tensor], dtype: torch.dtype, compute_dtype: torch.dty
     """The norm of all elements of dense tensors; not finite if and only if one of them is not."""
     # 16-bit elements are added one by one, so that the error is larger sooner.
     longest = NORM_ROW if dtype.itemsize < 4 else 16 * NORM_ROW
-    large = [g for g in tensors if g.numel() >= longest]
-    small = [g for g in tensors if g.numel() < longest]
-    norms = [n for g in large for n in _norms_of_rows(memory_order(g), compute_dtype)]
-    norms += torch._foreach_norm(small, 2, dtype=compute_dtype) if small else []
+    norms: list[Tensor] = []
+    short: list[Tensor] = []
+    for g in tensors:
+        rows, rest = divmod(g.numel(), NORM_ROW) if g.numel() >= longest else (0, 0)
+        if not rows:
+            short.append(g)
+            continue
+        # The order of elements does not matter, and as_strided is one call.
+        matrix = g.as_strided((rows, NORM_ROW), (NORM_ROW, 1))
+        norms.append(torch.linalg.vector_norm(matrix, dim=1, dtype=compute_dtype))
+        if rest:
+            short.append(g.as_strided((rest,), (1,), g.storage_offset() + rows * NORM_ROW))
+    if short:
+        norms.append(torch.stack(torch._foreach_norm(short, 2, dtype=compute_dtype)))
     if not norms:
         return 0.0
     # On the host, since some accelerators have no float64.
-    norm = torch.linalg.vector_norm(torch.stack(norms).cpu(), dtype=torch.float64).item()
+    norm = torch.linalg.vector_norm(torch.cat(norms).cpu(), dtype=torch.float64).item()
     if not 1e-16 < norm < 1e150:
         # Squares that the dtype may not hold: once more in float64, relative to the largest element.
         norm = hypot(list(map(_norm_of_any, tensors)))
     return norm
-
-
-def _norms_of_rows(x: Tensor, dtype: torch.dtype) -> list[Tensor]:
-    whole = x.numel() // NORM_ROW * NORM_ROW
-    rows = torch.linalg.vector_norm(x[:whole].view(-1, NORM_ROW), dim=1, dtype=dtype)
-    return [torch.linalg.vector_norm(part, dtype=dtype) for part in (rows, x[whole:])]
 
 
 def _norm_of_any(x: Tensor) -> float:

@@ -48,7 +48,7 @@ class Executor:
         self.bucket = bucket
         self.settings = settings
         self.kernel = rule_kernel(bucket.rule)
-        members = bucket.members
+        members = self.pinned = bucket.members
         # A parameter with gaps in memory is updated in a dense copy.
         self.copied = [(m, _dense_like(m)) for m in members if not is_dense(m.param)]
         copies = {id(m): copy for m, copy in self.copied}

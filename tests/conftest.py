@@ -41,6 +41,24 @@ def pytest_report_header():
     return [f"not collected, for want of {', '.join(missing)}: {', '.join(NEEDS_DEMO)}"] if missing else []
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    if config.getvalue("dist") != "loadfile":
+        return None
+    from scheduling import Scheduling
+
+    config.option.loadscopereorder = False  # the order of the tests is the right one
+    return Scheduling(config, log)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config, items):
+    if hasattr(config, "workerinput"):
+        from scheduling import order
+
+        order(items)
+
+
 @pytest.fixture(scope="session")
 def device():
     """Where the tensors of a test live."""

@@ -60,6 +60,39 @@ def test_another_dtype_at_the_same_address(count, device):
         assert all(p.dtype is dtype and (p == 0.5).all() for p in params)
 
 
+LAYOUTS = {
+    "longer": (lambda p: torch.ones(12, device=p.device), "has shape"),
+    "float64": (lambda p: p.double(), None),
+    "every other": (lambda p: torch.full((16,), 0.5, device=p.device)[::2], None),
+}
+
+
+@pytest.mark.parametrize("flatten", [False, True])
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("change", LAYOUTS)
+def test_memory_of_another_layout_beside_the_old_gradient(change, frozen, flatten, backend, device):
+    """Without a look at it, elements would be updated that are not there. A frozen parameter with a gradient is one
+    that torch's guards do not know."""
+    to, error = LAYOUTS[change]
+    params = [torch.nn.Parameter(torch.ones(8, device=device)) for _ in range(12)]
+    for p in params:
+        p.grad = torch.ones_like(p)
+    optimizer = fusedopt.SGD(params, lr=0.25, flatten=flatten, backend=backend)
+    optimizer.step()
+    for p in params:
+        p.requires_grad_(not frozen)
+    optimizer.step()
+    last = params[-1]
+    last.data = to(last.data)
+    if error is None:
+        optimizer.step()
+        assert all((p == 0.25).all() for p in params)
+        return
+    with pytest.raises(RuntimeError, match=error):
+        optimizer.step()
+    assert all((p == 0.5).all() for p in params[:-1])
+
+
 @every_optimizer
 @flat_or_not
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=["double", "bfloat16"])
