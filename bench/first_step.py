@@ -10,7 +10,6 @@ import sys
 import time
 
 from device import device
-from gpu_run import repair_interpreter
 from problem import Case, Problem
 from shapes import MODELS, tiny
 
@@ -19,8 +18,6 @@ OPTIMIZERS = "AdamW", "RMSprop"
 
 def main() -> None:
     on = device()
-    if sys.argv[1] == "tiny":
-        repair_interpreter()
     groups = tiny(MODELS["resnet50"]) if sys.argv[1] == "tiny" else MODELS[sys.argv[1]]
     took = {}
     for name in OPTIMIZERS:

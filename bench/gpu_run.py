@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import pathlib
-import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -19,21 +18,11 @@ from step import run as run_cases
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 
-def repair_interpreter() -> None:
-    """What Triton's interpreter needs to compute what GPUs do; the tests' modules are found from then on."""
-    sys.path.insert(0, str(ROOT / "tests"))
-    import interpreter
-
-    interpreter.repair()
-
-
 class Run:
     """One run of gpu.py. Nothing here touches a GPU before a part does."""
 
     def __init__(self, out: pathlib.Path, dry: bool):
         self.out, self.dry = out, dry
-        if dry:
-            repair_interpreter()
         self.history = out / "history.csv"
         self.backend = "triton" if dry else None
         self.limit = 0.0

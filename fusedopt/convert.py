@@ -72,10 +72,9 @@ def _torch_class(cls: type) -> type:
 
 def _check_step(optimizer: Any, torch_class: type) -> None:
     """The step must be torch's own: what else it did would be lost."""
-    name = type(optimizer).__name__
-    for cls in type(optimizer).__mro__:
-        if cls is torch_class:
-            break
+    name, classes = type(optimizer).__name__, type(optimizer).__mro__
+    # From the base on: with the first instance torch puts the step that a class inherits, with hooks, into it.
+    for cls in reversed(classes[: classes.index(torch_class)]):
         step = vars(cls).get("step")
         if (step is not None and _unhooked(step) is not _unhooked(torch_class.step)) or "_init_group" in vars(cls):
             raise TypeError(f"{name} cannot be converted: {cls.__name__} has a step of its own")

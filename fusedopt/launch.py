@@ -13,7 +13,12 @@ import torch
 from triton import knobs
 from triton.runtime import driver
 
+from . import triton_interpreter
+from .backends import interpreting
 from .upload import capturing, on
+
+if interpreting():
+    triton_interpreter.repair()
 
 DIRECT = True
 """Tests switch it off, to have the binder compare every launch with what was compiled."""

@@ -102,7 +102,9 @@ def store_stochastic(parts, span, x, draw, ROLE: tl.constexpr):
         lift = tl.where(size < 2.0**-14, 2.0**-14, 0.0)
         up = ((size + lift).to(tl.uint32, bitcast=True) + (bits >> 3)) & 0xFFFFE000
         size = up.to(tl.float32, bitcast=True) - lift
-        rounded = tl.where(x < 0, -size, size).to(dtype)
+        # Not -size: before Triton 3.7 that is 0 - size, and no zero is negative.
+        sign = x.to(tl.uint32, bitcast=True) & 0x80000000
+        rounded = (size.to(tl.uint32, bitcast=True) | sign).to(tl.float32, bitcast=True).to(dtype)
     write(parts[0], span, tl.where(x == x, rounded, x.to(dtype)))
 
 

@@ -28,11 +28,8 @@ if backends.triton_problem() is not None:
     # They cannot even import the kernels.
     collect_ignore_glob += ["test_kernel*.py", "test_compile*.py"]
 elif not GPU:
-    import interpreter
-
     from fusedopt import triton_norm
 
-    interpreter.repair()
     # The interpreter runs one program after the other, at a millisecond each.
     triton_norm.SLOTS = 4
 

@@ -67,6 +67,10 @@ DAMAGE = {
 
 
 class TestReport:
+    @pytest.fixture(autouse=True)
+    def needs_matplotlib(self):
+        pytest.importorskip("matplotlib")
+
     @pytest.fixture
     def sample(self, tmp_path):
         """A history of two models, a loss, a skipped case and a failure; a README with markers."""

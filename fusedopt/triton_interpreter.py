@@ -1,8 +1,14 @@
-"""Repair of Triton's interpreter, which the kernel tests use where there is no GPU.
+"""Repair of Triton's interpreter, in which the kernels run on CPU tensors (``TRITON_INTERPRET=1``).
 
 As shipped (3.6 to 3.9), it truncates float32 -> bfloat16 instead of rounding to the nearest, and takes
 bfloat16 subnormals for garbage. Triton 3.6 moreover cannot use a tensor as a bound of ``range`` with numpy 2.4.
 """
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,10 +27,10 @@ def convert(data: np.ndarray, source: tl.dtype, target: tl.dtype) -> np.ndarray:
     return bits.numpy().reshape(data.shape)
 
 
-def repaired(cast):
+def repaired(cast: Callable) -> Callable:
     """``cast(builder, source, type, ...)``, except between float32 and bfloat16."""
 
-    def wrapper(self, source, target_type, *args):
+    def wrapper(self: Any, source: Any, target_type: Any, *args: Any) -> Any:
         kinds = source.dtype.scalar, target_type.scalar
         if kinds in ((tl.float32, tl.bfloat16), (tl.bfloat16, tl.float32)):
             return interpreter.TensorHandle(convert(source.data, *kinds), kinds[1])
@@ -33,11 +39,12 @@ def repaired(cast):
     return wrapper
 
 
-def index(tensor) -> int:
+def index(tensor: Any) -> int:
     """A kernel's scalar as a Python int; the interpreter holds it as an array of one element."""
     return int(tensor.handle.data.item())
 
 
+@functools.cache
 def repair() -> None:
     """Patch the interpreter of this process."""
     builder = interpreter.InterpreterBuilder
@@ -47,7 +54,7 @@ def repair() -> None:
 
     patch = interpreter._patch_lang_tensor
 
-    def patch_and_mend(tensor, scope):
+    def patch_and_mend(tensor: Any, scope: Any) -> None:
         patch(tensor, scope)
         scope.set_attr(tensor, "__index__", index)
 
