@@ -12,10 +12,6 @@ import time
 
 from gpu_run import ROOT, Run
 
-FIRST = "test_kernels.py", "test_kernel_norm.py", "test_kernel_memory.py", "test_optimizers.py"
-LAST = "test_compile.py", "test_demo.py"
-"""The same on every machine."""
-
 NOT_HERE = "test_bench.py"
 """It runs this program."""
 
@@ -24,9 +20,10 @@ MOST = 16
 
 
 def tests(run: Run) -> None:
-    files = sorted((ROOT / "tests").glob("test_*.py"), key=lambda path: _rank(path.name))
+    folder = ROOT / "tests"
+    ignored = [folder / name for name in ("distributed", "frameworks", NOT_HERE)]
     # A dry run must not test everything again, only see that pytest can be started here.
-    chosen = [ROOT / "tests" / "test_imports.py"] if run.dry else [path for path in files if path.name != NOT_HERE]
+    chosen = [folder / "test_imports.py"] if run.dry else [folder, *(f"--ignore={path}" for path in ignored)]
     command = [sys.executable, "-m", "pytest", "-v", "--tb=short", "-p", "no:cacheprovider", *map(str, chosen)]
     command += ["--continue-on-collection-errors", "-p", "shard"]
     if run.dry:
@@ -70,8 +67,3 @@ def _run(commands: list[list[str]], run: Run) -> list[int | None]:
 
 def _log(run: Run, part: int) -> pathlib.Path:
     return run.out / f"tests-{part}.txt"
-
-
-def _rank(name: str) -> tuple[int, str]:
-    order = {**{name: number - 10 for number, name in enumerate(FIRST)}, **dict.fromkeys(LAST, 1)}
-    return order.get(name, 0), name
