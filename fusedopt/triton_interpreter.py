@@ -2,11 +2,14 @@
 
 As shipped (3.6 to 3.9), it truncates float32 -> bfloat16 instead of rounding to the nearest, and takes
 bfloat16 subnormals for garbage. Triton 3.6 moreover cannot use a tensor as a bound of ``range`` with numpy 2.4.
+And whenever one jit function calls another it looks through all of triton.language for what it has to replace, and
+replaces it once more: two thirds of a kernel's time.
 """
 
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -45,8 +48,54 @@ def index(tensor: Any) -> int:
 
 
 @functools.cache
+def builtins(package: Any) -> list[tuple[str, Any]]:
+    """What the interpreter replaces in a module or class. Asked first while nothing is replaced."""
+    return [(name, member) for name, member in inspect.getmembers(package) if tl.core.is_builtin(member)]
+
+
+def patch_builtins(package: Any, builder: Any, scope: Any) -> None:
+    for name, member in builtins(package):
+        interpreter._patch_attr(package, name, member, builder, scope)
+
+
+@functools.cache
+def languages(function: Callable) -> frozenset:
+    """The modules that a function sees and the interpreter replaces."""
+    seen = filter(inspect.ismodule, function.__globals__.values())
+    return frozenset(module for module in seen if module in (tl, tl.core))
+
+
+def once(patch: Callable) -> Callable:
+    """``patch(function)``, which replaces the language that a function sees until the scope that it returns is
+    restored; nothing where it is replaced already."""
+    replaced: set = set()
+
+    def wrapper(function: Callable) -> Any:
+        new = languages(function) - replaced
+        if not new:
+            return interpreter._LangPatchScope()
+        scope = patch(function)
+        replaced.update(new)
+        restore = scope.restore
+
+        def restore_and_note() -> None:
+            restore()
+            replaced.difference_update(new)
+
+        scope.restore = restore_and_note
+        return scope
+
+    return wrapper
+
+
+@functools.cache
 def repair() -> None:
     """Patch the interpreter of this process."""
+    for package in (tl, tl.math, tl.tensor, tl.core, tl.core.tensor_descriptor_base):
+        builtins(package)
+    interpreter._patch_builtin = patch_builtins
+    interpreter._patch_lang = once(interpreter._patch_lang)
+
     builder = interpreter.InterpreterBuilder
     # fp_ext, fp_trunc and the other casts look cast_impl up when they are called.
     builder.cast_impl = repaired(builder.cast_impl)

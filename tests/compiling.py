@@ -16,6 +16,9 @@ OLD_TRITON = os.environ.get("FUSEDOPT_OLD_TRITON")
 NVIDIA = ["sm_75", "sm_80", "sm_90", "sm_100"]
 TARGETS = [*NVIDIA, "gfx942"]
 
+MOST = 8
+"""Processes at a time: each takes seconds, and half a gigabyte, before it compiles anything."""
+
 TRITONS = [
     "installed",
     pytest.param(
@@ -40,7 +43,7 @@ def compiled(which, jobs):
         return json.loads(done.stdout)
 
     # One process per core, each with as much to do as the others.
-    workers = min(os.cpu_count(), len(jobs))
+    workers = min(os.cpu_count(), MOST, len(jobs))
     with ThreadPoolExecutor(workers) as pool:
         parts = list(pool.map(run, [jobs[i::workers] for i in range(workers)]))
     return environment.get("FUSEDOPT_COMPILE", "some"), {key: value for part in parts for key, value in part.items()}

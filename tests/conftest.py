@@ -79,6 +79,12 @@ def backend(request):
     return request.param
 
 
+@pytest.fixture(autouse=True)
+def seeded():
+    """Random numbers do not depend on which tests ran before in the same process."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture(autouse=True, scope="session")
 def uninitialised_memory_is_nan():
     """``torch.empty`` and its like return NaN, or the largest number of an integer type."""

@@ -238,7 +238,7 @@ def test_a_part_that_ends_badly_leaves_a_row(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu, "PARTS", {name: gpu.Part(part, 2) for name, (part, *_) in ENDS.items()})
     run = gpu.Run(tmp_path, dry=True)
     for name in ENDS:
-        gpu.within(2, name, run)
+        gpu.within(2 if name == "hangs" else 300, name, run)
     rows, problems = history.read(run.history)
     assert problems == []
     assert [row.part for row in rows] == list(ENDS)

@@ -20,7 +20,7 @@ def test_every_case_is_measured():
     assert [row[:3] for row in rows] == [["SGD", count, clip] for count in ("20", "40") for clip in ("no", "yes")]
     # The median and the least of two of ours, and of torch's fused and foreach.
     assert all(len(row) == 3 + 8 for row in rows)
-    assert all(10 < float(row[column]) < 100_000 for row in rows for column in (3, 5, 7, 9))
+    assert all(1 < float(row[column]) < 10_000_000 for row in rows for column in (3, 5, 7, 9))
 
 
 def saved(tmp_path, script, *options):

@@ -13,8 +13,8 @@ import torch.distributed as dist
 pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="no gloo")
 
 STEPS, EVERY = 60, 10
-LIMIT = 150
-"""Seconds for one training, most of which is importing torch; on two busy cores."""
+LIMIT = 600
+"""Seconds for one training, which takes ten, most of them for importing torch: for what hangs."""
 
 
 def program(folder, *launcher):

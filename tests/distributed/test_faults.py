@@ -21,11 +21,14 @@ from training import full, loss_of, ours, train, weights
 
 import fusedopt
 
+SOON = timedelta(seconds=4)
+"""Within which ranks on busy cores still meet to make the group."""
+
 
 @pytest.mark.ranks(2)
 def test_a_rank_that_does_not_step_is_not_waited_for_for_ever():
     """The norm's all_reduce has the time limit of its process group, and nothing was updated when it is over."""
-    group = dist.new_group(timeout=timedelta(seconds=2))
+    group = dist.new_group(timeout=SOON)
     p = torch.nn.Parameter(torch.ones(3))
     p.grad = torch.ones(3)
     optimizer = fusedopt.AdamW([p], max_grad_norm=1.0, clip_group=group)
@@ -33,7 +36,7 @@ def test_a_rank_that_does_not_step_is_not_waited_for_for_ever():
         begin = time.monotonic()
         with pytest.raises(RuntimeError, match=r"[Tt]imed out"):
             optimizer.step()
-        assert time.monotonic() - begin < 20
+        assert time.monotonic() - begin < 60
         assert torch.equal(p.detach(), torch.ones(3))
         assert optimizer.state[p]["step"] == 0
 
@@ -41,7 +44,7 @@ def test_a_rank_that_does_not_step_is_not_waited_for_for_ever():
 @pytest.mark.ranks(2)
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_nor_where_means_over_whole_parameters_are_taken(backend):
-    group = dist.new_group(timeout=timedelta(seconds=2))
+    group = dist.new_group(timeout=SOON)
     # A name of its own: torch's caches take meshes of equal ranks and names for each other, whatever their groups.
     mesh = DeviceMesh.from_group(group, "cpu", mesh_dim_names=(f"soon over, {backend}",))
     whole = distribute_tensor(torch.ones(4), mesh, [Shard(0)])
@@ -52,7 +55,7 @@ def test_nor_where_means_over_whole_parameters_are_taken(backend):
         begin = time.monotonic()
         with pytest.raises(RuntimeError, match=r"[Tt]imed out"):
             optimizer.step()
-        assert time.monotonic() - begin < 20
+        assert time.monotonic() - begin < 60
         assert torch.equal(p._local_tensor, torch.ones(2))
         state = optimizer.state[p]
         assert state["step"] == 0 and not state["exp_avg"]._local_tensor.any()
