@@ -71,8 +71,9 @@ def once(patch: Callable) -> Callable:
     replaced: set = set()
 
     def wrapper(function: Callable) -> Any:
-        new = languages(function) - replaced
-        if not new:
+        seen = languages(function)
+        new = seen - replaced
+        if seen and not new:
             return interpreter._LangPatchScope()
         scope = patch(function)
         replaced.update(new)
