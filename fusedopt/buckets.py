@@ -69,6 +69,8 @@ class Bucket:
     """Whether the device counts the steps. The host's cohorts are whole groups then, and their counts mean nothing."""
     cohorts: list[Cohort]
     members: list[Member]
+    passing: bool = False
+    """Whether other members are expected soon, so that the gradients of these are not worth gathering."""
 
     def __str__(self) -> str:
         flattened = sum(m.place.flattened is not None for m in self.members)
@@ -89,7 +91,7 @@ def settle(optimizer: Any, key: tuple, entries: list[Entry], places: dict[Tensor
     device, dtype, grad_dtype, rule, choice, stored, spread, capturable, _ = key
     distributed = spread is not None
     owners, params = [entry.owner for entry in entries], [entry.param for entry in entries]
-    overlapping = _overlapping(params)
+    overlapping = sharing_memory(params)
     if overlapping and (choice.name == "triton" or any(id(p) in overlapping and not is_dense(p) for p in params)):
         raise NotFusable("parameters that share memory, or whose elements lie between each other's")
     if distributed and choice.name == "torch" and not all(map(is_dense, params)):
@@ -195,7 +197,7 @@ def _numbers(
     return {**step, **dict(zip(rule.scalars, scalars))} if scalars else step
 
 
-def _overlapping(params: Sequence[Tensor]) -> set[int]:
+def sharing_memory(params: Sequence[Tensor]) -> set[int]:
     """The ids of parameters whose memory begins inside another one's, and of those others."""
     ends = sorted(((p.data_ptr(), p.data_ptr() + _extent(p), id(p)) for p in params if p.numel()), key=itemgetter(0))
     found: set[int] = set()

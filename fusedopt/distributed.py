@@ -11,6 +11,7 @@ all_reduce, also one that has no gradient at all. The same holds for means over 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -122,6 +123,12 @@ class Wholes:
             rows = [row for row, spread in enumerate(spreads.values()) if group in spread]
             everything = len(rows) == len(spreads)
             self.stages.append((group, None if everything else torch.tensor(rows, device=self.device)))
+
+    def for_other_executors(self) -> Wholes:
+        """The same for another plan of these parameters."""
+        other = copy.copy(self)
+        other.known = {}
+        return other
 
     def means(self, executors: Sequence[Any], *step: Any) -> dict[int, Tensor]:
         """The means for the executors of buckets that are spread, by their ids: float64 [members, terms].

@@ -11,15 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import capture, clipping, torch_backend, torch_forms
+from . import capture, clipping
 from .arguments import check_rates
-from .buckets import Bucket
 from .cohorts import Cohort
+from .executors import executor, prefer_one_launch, problem_with_one_launch
 from .metrics import Metrics, Tracker
 from .places import Place
 from .plan import Plan, without_collection
+from .roster import Roster
 from .rule import Update
-from .settings import CLIP, Settings
+from .settings import CLIP
 from .shards import is_distributed, local_grads
 from .survey import left_to_torch
 
@@ -33,6 +34,9 @@ class Engine:
     def __init__(self) -> None:
         self.places: dict[Tensor, Place] = {}
         self.plan: Plan | None = None
+        self.roster: Roster | None = None
+        self.unlisted: Plan | None = None
+        """The latest plan, if it is not from the roster and not in it."""
         self.executors: list[Any] = []
         self.prefers_one_launch = False
         self.captured: list[Any] = []
@@ -112,7 +116,8 @@ class Engine:
             if not self.distributed and any(map(is_distributed, params)):
                 self.distributed = True
                 parts = local_grads(params, grads)
-            self._build(optimizer, parts)
+            if not self._select(optimizer, params, parts):
+                self._build(optimizer, parts)
         if not self.executors and not self.plan.reduction.communicates:
             return False
         try:
@@ -150,10 +155,30 @@ class Engine:
         if left is not None:
             raise left
         plan = Plan(optimizer, self.places, grads)
-        self.executors = [_executor(bucket, optimizer._settings) for bucket in plan.buckets]
-        self.prefers_one_launch = any(
-            executor.bucket.backend.name == "triton" and executor.prefers_one_launch for executor in self.executors
-        )
+        self._follow(optimizer, plan)
+        self.unlisted = plan
+
+    @without_collection()
+    def _select(self, optimizer: Any, params: list[Tensor], grads: list[Tensor | None]) -> bool:
+        """Put a plan together where all that changed is which of the known parameters have gradients."""
+        earlier = self.plan
+        if earlier is None or [g is not None for g in grads] == earlier.present:
+            return False
+        capture.refuse_to_build(earlier.devices)
+        self.settle(optimizer)
+        if self.plan is None:
+            return False
+        if self.unlisted is not None:
+            self.roster, self.unlisted = Roster.of(optimizer, self.unlisted, self.roster), None
+        plan = None if self.roster is None else self.roster.plan(optimizer, params, grads)
+        if plan is not None:
+            self._follow(optimizer, plan)
+        return plan is not None
+
+    def _follow(self, optimizer: Any, plan: Plan) -> None:
+        self.plan, self.tracker, self.verdict = None, None, clipping.UNJUDGED
+        self.executors = [executor(bucket, optimizer._settings) for bucket in plan.buckets]
+        self.prefers_one_launch = prefer_one_launch(self.executors)
         tracks = optimizer._settings.track is not None
         self.tracker = Tracker(plan.params, self.executors, plan.reduction) if tracks else None
         plan.note_memory(self.executors)
@@ -219,18 +244,7 @@ class Engine:
         launches = optimizer._settings.launches
         if launches == 2 or not self.executors or (launches == "auto" and not self.prefers_one_launch):
             return False
-        problem = None
-        bucket = self.executors[0].bucket
-        if bucket.backend.name != "triton":
-            problem = f"the backend is {bucket.backend} ({bucket.backend.reason})"
-        elif len(self.executors) > 1:
-            problem = f"parameters of {len(self.executors)} devices, dtypes or rules take a launch each"
-        elif is_deferred:
-            problem = "clip_grad_norm_() takes the norm before the step"
-        elif self.plan.reduction.communicates and terms.joins_ranks:
-            problem = "the norm is taken over several ranks"
-        else:
-            problem = self.executors[0].problem_with_one_launch(optimizer)
+        problem = problem_with_one_launch(optimizer, self.executors, terms, self.plan.reduction, is_deferred)
         if problem is not None and launches == 1:
             raise RuntimeError(clipping.IMPOSSIBLE.format(problem))
         # Without a verdict the update is one launch by itself.
@@ -279,7 +293,7 @@ class Engine:
 
     def forget(self) -> None:
         """Build a new plan at the next step."""
-        self.plan = None
+        self.plan = self.roster = self.unlisted = None
 
     def grad_norm(self) -> Tensor | None:
         if self.verdict.norm is None:
@@ -304,12 +318,3 @@ class Engine:
         if self.plan is None:
             return "nothing yet: the layout is decided at the first step"
         return "\n".join(map(str, self.plan.buckets)) or "no parameter had a gradient"
-
-
-def _executor(bucket: Bucket, settings: Settings) -> Any:
-    if bucket.backend.name == "torch":
-        executor = torch_backend.Executor if bucket.stored.plain else torch_forms.Executor
-        return executor(bucket, settings)
-    from . import triton_backend
-
-    return triton_backend.Executor(bucket, settings)

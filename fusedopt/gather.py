@@ -29,13 +29,15 @@ class Ways(NamedTuple):
 
 def find_ways(bucket: Bucket, cohort: Cohort, settings: Settings) -> Ways:
     ways = Ways([], [], [])
+    lists = bucket.listed or (bucket.passing and bucket.fused)
+    alone = ways.listed if settings.needs_norm and not bucket.passing else ways.direct
     for m in cohort.members:
         if not m.place.packed:
             ways.direct.append(m)
-        elif m.place.flattened is not None or not (bucket.listed and is_dense(m.param)):
+        elif m.place.flattened is not None or not (lists and is_dense(m.param)):
             ways.joined.append(m)
         else:
-            (ways.listed if settings.needs_norm else ways.direct).append(m)
+            alone.append(m)
     return ways
 
 

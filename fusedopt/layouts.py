@@ -19,3 +19,15 @@ class Layouts:
         """True only if these tensors, as many as those, have the same layouts. It may be False for other reasons: where
         one tensor occurs twice, or autograd treats it otherwise."""
         return self.guards.check(*tensors)
+
+
+class Among:
+    """The same for some of those tensors. ``stand_ins``, laid out as they are, take the others' places."""
+
+    def __init__(self, layouts: Layouts, stand_ins: Sequence[Tensor], present: Sequence[bool]):
+        self.layouts = layouts
+        self.stand_ins = list(zip(present, stand_ins))
+
+    def hold(self, tensors: Sequence[Tensor]) -> bool:
+        here = iter(tensors)
+        return self.layouts.hold([next(here) if present else other for present, other in self.stand_ins])

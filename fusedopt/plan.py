@@ -8,7 +8,9 @@ the ones that it was built from.
 from __future__ import annotations
 
 import contextlib
+import copy
 import gc
+import math
 from collections.abc import Callable, Collection, Iterator, Sequence
 from itertools import compress
 from operator import attrgetter, is_, itemgetter
@@ -70,33 +72,48 @@ class Plan:
                 del kept[stale]
         self.buckets = [settle(optimizer, key, entries, places) for key, entries in newcomers.items()]
 
-        members = [member for bucket in self.buckets for member in bucket.members]
         self.active = list(map(local, compress(self.params, self.present)))
-        self.grad_dtypes = list(map(get_dtype, compress(grads, self.present)))
+        present_grads = list(compress(grads, self.present))
+        self.grad_dtypes = list(map(get_dtype, present_grads))
         self.sizes = list(map(Tensor.numel, self.active))
         self.kinds = list(map(get_kind, self.active))
         self.strides = list(map(Tensor.stride, self.active))
         self.param_layouts = Layouts(self.active)
-        self.grad_layouts = Layouts(list(compress(grads, self.present)))
+        self.grad_layouts = Layouts(present_grads)
         self.as_planned = True
         """Whether this step's gradients are laid out as those that the plan was built from."""
+        members = [member for bucket in self.buckets for member in bucket.members]
         self.spaces = list({id(m.place.space): m.place.space for m in members}.values())
+        counting = [space for space in self.spaces if not space.capturable]
+        self.steps = [space.numbers["step"] for space in counting if "step" in space.numbers]
+        self.stepped = _stepped(counting, [m for b in self.buckets if not b.capturable for m in b.members])
+        self.numbers = [numbers for space in counting for numbers in space.numbers.values()]
+        self.ways = ways(optimizer)
+        self.states = list(optimizer.state.values())
+        self.views = [column for bucket in self.buckets for column in _views(optimizer, bucket)]
+        self.lasts = math.inf
+        """For how many steps."""
+        self._note_buckets()
+
+    def _note_buckets(self) -> None:
         self.devices = {bucket.device for bucket in self.buckets}
         self.may_be_captured = any(b.capturable or b.device.type == "cuda" for b in self.buckets)
         self.counted = [bucket for bucket in self.buckets if not bucket.capturable]
         """Those whose steps the host counts."""
-        counting = [space for space in self.spaces if not space.capturable]
-        self.steps = [space.numbers["step"] for space in counting if "step" in space.numbers]
-        self.stepped = _stepped(counting, [m for bucket in self.counted for m in bucket.members])
-        self.numbers = [numbers for space in counting for numbers in space.numbers.values()]
         self.slots = [Slots(bucket.rule, bucket.cohorts) for bucket in self.counted if bucket.rule.scalars]
-        self.ways = _ways(optimizer)
-        self.states = list(optimizer.state.values())
-        self.views = [column for bucket in self.buckets for column in _views(optimizer, bucket)]
-        owners = [m.owner for m in members if is_distributed(m.owner)]
+        distributed = [m.owner for b in self.buckets if is_distributed(b.members[0].owner) for m in b.members]
         states = (value for *_, views in self.views for value in views if is_distributed(value))
-        self.shards = Shards(owners, states) if owners else None
+        self.shards = Shards(distributed, states) if distributed else None
         self.note_steps()
+
+    def among(self, **found: Any) -> Plan:
+        """The plan for another set of gradients, with the attributes that the set decides, as others ``found`` them."""
+        plan = copy.copy(self)
+        vars(plan).update(found)
+        plan.wholes = None if self.wholes is None else self.wholes.for_other_executors()
+        plan.as_planned = True
+        plan._note_buckets()
+        return plan
 
     def note_steps(self) -> None:
         self.values = [numbers.tolist() for numbers in self.numbers]
@@ -116,11 +133,13 @@ class Plan:
                 return False
             active_grads = list(compress(grads, self.present))
             self.as_planned = self.grad_layouts.hold(active_grads)
+        self.lasts -= 1
         return (
-            optimizer._settings.layout == self.settings
-            and _same(_ways(optimizer), self.ways)
-            and _same(params, self.params)
-            and _same(optimizer.state.values(), self.states)
+            self.lasts >= 0
+            and optimizer._settings.layout == self.settings
+            and same(ways(optimizer), self.ways)
+            and same(params, self.params)
+            and same(optimizer.state.values(), self.states)
             and list(map(len, map(get_params, optimizer.param_groups))) == self.group_sizes
             and list(map(Tensor.data_ptr, self.pinned)) == self.addresses
             and (self.param_layouts.hold(active) or self._layouts_hold())
@@ -184,14 +203,14 @@ def _views(optimizer: Any, bucket: Bucket) -> Iterator[tuple[Callable[[dict], Te
         yield get, states, list(map(get, states))
 
 
-def _ways(optimizer: Any) -> list[Any]:
+def ways(optimizer: Any) -> list[Any]:
     """Groups and what they ask for: objects that must stay the same ones."""
     groups = optimizer.param_groups
     options = [group.get(key) for key in ("capturable", "differentiable") for group in groups]
     return [*groups, *map(optimizer.rule, groups), *options]
 
 
-def _same(a: Collection[Any], b: Collection[Any]) -> bool:
+def same(a: Collection[Any], b: Collection[Any]) -> bool:
     return len(a) == len(b) and all(map(is_, a, b))
 
 

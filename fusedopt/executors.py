@@ -1,0 +1,39 @@
+"""What runs the buckets of a plan, and whether it does so in one launch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from . import clipping, torch_backend, torch_forms
+from .buckets import Bucket
+from .distributed import Reduction
+from .settings import Settings
+
+
+def executor(bucket: Bucket, settings: Settings) -> Any:
+    if bucket.backend.name == "torch":
+        kind = torch_backend.Executor if bucket.stored.plain else torch_forms.Executor
+        return kind(bucket, settings)
+    from . import triton_backend
+
+    return triton_backend.Executor(bucket, settings)
+
+
+def prefer_one_launch(executors: list[Any]) -> bool:
+    return any(executor.bucket.backend.name == "triton" and executor.prefers_one_launch for executor in executors)
+
+
+def problem_with_one_launch(
+    optimizer: Any, executors: list[Any], terms: clipping.Terms, reduction: Reduction, is_deferred: bool
+) -> str | None:
+    """Why norm and update of these cannot run as one launch, or None."""
+    bucket = executors[0].bucket
+    if bucket.backend.name != "triton":
+        return f"the backend is {bucket.backend} ({bucket.backend.reason})"
+    if len(executors) > 1:
+        return f"parameters of {len(executors)} devices, dtypes or rules take a launch each"
+    if is_deferred:
+        return "clip_grad_norm_() takes the norm before the step"
+    if reduction.communicates and terms.joins_ranks:
+        return "the norm is taken over several ranks"
+    return executors[0].problem_with_one_launch(optimizer)

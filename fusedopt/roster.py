@@ -1,0 +1,238 @@
+"""Plans for steps at which other parameters have gradients than at the step before, as in mixtures of experts.
+
+What planning finds out about a parameter (its bucket, its place, its states) does not depend on which others have a
+gradient. So it is kept for every parameter that was planned for, and a plan for any set of these is put together from
+it: as many checks as an unchanged step makes, over all of them, then lists picked by C code. Only step counts, of which
+parameters form cohorts, are read anew.
+
+Where a check fails, or a parameter comes that is not listed, planning begins at the parameters again. There is one
+roster per optimizer, of at most all its parameters; nothing is kept by set.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator
+from itertools import compress
+from operator import attrgetter, gt, is_, is_not, itemgetter
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .buckets import Bucket, Member, sharing_memory
+from .cohorts import Cohort
+from .ema import ROLE
+from .gather import picker
+from .layouts import Among, Layouts
+from .places import terms
+from .plan import Plan, get_dtype, get_kind, get_params, same, ways
+from .shards import is_distributed, local
+
+get_position = attrgetter("position")
+
+TRIALS = 3
+"""Steps after which a set that stays the same is planned for anew, as one that lasts."""
+
+
+class Listed:
+    """The parameters of one bucket, with a gradient at this step or without, in the optimizer's order."""
+
+    def __init__(self, optimizer: Any, bucket: Bucket, members: list[Member]):
+        places = [m.place for m in members]
+        self.spaces = {id(place.space): place.space for place in places}
+        flat = len(self.spaces) == 1 and all(place.flattened is not None for place in places)
+        self.bucket = dataclasses.replace(bucket, flat=flat, passing=True, cohorts=[], members=members)
+        self.distributed = is_distributed(members[0].owner)
+        self.keys = places[0].keys
+        # Looking up what has no state would make an empty one.
+        self.states = [optimizer.state[m.owner] for m in members] if self.keys else []
+        self.parts = [[place.held[k] for place in places] for k in range(len(self.keys))]
+        """What must be under each key, of distributed states the local parts, and where that must lie."""
+        self.addresses = [[place.held_at[k] for place in places] for k in range(len(self.keys))]
+        positions = list(map(get_position, members))
+        self.pick = picker(positions)
+        self.groups = optimizer.param_groups
+        ends = np.cumsum(list(map(len, map(get_params, self.groups))))
+        self.numbers = np.searchsorted(ends, positions, "right") << 40
+        """Their parameter groups, above what a step count needs."""
+
+    def find(self, starts: dict[int, int]) -> None:
+        """Note where the members' step counts are, given where those of each space begin."""
+        counted = "step" in self.keys
+        places = [m.place for m in self.bucket.members] if counted else ()
+        self.at = np.array([starts[id(place.space)] + place.index for place in places]) if counted else None
+
+    def holds(self) -> bool:
+        """Whether every state is the tensor that it was, in the memory where it was."""
+        if not set(map(len, self.states)) <= {len(self.keys)}:
+            return False
+        for key, parts, addresses in zip(self.keys, self.parts, self.addresses):
+            try:
+                values = map(itemgetter(key), self.states)
+                if not all(map(is_, map(local, values) if self.distributed else values, parts)):
+                    return False
+            except KeyError:
+                return False
+            if list(map(Tensor.data_ptr, parts)) != addresses:
+                return False
+        return True
+
+    def views(self, here: list[bool]) -> Iterator[tuple[Callable[[dict], Tensor], list[dict], list[Tensor]]]:
+        """For each state of those that are here, what a plan keeps of it."""
+        states = list(compress(self.states, here))
+        for key, parts in zip(self.keys, self.parts):
+            get = itemgetter(key)
+            yield get, states, list(map(get, states) if self.distributed else compress(parts, here))
+
+    def among(self, here: list[bool], counts: np.ndarray, stepped: np.ndarray) -> Bucket:
+        """The bucket of a step. Its members form cohorts by their groups and step counts; ``stepped`` notes who
+        they are."""
+        members, mask = list(compress(self.bucket.members, here)), np.array(here)
+        if self.at is None:  # only whether the states were ever written matters, and they are there
+            taken = np.int64(bool(self.bucket.rule.keys))
+        else:
+            at = self.at[mask]
+            taken = counts[at].astype(np.int64)
+            stepped[at] = 1
+        kinds, cohort_of = np.unique(self.numbers[mask] + taken, return_inverse=True)
+        cohorts = [Cohort(k, self.groups[kind >> 40], kind & (1 << 40) - 1) for k, kind in enumerate(kinds.tolist())]
+        for member, number in zip(members, cohort_of.tolist()):
+            member.cohort = number
+            cohorts[number].members.append(member)
+        return dataclasses.replace(self.bucket, cohorts=cohorts, members=members)
+
+
+class Roster:
+    """Every parameter that was planned for, as far as it still is as it was then.
+
+    Args:
+        optimizer: whose parameters they are.
+        plan: the latest one.
+        earlier: the roster before it, of which those are taken over that the plan does not have.
+    """
+
+    def __init__(self, optimizer: Any, plan: Plan, earlier: Roster | None):
+        self.whole = plan
+        self.threads = torch.get_num_threads()
+        found = {_kind(bucket): (bucket, list(bucket.members)) for bucket in plan.buckets}
+        addresses = dict(zip(compress(range(len(plan.params)), plan.present), map(Tensor.data_ptr, plan.active)))
+        if earlier is not None and earlier._serves(optimizer, self):
+            for bucket, member, address in earlier._others(optimizer, plan):
+                found.setdefault(_kind(bucket), (bucket, []))[1].append(member)
+                addresses[member.position] = address
+        self.listed = [Listed(optimizer, b, sorted(members, key=get_position)) for b, members in found.values()]
+        self.distributed = any(listed.distributed for listed in self.listed)
+        self.known = [k in addresses for k in range(len(plan.params))]
+        self.parts = list(map(local, compress(plan.params, self.known)))
+        """The parameters, of distributed ones the local parts, and where they must lie."""
+        self.addresses = [addresses[k] for k in sorted(addresses)]
+        self.sizes, self.strides = list(map(Tensor.numel, self.parts)), list(map(Tensor.stride, self.parts))
+        self.kinds = list(map(get_kind, self.parts))
+        self.dtypes = list(map(get_dtype, self.parts))
+        self.stand_ins = [p.detach() for p in self.parts]
+        """In the place of gradients that are missing, to compare layouts."""
+        self.layouts = Layouts(self.parts)
+        self.grad_layouts = Layouts(self.stand_ins)
+        self.spaces = list({key: space for listed in self.listed for key, space in listed.spaces.items()}.values())
+        counting = [space for space in self.spaces if "step" in space.numbers]
+        self.steps = [space.numbers["step"] for space in counting]
+        """The step counts of all tensors in these."""
+        self.ends = np.cumsum([0, *map(len, self.steps)])
+        for listed in self.listed:
+            listed.find(dict(zip(map(id, counting), self.ends.tolist())))
+
+    @classmethod
+    def of(cls, optimizer: Any, plan: Plan, earlier: Roster | None) -> Roster | None:
+        """A roster, if there can be one: not where cohorts depend on more than groups and step counts, or where the
+        parameters present decide how others are updated."""
+        if not plan.buckets or any(b.capturable or b.rule.scalars for b in plan.buckets):
+            return None
+        if list(map(Tensor.data_ptr, plan.pinned)) != plan.addresses:
+            return None
+        made = cls(optimizer, plan, earlier)
+        return None if sharing_memory(made.parts) else made
+
+    def plan(self, optimizer: Any, params: list[Tensor], grads: list[Tensor | None]) -> Plan | None:
+        """A plan for these gradients, if all that is known still holds."""
+        present = [g is not None for g in grads]
+        if any(map(gt, present, self.known)) or not self._holds(optimizer, params, grads):
+            return None
+        here, masks = list(compress(present, self.known)), [listed.pick(present) for listed in self.listed]
+        some = [(listed, mask) for listed, mask in zip(self.listed, masks) if any(mask)]
+        counts = np.concatenate([numbers.numpy() for numbers in self.steps]) if self.steps else np.zeros(0)
+        stepped = np.zeros_like(counts)
+        buckets = [listed.among(mask, counts, stepped) for listed, mask in some]
+        by_space = np.split(stepped, self.ends[1:-1]) if self.steps else ()
+        return self.whole.among(
+            present=present,
+            buckets=buckets,
+            views=[column for listed, mask in some for column in listed.views(mask)],
+            active=list(compress(self.parts, here)),
+            kinds=list(compress(self.kinds, here)),
+            sizes=list(compress(self.sizes, here)),
+            strides=list(compress(self.strides, here)),
+            grad_dtypes=list(compress(self.dtypes, here)),
+            param_layouts=Among(self.layouts, self.parts, here),
+            grad_layouts=Among(self.grad_layouts, self.stand_ins, here),
+            spaces=self.spaces,
+            steps=self.steps,
+            stepped=[torch.from_numpy(part).to(numbers.dtype) for part, numbers in zip(by_space, self.steps)],
+            numbers=[numbers for space in self.spaces for numbers in space.numbers.values()],
+            # The fallback would gather the gradients of a set that stays.
+            lasts=TRIALS if any(bucket.fused for bucket in buckets) else math.inf,
+        )
+
+    def _holds(self, optimizer: Any, params: list[Tensor], grads: list[Tensor | None]) -> bool:
+        whole, settings = self.whole, optimizer._settings
+        gradients = [other if g is None else g for g, other in zip(compress(grads, self.known), self.stand_ins)]
+        return (
+            settings.layout == whole.settings
+            and torch.get_num_threads() == self.threads
+            and same(ways(optimizer), whole.ways)
+            and same(params, whole.params)
+            and same(optimizer.state.values(), whole.states)
+            and list(map(len, map(get_params, optimizer.param_groups))) == whole.group_sizes
+            and not (self.distributed and any(map(is_not, map(local, compress(params, self.known)), self.parts)))
+            and list(map(Tensor.data_ptr, self.parts)) == self.addresses
+            and self.layouts.hold(self.parts)
+            and self.grad_layouts.hold(gradients)
+            and all([listed.holds() for listed in self.listed])
+            and (settings.ema_decay is None or all(self._averages_hold(optimizer)))
+        )
+
+    def _averages_hold(self, optimizer: Any) -> Iterator[bool]:
+        for listed in self.listed:
+            for m in listed.bucket.members:
+                yield m.place.holds(ROLE, optimizer._ema.get(m.owner))
+
+    def _serves(self, optimizer: Any, later: Roster) -> bool:
+        """Whether what was found out then, was found out on the same terms."""
+        return (
+            same(self.whole.ways, later.whole.ways)
+            and same(self.whole.params, later.whole.params)
+            and self.threads == later.threads
+            and self.whole.settings == later.whole.settings
+            and self.whole.group_sizes == later.whole.group_sizes
+        )
+
+    def _others(self, optimizer: Any, plan: Plan) -> Iterator[tuple[Bucket, Member, int]]:
+        """The parameters that the plan does not have, if their states are settled where they were."""
+        addresses = dict(zip(compress(range(len(self.known)), self.known), self.addresses))
+        for listed in self.listed:
+            agreed = terms(listed.bucket.rule, optimizer._settings, False)
+            for m in listed.bucket.members:
+                if plan.present[m.position] or m.param.data_ptr() != addresses[m.position]:
+                    continue
+                if m.place.is_settled(m.param, optimizer.state.get(m.owner, {}), agreed):
+                    yield listed.bucket, m, addresses[m.position]
+
+
+def _kind(bucket: Bucket) -> tuple:
+    """Equal for buckets whose members may be in one."""
+    return (
+        bucket.rule, bucket.device, bucket.dtype, bucket.grad_dtype, bucket.backend, bucket.stored, bucket.averages,
+        bucket.fused, bucket.listed, bucket.spread, is_distributed(bucket.members[0].owner),
+    )  # fmt: skip
