@@ -146,9 +146,11 @@ class Roster:
 
     @classmethod
     def of(cls, optimizer: Any, plan: Plan, earlier: Roster | None) -> Roster | None:
-        """A roster, if there can be one: not where cohorts depend on more than groups and step counts, or where the
+        """The roster after that plan; None where cohorts depend on more than groups and step counts, or where the
         parameters present decide how others are updated."""
-        if not plan.buckets or any(b.capturable or b.rule.scalars for b in plan.buckets):
+        if not plan.buckets:
+            return earlier
+        if any(b.capturable or b.rule.scalars for b in plan.buckets):
             return None
         if list(map(Tensor.data_ptr, plan.pinned)) != plan.addresses:
             return None

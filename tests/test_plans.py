@@ -1,11 +1,16 @@
 """Plans made anew at every step, since other parameters have gradients: what happens to a parameter and its state while
 no plan looks at them is noticed when its gradient comes back."""
 
+import gc
+import weakref
+
 import pytest
 import torch
+from cases import interpreter_noise
 from pairs import close
 
 import fusedopt
+from fusedopt import plan
 
 SIZES = (3, 700, 20_000, 5, 64)
 """Gathered on a CPU, and not."""
@@ -76,3 +81,182 @@ def test_changes_are_noticed_when_the_gradient_comes_back(act, flatten, backend,
             [pair[1].state[q][key] for key in ("step", "exp_avg")],
             1e-5,
         )
+
+
+class Counted:
+    """How often a whole plan was made while it was watched."""
+
+    def __init__(self, monkeypatch):
+        self.count = 0
+        survey = plan.survey
+
+        def counted(*args):
+            self.count += 1
+            return survey(*args)
+
+        monkeypatch.setattr(plan, "survey", counted)
+
+
+def trained(optimizer, params, seed, steps=14, absent=None):
+    """Steps with random sets of gradients, after one with all."""
+    generator = torch.Generator().manual_seed(seed)
+    for t in range(steps):
+        for k, p in enumerate(params):
+            g = torch.randn(p.shape, generator=generator).to(p)
+            here = t == 0 or (torch.rand((), generator=generator) < 0.6 if absent is None else k not in absent(t))
+            p.grad = g if here else None
+        for group in optimizer.param_groups:
+            group["lr"] = 0.1 / (1 + t)
+        optimizer.step()
+        yield t
+
+
+WAYS = [
+    ("AdamW", {"weight_decay": 0.1}, {}),
+    ("AdamW", {"weight_decay": 0.1}, {"flatten": True}),
+    ("AdamW", {"amsgrad": True}, {"ema_decay": 0.9, "track": "parameters"}),
+    ("SGD", {"momentum": 0.9, "dampening": 0.1}, {"skip_nonfinite": True}),
+    ("SGD", {}, {"max_grad_value": 0.5}),
+    ("RMSprop", {"centered": True}, {"cautious": True}),
+    ("NAdam", {}, {"max_grad_norm": 1.0}),
+]
+
+
+def numbers(optimizer):
+    """All that a step leaves behind."""
+    states = [state[key] for state in optimizer.state.values() for key in sorted(state)]
+    norm = [] if optimizer.grad_norm is None else [optimizer.grad_norm]
+    metrics = [] if optimizer.track is None else list(optimizer.metrics)
+    return [*states, *optimizer._ema.values(), *norm, *metrics]
+
+
+@interpreter_noise
+@pytest.mark.parametrize(("name", "options", "settings"), WAYS, ids=str)
+def test_sets_that_are_put_together_equal_whole_plans(name, options, settings, backend, device, monkeypatch):
+    """Two groups, random sets; another optimizer forgets its plan before every step. Where the fallback gathers
+    gradients, or not, sums are taken in another order: roundings of float32."""
+    sizes = [(3,), (4, 5), (7,), (20_000,), (5,), (4, 5), ()] if backend == "torch" else [(3,), (4, 5), (70,)]
+    params, others = ([torch.nn.Parameter(torch.ones(size, device=device)) for size in sizes] for _ in range(2))
+    pair = []
+    for ps in (params, others):
+        groups = [{"params": ps[:2]}, {"params": ps[2:], "weight_decay": 0.05}]
+        pair.append(fusedopt.registry[name](groups, **options, **settings, backend=backend))
+    counted = Counted(monkeypatch)
+    other = trained(pair[1], others, 1)
+    for _ in trained(pair[0], params, 1):
+        made = counted.count
+        pair[1]._engine.forget()
+        next(other)
+        counted.count = made
+        close([p.detach() for p in params], [p.detach() for p in others], 1e-5)
+        close(numbers(pair[0]), numbers(pair[1]), 1e-5)
+    if not pair[0].rule(pair[0].param_groups[0]).scalars:
+        assert counted.count == 1
+
+
+def test_parameters_that_come_later_join_the_others(backend, device, monkeypatch):
+    params = [torch.nn.Parameter(torch.ones(3, device=device)) for _ in range(6)]
+    optimizer = fusedopt.AdamW(params, lr=0.1, max_grad_norm=1.0, backend=backend)
+    counted = Counted(monkeypatch)
+    sets = [{0, 1}, {1, 2}, {3, 4, 5}, {0, 5}, {2, 3}, {0, 1, 2, 3, 4, 5}, {4}]
+    for t, (here, plans) in enumerate(zip(sets, (1, 2, 3, 3, 3, 3, 3))):
+        for k, p in enumerate(params):
+            p.grad = torch.ones_like(p) if k in here else None
+        optimizer.step()
+        assert counted.count == plans, t
+    assert [float(optimizer.state[p]["step"]) for p in params] == [3, 3, 3, 3, 3, 3]
+
+
+def average(optimizer, p):
+    """The key of a state that is as large as its parameter."""
+    return next(key for key in optimizer.state[p] if key.endswith(("_sq", "_avg")))
+
+
+def replace_a_state_that_is_used(optimizer, params):
+    optimizer.state[params[0]][average(optimizer, params[0])] = torch.full_like(params[0], 0.5)
+
+
+def move_a_state(optimizer, params):
+    optimizer.state[params[0]][average(optimizer, params[0])].data = torch.full_like(params[0], 0.25)
+
+
+def replace_all_of_a_state(optimizer, params):
+    optimizer.state[params[0]] = {key: 2 * value for key, value in optimizer.state[params[0]].items()}
+
+
+def move_all(optimizer, params):
+    for p in params:
+        p.data = p.data.clone()
+
+
+def load(optimizer, params):
+    optimizer.load_state_dict(optimizer.state_dict())
+
+
+def add(optimizer, params):
+    params.append(torch.nn.Parameter(torch.ones_like(params[0])))
+    optimizer.add_param_group({"params": [params[-1]]})
+
+
+def delete_a_state(optimizer, params):
+    del optimizer.state[params[1]][average(optimizer, params[1])]
+
+
+def reset_all(optimizer, params):
+    optimizer.state.clear()
+
+
+def freeze_differently(optimizer, params):
+    optimizer.param_groups[0]["params"].reverse()
+
+
+LATER = [replace_a_state_that_is_used, move_a_state, replace_all_of_a_state, move_all, load, add, delete_a_state]
+LATER += [reset_all, freeze_differently]
+
+
+@pytest.mark.parametrize("act", LATER, ids=lambda act: act.__name__)
+@pytest.mark.parametrize("cautious", [False, True])
+def test_nothing_known_outlives_what_it_is_about(cautious, act, backend, device):
+    """Another set and something else, both between the same two steps. The other optimizer begins anew every time.
+    The fallback takes lists for one of the rules, and neighbours in memory for the other."""
+    params, others = ([torch.nn.Parameter(torch.ones(3, device=device)) for _ in range(4)] for _ in range(2))
+    pair = [fusedopt.AdamW(ps, lr=0.1, cautious=cautious, backend=backend) for ps in (params, others)]
+    for t in range(9):
+        if t == 5:
+            for optimizer, ps in zip(pair, (params, others)):
+                act(optimizer, ps)
+        for k, p in [*enumerate(params), *enumerate(others)]:
+            p.grad = torch.full_like(p, 1.0 + k - t % 3) if t == 0 or (k + t) % 4 else None
+        pair[1]._engine.forget()
+        for optimizer in pair:
+            optimizer.step()
+        close([p.detach() for p in params], [p.detach() for p in others], 1e-7)
+    assert pair[0]._engine.roster is not None
+
+
+def test_a_set_that_stays_is_gathered_again(monkeypatch):
+    """The fallback begins with lists; after a few steps it copies small gradients side by side, as at a first step."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    params = [torch.nn.Parameter(torch.ones(3)) for _ in range(40)]
+    optimizer = fusedopt.AdamW(params, max_grad_norm=1.0, backend="torch")
+    counted = Counted(monkeypatch)
+    for t in range(9):
+        for k, p in enumerate(params):
+            p.grad = torch.ones_like(p) if t == 0 or k % 4 else None
+        optimizer.step()
+    assert counted.count == 2
+    (executor,) = optimizer._engine.executors
+    assert not executor.direct and not executor.bucket.passing
+
+
+def test_no_set_is_kept(backend, device):
+    """However many there were: one plan, and no gradient."""
+    params = [torch.nn.Parameter(torch.ones(3, device=device)) for _ in range(5)]
+    optimizer = fusedopt.AdamW(params, backend=backend)
+    for _ in trained(optimizer, params, 0, steps=20):
+        grads = [weakref.ref(p.grad) for p in params if p.grad is not None]
+    optimizer.zero_grad()
+    assert all(ref() is None for ref in grads)
+    gc.collect()
+    found = [x for x in gc.get_objects() if type(x) is plan.Plan and x.params[0] is params[0]]
+    assert len(found) <= 2  # the one that is used, and the roster's
