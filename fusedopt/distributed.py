@@ -187,6 +187,8 @@ def _check_disjoint(group: Any, meshes: Iterable[Any], clip_group: Any) -> None:
 
 def _device(params: Sequence[Tensor], meshes: Sequence[Any], clip_groups: Sequence[Any]) -> torch.device:
     """Where the groups can communicate: with CPU offload not where the gradients are."""
+    if not meshes and not clip_groups:
+        return params[0].device if params else torch.device("cpu")
     kind = next((mesh.device_type for mesh in meshes), params[0].device.type if params else "cpu")
     for group in clip_groups:
         possible = [device.type for device in group._device_types]

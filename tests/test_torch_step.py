@@ -140,3 +140,20 @@ def test_gradient_release_is_not_left_to_torch():
     before = model.bias.detach().clone()
     model(torch.ones(1, 3)).sum().backward()
     assert torch.equal(model.bias, before - 0.5) and model.bias.grad is None
+
+
+@every_torch_optimizer
+def test_parameters_without_memory(name):
+    """A model that is built on the meta device, tried there, and given memory later."""
+    if name == "ASGD":
+        return  # torch's reads numbers from its states
+    made = torch.nn.Linear(3, 2, device="meta")
+    options = {"lr": LR, **STATEFUL[name]}
+    ours = fusedopt.registry[name](made.parameters(), **options)
+    theirs = getattr(torch.optim, name)(torch.nn.Linear(3, 2, device="meta").parameters(), **options)
+    for optimizer in (ours, theirs):
+        for p in optimizer.param_groups[0]["params"]:
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+    for mine, its in zip(ours.state.values(), theirs.state.values(), strict=True):
+        assert {k: (v.shape, v.device) for k, v in mine.items()} == {k: (v.shape, v.device) for k, v in its.items()}
