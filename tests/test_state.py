@@ -283,3 +283,26 @@ def test_states_of_another_dtype_are_kept(dtype, backend, device):
         # float32 rounds at 6e-8, bfloat16 at 2e-3, four times.
         error = (optimizer.state[p]["exp_avg_sq"].double() - oracle.state[q]["exp_avg_sq"]).abs().max()
         assert error < (1e-6 if dtype is torch.float32 else 2e-2) * oracle.state[q]["exp_avg_sq"].max()
+    saved = optimizer.state_dict()
+    # Without the setting loading rounds them to the parameter's dtype, as in torch.
+    again = fusedopt.Adam(params, lr=LR, backend=backend, state_dtype=dtype)
+    again.load_state_dict(copy.deepcopy(saved))
+    for state, loaded in zip(optimizer.state.values(), again.state.values()):
+        for key, value in state.items():
+            assert loaded[key].dtype is value.dtype and torch.equal(loaded[key], value), key
+
+
+def test_loaded_states_take_the_memory_of_those_before(backend, device):
+    """Whoever holds on to addresses, a CUDA graph for one, may go on."""
+    params = model("tiny", torch.float32, device)
+    optimizer = fusedopt.Adam(params, lr=LR, backend=backend)
+    addresses = []
+    for number in range(4, 8):
+        give_gradients(params, number, plain=True)
+        optimizer.step()
+        if number == 5:
+            optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        else:
+            states = (optimizer.state[p] for p in params if p in optimizer.state)
+            addresses.append([state["exp_avg"].data_ptr() for state in states])
+    assert addresses[0] == addresses[1] == addresses[2]
