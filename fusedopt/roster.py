@@ -2,8 +2,8 @@
 
 What planning finds out about a parameter (its bucket, its place, its states) does not depend on which others have a
 gradient. So it is kept for every parameter that was planned for, and a plan for any set of these is put together from
-it: as many checks as an unchanged step makes, over all of them, then lists picked by C code. Only step counts, of which
-parameters form cohorts, are read anew.
+it: as many checks as an unchanged step makes, then lists picked by C code. Only step counts, of which parameters form
+cohorts, are read anew.
 
 Where a check fails, or a parameter comes that is not listed, planning begins at the parameters again. There is one
 roster per optimizer, of at most all its parameters; nothing is kept by set.
@@ -65,27 +65,25 @@ class Listed:
         places = [m.place for m in self.bucket.members] if counted else ()
         self.at = np.array([starts[id(place.space)] + place.index for place in places]) if counted else None
 
-    def holds(self) -> bool:
-        """Whether every state is the tensor that it was, in the memory where it was."""
-        if not set(map(len, self.states)) <= {len(self.keys)}:
-            return False
-        for key, parts, addresses in zip(self.keys, self.parts, self.addresses):
-            try:
-                values = map(itemgetter(key), self.states)
-                if not all(map(is_, map(local, values) if self.distributed else values, parts)):
-                    return False
-            except KeyError:
-                return False
-            if list(map(Tensor.data_ptr, parts)) != addresses:
-                return False
-        return True
-
-    def views(self, here: list[bool]) -> Iterator[tuple[Callable[[dict], Tensor], list[dict], list[Tensor]]]:
-        """For each state of those that are here, what a plan keeps of it."""
+    def views(self, here: list[bool]) -> list[tuple[Callable[[dict], Tensor], list[dict], list[Tensor]]] | None:
+        """For each state of those that are here, what a plan keeps of it; None if one is not the tensor that it was, or
+        in other memory. Of the others nobody asks."""
+        found = []
         states = list(compress(self.states, here))
-        for key, parts in zip(self.keys, self.parts):
-            get = itemgetter(key)
-            yield get, states, list(map(get, states) if self.distributed else compress(parts, here))
+        if not set(map(len, states)) <= {len(self.keys)}:
+            return None
+        for key, parts, addresses in zip(self.keys, self.parts, self.addresses):
+            get, parts = itemgetter(key), list(compress(parts, here))
+            try:
+                values = list(map(get, states)) if self.distributed else parts
+                if not all(map(is_, map(local, values) if self.distributed else map(get, states), parts)):
+                    return None
+            except KeyError:
+                return None
+            if list(map(Tensor.data_ptr, parts)) != list(compress(addresses, here)):
+                return None
+            found.append((get, states, values))
+        return found
 
     def among(self, here: list[bool], counts: np.ndarray, stepped: np.ndarray) -> Bucket:
         """The bucket of a step. Its members form cohorts by their groups and step counts; ``stepped`` notes who
@@ -164,6 +162,9 @@ class Roster:
             return None
         here, masks = list(compress(present, self.known)), [listed.pick(present) for listed in self.listed]
         some = [(listed, mask) for listed, mask in zip(self.listed, masks) if any(mask)]
+        views = [listed.views(mask) for listed, mask in some]
+        if None in views:
+            return None
         counts = np.concatenate([numbers.numpy() for numbers in self.steps]) if self.steps else np.zeros(0)
         stepped = np.zeros_like(counts)
         buckets = [listed.among(mask, counts, stepped) for listed, mask in some]
@@ -171,7 +172,7 @@ class Roster:
         return self.whole.among(
             present=present,
             buckets=buckets,
-            views=[column for listed, mask in some for column in listed.views(mask)],
+            views=[column for columns in views for column in columns],
             active=list(compress(self.parts, here)),
             kinds=list(compress(self.kinds, here)),
             sizes=list(compress(self.sizes, here)),
@@ -201,7 +202,6 @@ class Roster:
             and list(map(Tensor.data_ptr, self.parts)) == self.addresses
             and self.layouts.hold(self.parts)
             and self.grad_layouts.hold(gradients)
-            and all([listed.holds() for listed in self.listed])
             and (settings.ema_decay is None or all(self._averages_hold(optimizer)))
         )
 
