@@ -47,8 +47,8 @@ class Listed:
         self.bucket = dataclasses.replace(bucket, flat=flat, passing=True, cohorts=[], members=members)
         self.distributed = is_distributed(members[0].owner)
         self.keys = places[0].keys
-        # Looking up what has no state would make an empty one.
-        self.states = [optimizer.state[m.owner] for m in members] if self.keys else []
+        # A state may have gone since the plan. Not optimizer.state[...], which would make an empty one.
+        self.states = [optimizer.state.get(m.owner, {}) for m in members] if self.keys else []
         self.parts = [[place.held[k] for place in places] for k in range(len(self.keys))]
         """What must be under each key, of distributed states the local parts, and where that must lie."""
         self.addresses = [[place.held_at[k] for place in places] for k in range(len(self.keys))]

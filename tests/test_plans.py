@@ -231,6 +231,7 @@ def test_nothing_known_outlives_what_it_is_about(cautious, act, backend, device)
         for optimizer in pair:
             optimizer.step()
         close([p.detach() for p in params], [p.detach() for p in others], 1e-7)
+        assert all(pair[0].state.values())  # none is made by looking
     assert pair[0]._engine.roster is not None
 
 
