@@ -43,7 +43,7 @@ def plan_table(rows: list[Row]) -> str:
     found = {(r.part, r.tensors, r.implementation): r for r in latest(rows) if r.part in PLANNING}
     if not found:
         return UNMEASURED
-    heads = ["tensors", "plan at the first step", "at a step with other gradients", "check at every other step"]
+    heads = ["tensors", "plan at the first step", "anew, with states in place", "check at every other step"]
     columns = ("plan", "first_ms", 1e3), ("new plan", "host_us", 1), ("plan", "host_us", 1)
 
     def cells(tensors: int) -> list[str]:

@@ -3,9 +3,9 @@
     python bench/scale.py [--counts 1000 10000 100000] [--repeats 3] [--save] [--note TEXT]
 
 AdamW with clipping, over tiny tensors, so that nothing but the host's work counts. First the plan: what planning takes
-at the first step; at a step where another quarter of the parameters has no gradient than at the step before; and what
+at the first step; what it takes later to plan from the beginning, for three quarters of the parameters; and what
 checking the plan takes at every other step. Then whole steps: the first; one with the gradients of the step before;
-with all gradients elsewhere; with another quarter missing.
+with all gradients elsewhere; with another quarter of them missing than at the step before.
 
 "torch" is the fallback on a CPU, which does its work (beside it, in turns, torch's fused step and ``clip_grad_norm_``).
 "triton" is the kernels' side, for CPU tensors and a GPU on which nothing runs, with the bytes that a step sends there,
@@ -49,8 +49,8 @@ class Times(NamedTuple):
 
     first: float
     """For a first step."""
-    changed: float
-    """For a step with other gradients than the last."""
+    anew: float
+    """For a later step, from the beginning."""
     check: float
     """To look whether the plan serves a step like the last."""
 
@@ -95,8 +95,8 @@ def planning(count: int, backend: str) -> Times:
     first = plan(grads)
     check = statistics.median(seconds(lambda: engine.plan.holds(optimizer, params, grads)) for _ in range(7))
     assert engine.plan.holds(optimizer, params, grads)
-    changed = statistics.median(plan(without_a_part(grads, turn)) for turn in range(PARTS))
-    return Times(first, changed, check)
+    anew = statistics.median(plan(without_a_part(grads, turn)) for turn in range(PARTS))
+    return Times(first, anew, check)
 
 
 class Torchs:
@@ -156,7 +156,7 @@ def rows(count: int, backend: str, times: Times, whole: dict[str, Step], repeats
         history.Row(
             **where, **what, part="plan", first_ms=round(times.first * 1e3, 1), host_us=round(times.check * 1e6, 1)
         ),
-        history.Row(**where, **what, part="new plan", host_us=round(times.changed * 1e6, 1)),
+        history.Row(**where, **what, part="new plan", host_us=round(times.anew * 1e6, 1)),
     ]
     for kind, step in whole.items():
         row = history.Row(**where, **what, part=kind, host_us=round(step.seconds * 1e6, 1))
