@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import torch
 
-from .blocks import blocks, scratch
+from .blocks import blocks, like, scratch
 from .columns import number
 from .optimizer import FusedOptimizer
 from .rule import Rule, divisible
@@ -34,7 +34,7 @@ def fused(params, grads, states, t, group, scale):
     """The quotient on the way into the parameter: torch has no fused Adamax, but addcdiv."""
     h, size, bound = hyper(group), step_size(group, t), scratch("bound", params)
     for p, g, m, n in blocks(group, scale, params, grads, *states):
-        move(g, m, n, h, bound[: p.numel()])
+        move(g, m, n, h, like(bound, p))
         p.addcdiv_(m, n, value=-size)
 
 

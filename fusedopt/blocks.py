@@ -30,15 +30,20 @@ def blocks(
     copy = None if is_plain(group, None) else scratch("gradient", params)
     for tensors in zip(params, grads, *states):
         size = tensors[0].numel()
-        flat = [x.as_strided((size,), (1,)) for x in tensors]
-        for p, g, *state in zip(*(x.split(BLOCK) for x in flat)) if size > BLOCK else (flat,):
+        parts = zip(*(x.as_strided((size,), (1,)).split(BLOCK) for x in tensors)) if size > BLOCK else (tensors,)
+        for p, g, *state in parts:
             if copy is not None:
-                g = torch.mul(g, factor, out=copy[: p.numel()])
+                g = torch.mul(g, factor, out=like(copy, p))
                 if weight_decay != 0:
                     g.add_(p, alpha=weight_decay)
             elif factor != 1:
                 g.mul_(factor)
             yield p, g, *state
+
+
+def like(memory: Tensor, p: Tensor) -> Tensor:
+    """The beginning of scratch memory, laid out as a block."""
+    return memory.as_strided(p.size(), p.stride())
 
 
 class _Scratch(threading.local):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .flat import Space
-from .rule import Rule
+from .rule import Numbers, Rule, Update
 
 
 class Scalar(NamedTuple):
@@ -60,6 +60,25 @@ class Cohort:
             self.scalars, self.earlier = tuple(rounded), self.scalars
         else:
             self.scalars = self.earlier
+
+
+class StepNumbers:
+    """The numbers of one step, which a cohort takes from its group, its count and its scalars."""
+
+    def __init__(self, optimizer: Any):
+        self.optimizer = optimizer
+        decay = optimizer._settings.ema_decay
+        self.last = () if decay is None else (1 - decay,)
+
+    def __call__(self, cohort: Cohort, skipped: int = 0) -> Update:
+        """All of them, if ``skipped`` more steps were skipped than the host knows."""
+        scalars = cohort.earlier if skipped else cohort.scalars
+        update = self.optimizer.update(cohort.group, cohort.t + (1 - skipped), *scalars)
+        return update._replace(averages=(*update.averages, *self.last)) if self.last else update
+
+    def averages(self, cohort: Cohort) -> Numbers:
+        """The weights of the averages alone, for whom torch's fused kernel makes the rest."""
+        return *self.optimizer.averages(cohort.group, cohort.t + 1, *cohort.scalars), *self.last
 
 
 class Slots:

@@ -13,13 +13,12 @@ from torch import Tensor
 
 from . import capture, clipping
 from .arguments import check_rates
-from .cohorts import Cohort
+from .cohorts import StepNumbers
 from .executors import executor, prefer_one_launch, problem_with_one_launch
 from .metrics import Metrics, Tracker
 from .places import Place
 from .plan import Plan, without_collection
 from .roster import Roster
-from .rule import Update
 from .settings import CLIP
 from .shards import is_distributed, local_grads
 from .survey import left_to_torch
@@ -189,13 +188,7 @@ class Engine:
         if captures:
             self.captured.append((self.plan, self.executors))
         terms, reduction = clipping.terms(optimizer, self.scaling), self.plan.reduction
-        decay = optimizer._settings.ema_decay
-
-        def update(cohort: Cohort, skipped: int = 0) -> Update:
-            """The numbers of this step, if ``skipped`` more steps were skipped than the host knows."""
-            scalars = cohort.earlier if skipped else cohort.scalars
-            update = optimizer.update(cohort.group, cohort.t + (1 - skipped), *scalars)
-            return update if decay is None else update._replace(averages=(*update.averages, 1 - decay))
+        update = StepNumbers(optimizer)
 
         waiting = self.executors
         is_deferred = self.deferred is not None and self.deferred.is_of(grads)

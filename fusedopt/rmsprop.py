@@ -20,7 +20,7 @@ from functools import partial
 
 import torch
 
-from .blocks import blocks, is_plain, scratch
+from .blocks import blocks, is_plain, like, scratch
 from .normalized import KEEP
 from .optimizer import FusedOptimizer
 from .rule import FOREVER, Rule, divisible, root_of_sum, root_plus_eps
@@ -79,15 +79,15 @@ def fused_momentum(params, grads, states, t, group, scale):
 def fused_centered(params, grads, states, t, group, scale):
     zeros, memory = scratch("zeros", params), scratch("variance", params)
     for p, g, v, a in blocks(group, scale, params, grads, *states):
-        centered = variance(g, v, a, (1 - float(group["alpha"]), 0.0, 0.0), out=memory[: p.numel()])
-        _adam([p], [zeros[: p.numel()]], [_writable(g)], [centered], beta1=KEEP, beta2=KEEP, group=group)
+        centered = variance(g, v, a, (1 - float(group["alpha"]), 0.0, 0.0), out=like(memory, p))
+        _adam([p], [like(zeros, p)], [_writable(g)], [centered], beta1=KEEP, beta2=KEEP, group=group)
 
 
 def fused_centered_momentum(params, grads, states, t, group, scale):
     zeros, memory = scratch("zeros", params), scratch("variance", params)
     for p, g, v, b, a in blocks(group, scale, params, grads, *states):
-        centered = variance(g, v, a, (1 - float(group["alpha"]), 0.0, 0.0), out=memory[: p.numel()])
-        _adamw_on_buffer([b], [zeros[: p.numel()]], [_writable(g)], [centered], beta1=KEEP, beta2=KEEP, group=group)
+        centered = variance(g, v, a, (1 - float(group["alpha"]), 0.0, 0.0), out=like(memory, p))
+        _adamw_on_buffer([b], [like(zeros, p)], [_writable(g)], [centered], beta1=KEEP, beta2=KEEP, group=group)
         p.sub_(b, alpha=float(group["lr"]))
 
 

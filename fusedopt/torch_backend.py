@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from torch import Tensor
 from . import means, units
 from .buckets import Bucket, Member
 from .clipping import Skips, Verdict
-from .cohorts import Cohort
+from .cohorts import Cohort, StepNumbers
 from .flat import memory_order
 from .gather import Gather, Ways, each_once, find_ways, neighbours, picker
 from .rule import Stage, Update
@@ -152,7 +152,7 @@ class Executor:
         """The members of a bucket that is spread over ranks, in the order of means over them: none is gathered."""
         return self.direct
 
-    def shares_of_means(self, update: Callable[[Cohort], Update], verdict: Verdict, skips: Skips) -> Tensor:
+    def shares_of_means(self, update: StepNumbers, verdict: Verdict, skips: Skips) -> Tensor:
         """What this rank's parts add to the means over whole parameters: float64 [members, terms]."""
         self._begin(verdict)
         rows = []
@@ -165,9 +165,7 @@ class Executor:
                 rows.append(torch.stack(sums) / m.owner.numel() if sums else torch.zeros(0))
         return torch.stack(rows)
 
-    def step(
-        self, update: Callable[[Cohort], Update], verdict: Verdict, skips: Skips, found: Tensor | None = None
-    ) -> None:
+    def step(self, update: StepNumbers, verdict: Verdict, skips: Skips, found: Tensor | None = None) -> None:
         """Update parameters and states; where the step is skipped, only take the sums of squares. ``found`` are the
         means, where ranks have joined theirs."""
         if self.staged:
@@ -196,7 +194,7 @@ class Executor:
         if self.settings.adaptive_grad_clip is not None and not verdict.skip:
             units.clip_runs(self.runs, self.settings.adaptive_grad_clip, verdict.factor, self.compute_dtype)
 
-    def _step_fused(self, update: Callable[[Cohort], Update], factor: float) -> None:
+    def _step_fused(self, update: StepNumbers, factor: float) -> None:
         clips = self.settings.max_grad_value is not None
         # The kernels take the factor in float32 only.
         if factor != 1 and (clips or self.bucket.dtype == torch.float64):
@@ -217,7 +215,7 @@ class Executor:
             if before is not None:
                 self.tally.compare(before, run)
             # While the parameters lie in the cache.
-            for averages, weight in zip(run.averages, update(cohort).averages if run.averages else ()):
+            for averages, weight in zip(run.averages, update.averages(cohort) if run.averages else ()):
                 follow(averages, run.params, weight)
 
     def _step_in_blocks(self, run: Run, update: Update, factor: float, joined: Iterator[Tensor] | None = None) -> None:

@@ -3,7 +3,7 @@ that stay in the cache, read as float32, updated, and stored again."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 from . import torch_backend
 from .buckets import Bucket, Member
 from .clipping import Skips, Verdict
-from .cohorts import Cohort
+from .cohorts import Cohort, StepNumbers
 from .flat import is_dense, memory_order
 from .forms import QUANTIZED, TWINS
 from .gather import Ways
@@ -56,9 +56,7 @@ class Executor(torch_backend.Executor):
             roles.append(list(zip(*(x.split(self.block // part.per) for x, part in zip(parts, form.parts)))))
         return [Block(member.first_draw + k * self.block // 8, parts) for k, parts in enumerate(zip(*roles))]
 
-    def step(
-        self, update: Callable[[Cohort], Update], verdict: Verdict, skips: Skips, found: Tensor | None = None
-    ) -> None:
+    def step(self, update: StepNumbers, verdict: Verdict, skips: Skips, found: Tensor | None = None) -> None:
         for param, copy in self.copied.items():
             copy.copy_(param)
         super().step(update, verdict, skips, found)
