@@ -119,6 +119,8 @@ WAYS = [
     ("SGD", {}, {"max_grad_value": 0.5}),
     ("RMSprop", {"centered": True}, {"cautious": True}),
     ("NAdam", {}, {"max_grad_norm": 1.0}),
+    ("AdamW", {}, {"master": "split", "state_dtype": "8bit"}),
+    ("AdamW", {}, {"master": "stochastic", "state_dtype": torch.bfloat16, "max_grad_norm": 1.0}),
 ]
 
 
@@ -127,7 +129,7 @@ def numbers(optimizer):
     states = [state[key] for state in optimizer.state.values() for key in sorted(state)]
     norm = [] if optimizer.grad_norm is None else [optimizer.grad_norm]
     metrics = [] if optimizer.track is None else list(optimizer.metrics)
-    return [*states, *optimizer._ema.values(), *norm, *metrics]
+    return [x.double() for x in (*states, *optimizer._ema.values(), *norm, *metrics)]
 
 
 @interpreter_noise
@@ -136,7 +138,8 @@ def test_sets_that_are_put_together_equal_whole_plans(name, options, settings, b
     """Two groups, random sets; another optimizer forgets its plan before every step. Where the fallback gathers
     gradients, or not, sums are taken in another order: roundings of float32."""
     sizes = [(3,), (4, 5), (7,), (20_000,), (5,), (4, 5), ()] if backend == "torch" else [(3,), (4, 5), (70,)]
-    params, others = ([torch.nn.Parameter(torch.ones(size, device=device)) for size in sizes] for _ in range(2))
+    like = {"dtype": torch.bfloat16 if "master" in settings else torch.float32, "device": device}
+    params, others = ([torch.nn.Parameter(torch.ones(size, **like)) for size in sizes] for _ in range(2))
     pair = []
     for ps in (params, others):
         groups = [{"params": ps[:2]}, {"params": ps[2:], "weight_decay": 0.05}]
