@@ -2,6 +2,7 @@
 first line to its last, here in the interpreter."""
 
 import os
+import re
 import sys
 import time
 
@@ -199,6 +200,13 @@ class TestCodeQuality:
     def test_not_worse_than_committed(self, saved):
         done = self_report("--check")
         assert done.returncode == 0, f"{done.stdout}\nif that is meant, run python bench/code_quality.py --save"
+
+
+def test_compile_time():
+    done = program(sys.executable, BENCH / "compile_time.py")
+    assert done.returncode == 0, done.stderr
+    seconds = re.fullmatch(r"Triton [\d.]+, sm_90: ([\d.]+) s for step_adam, sum_of_squares\n", done.stdout)
+    assert seconds and 0.01 < float(seconds[1]) < 100
 
 
 def self_report(*more):
