@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .flat import Space
-from .rule import Numbers, Rule, Update
+from .rule import Rule, Update
 
 
 class Scalar(NamedTuple):
@@ -75,10 +75,6 @@ class StepNumbers:
         scalars = cohort.earlier if skipped else cohort.scalars
         update = self.optimizer.update(cohort.group, cohort.t + (1 - skipped), *scalars)
         return update._replace(averages=(*update.averages, *self.last)) if self.last else update
-
-    def averages(self, cohort: Cohort) -> Numbers:
-        """The weights of the averages alone, for whom torch's fused kernel makes the rest."""
-        return *self.optimizer.averages(cohort.group, cohort.t + 1, *cohort.scalars), *self.last
 
 
 class Slots:

@@ -215,7 +215,7 @@ class Executor:
             if before is not None:
                 self.tally.compare(before, run)
             # While the parameters lie in the cache.
-            for averages, weight in zip(run.averages, update.averages(cohort) if run.averages else ()):
+            for averages, weight in zip(run.averages, update(cohort).averages if run.averages else ()):
                 follow(averages, run.params, weight)
 
     def _step_in_blocks(self, run: Run, update: Update, factor: float, joined: Iterator[Tensor] | None = None) -> None:
