@@ -53,4 +53,4 @@ def tensor(x: Number, dtype: torch.dtype | None = None) -> Tensor:
     """x as one of a rule's scalars, in torch's default dtype or another."""
     if is_column(x):
         return x.to(dtype or torch.get_default_dtype())
-    return torch.tensor(x, dtype=dtype, device="cpu")
+    return torch.scalar_tensor(x, dtype=dtype, device="cpu")
