@@ -50,10 +50,10 @@ def mean_square(g, v, h):
     return v.mul_(1 - weight).addcmul_(g, g, value=weight)
 
 
-def variance(g, v, a, h, out=None):
+def variance(g, v, a, h):
     weight, eps, mu = h
     a.lerp_(g, weight)
-    return torch.addcmul(mean_square(g, v, h), a, a, value=-1, out=out)
+    return torch.addcmul(mean_square(g, v, h), a, a, value=-1)
 
 
 # torch has no fused RMSprop, but its fused Adam and AdamW do the work, where they are told to. Their square root
@@ -63,10 +63,11 @@ def variance(g, v, a, h, out=None):
 def fused(params, grads, states, t, group, scale):
     """Adam with beta1 = 0: its first moment is the gradient itself, and may share its memory, since the kernel
     writes back what it read (but for the sign of a zero, and NaN for inf), or what clipping made of it."""
+    lr, alpha = float(group["lr"]), float(group["alpha"])
     if is_plain(group, None):
-        return _adam(params, grads, grads, states[0], beta2=float(group["alpha"]), group=group, scale=scale)
+        return _adam(params, grads, grads, states[0], lr=lr, beta2=alpha, group=group, scale=scale)
     for p, g, v in blocks(group, scale, params, grads, *states):
-        _adam([p], [g], [g], [v], beta2=float(group["alpha"]), group=group)
+        _adam([p], [g], [g], [v], lr=lr, beta2=alpha, group=group)
 
 
 def fused_momentum(params, grads, states, t, group, scale):
@@ -77,18 +78,25 @@ def fused_momentum(params, grads, states, t, group, scale):
 
 
 def fused_centered(params, grads, states, t, group, scale):
-    zeros, memory = scratch("zeros", params), scratch("variance", params)
+    zeros, memory, lr = scratch("zeros", params), scratch("variance", params), float(group["lr"])
     for p, g, v, a in blocks(group, scale, params, grads, *states):
-        centered = variance(g, v, a, (1 - float(group["alpha"]), 0.0, 0.0), out=like(memory, p))
-        _adam([p], [like(zeros, p)], [_writable(g)], [centered], beta1=KEEP, beta2=KEEP, group=group)
+        centered = _variance(g, v, a, group, like(memory, p))
+        _adam([p], [like(zeros, p)], [_writable(g)], [centered], lr=lr, beta1=KEEP, beta2=KEEP, group=group)
 
 
 def fused_centered_momentum(params, grads, states, t, group, scale):
     zeros, memory = scratch("zeros", params), scratch("variance", params)
     for p, g, v, b, a in blocks(group, scale, params, grads, *states):
-        centered = variance(g, v, a, (1 - float(group["alpha"]), 0.0, 0.0), out=like(memory, p))
+        centered = _variance(g, v, a, group, like(memory, p))
         _adamw_on_buffer([b], [like(zeros, p)], [_writable(g)], [centered], beta1=KEEP, beta2=KEEP, group=group)
         p.sub_(b, alpha=float(group["lr"]))
+
+
+def _variance(g, v, a, group, out):
+    """Adam moves both averages in one pass. What it makes of its parameter, without a learning rate, is overwritten."""
+    alpha = float(group["alpha"])
+    _adam([out], [g], [a], [v], lr=0.0, beta1=alpha, beta2=alpha, group=group)
+    return torch.addcmul(v, a, a, value=-1, out=out)
 
 
 def _writable(g):
@@ -96,9 +104,9 @@ def _writable(g):
     return g.clone() if g.dtype == torch.float64 else g
 
 
-def _adam(params, grads, m, v, *, beta1=0.0, beta2, group, scale=None):
+def _adam(params, grads, m, v, *, lr, beta1=0.0, beta2, group, scale=None):
     torch._fused_adam_(
-        params, grads, m, v, [], [FOREVER] * len(params), lr=float(group["lr"]), beta1=beta1, beta2=beta2,
+        params, grads, m, v, [], [FOREVER] * len(params), lr=lr, beta1=beta1, beta2=beta2,
         weight_decay=0.0, eps=divisible(group["eps"]), amsgrad=False, maximize=False, grad_scale=scale,
     )  # fmt: skip
 
