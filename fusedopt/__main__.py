@@ -33,9 +33,9 @@ def main(argv: list[str] | None = None) -> int:
     if options.command == "info":
         print(info())
         return 0
-    if options.command == "check":
-        return check(options.file)
     try:
+        if options.command == "check":
+            return check(options.file)
         return draw_paths(options) if options.command == "paths" else train(options)
     except ModuleNotFoundError as missing:
         package = EXTRA.get((missing.name or "").partition(".")[0])
@@ -139,7 +139,7 @@ def arguments() -> argparse.ArgumentParser:
     )
     add("--device", choices=present, default=present[-1], help="default: %(default)s")
     add("--threads", type=positive(int), default=1, help="CPU threads (default: %(default)s; the networks are small)")
-    add("--seed", type=int, default=0, help="of the split, the initial parameters and the batches (default: 0)")
+    add("--seed", type=seed, default=0, help="of the split, the initial parameters and the batches (default: 0)")
     add("--out", type=Path, default=Path("demo/fusedopt.png"), help="the plot, a PNG (default: %(default)s)")
     return parser
 
@@ -148,6 +148,8 @@ def check(file: Path) -> int:
     """Print what ``fusedopt.check_rule`` says of every optimizer that the file defines; 1 if anything is wrong."""
     from fusedopt.check import check_file
 
+    if not (file.is_file() and file.suffix == ".py"):
+        raise Unusable(f"{file} is not a Python file")
     report = check_file(file)
     for name, difference in report.items():
         print(f"{name}: {difference or 'the Triton function and the torch twin agree'}")
@@ -167,6 +169,14 @@ def positive(number: type) -> Callable[[str], float]:
 
     parse.__name__ = number.__name__  # argparse shows it: "invalid int value: 'ten'"
     return parse
+
+
+def seed(text: str) -> int:
+    """An argparse type: what torch takes for one."""
+    value = int(text)
+    if not -(2**63) <= value < 2**63:
+        raise argparse.ArgumentTypeError(f"{text} has more than 64 bits")
+    return value
 
 
 def stopping(text: str) -> Callable:

@@ -123,8 +123,8 @@ def _options(optimizer: Any) -> list[str]:
 
 def _check_numbers(optimizer: Any, group: dict[str, Any], where: str) -> None:
     for key, value in group.items():
-        if isinstance(value, float) and math.isnan(value):
-            raise ValueError(f"{where}[{key!r}] is {value}; hyperparameters must be numbers")
+        if isinstance(value, float) and (math.isnan(value) or (key == "lr" and math.isinf(value))):
+            raise ValueError(f"{where}[{key!r}] is {value}; hyperparameters must be finite numbers")
     try:
         for key in _options(optimizer):
             group[key]

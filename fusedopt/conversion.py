@@ -18,7 +18,19 @@ from .flat import is_dense
 from .forms import Form
 from .rule import Rule
 from .shards import is_distributed, like, local
-from .storage import MASTER_KEYS, converted, decode, decode_master, encode, found, part_key, storage, wide
+from .storage import (
+    MASTER_KEYS,
+    converted,
+    decode,
+    decode_master,
+    encode,
+    encode_master,
+    found,
+    is_rounded,
+    part_key,
+    storage,
+    wide,
+)
 
 MASTER = "master"
 
@@ -100,9 +112,12 @@ def _held(optimizer: Any, rule: Rule, p: Tensor, entry: dict[str, Any]) -> dict[
     masters = {key: held.pop(key) for key in MASTER_KEYS if isinstance(held.get(key), Tensor)}
     if len(stored.param.parts) > 1 and masters:
         if MASTER in masters:
-            # Not from the parameter, which may be loaded later.
-            values = encode(stored.param, here[MASTER].float(), _strides(part))
-            held |= _named("", stored.param, p, values)
+            master, form = here[MASTER].float(), stored.param
+            if is_rounded(master, part).all():
+                values = [part, *encode_master(form, master, part, _strides(part))]
+            else:  # the parameter may be loaded later
+                values = encode(form, master, _strides(part))
+            held |= _named("", form, p, values)
         else:
             held |= {key: Held(value.to(part.device)) for key, value in masters.items()}
     return held

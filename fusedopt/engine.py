@@ -143,6 +143,7 @@ class Engine:
                 stacklevel=6,  # the line that called optimizer.step()
             )
 
+    @torch.inference_mode(False)  # states made in inference mode could not be written to outside it
     @without_collection()
     def _build(self, optimizer: Any, grads: list[Tensor | None]) -> None:
         devices = {p.device for group in optimizer.param_groups for p in group["params"]}

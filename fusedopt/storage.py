@@ -211,12 +211,24 @@ def encode(form: Form, values: Tensor, strides: tuple[int, ...]) -> list[Tensor]
 
 
 def encode_master(form: Form, master: Tensor | None, p: Tensor, strides: tuple[int, ...]) -> list[Tensor]:
-    """New parts, the parameter aside, that make ``p`` the exact ``master`` where it is its rounded value. Elsewhere
-    somebody has given p another value, which then is the master, as everywhere where there was none."""
+    """New parts, the parameter aside, that make ``p`` the exact ``master`` where it is its rounded value. Where another
+    form has rounded it, this one goes as near to it as it can. Elsewhere somebody has given p another value, which then
+    is the master, as everywhere where there was none."""
     plain = p.detach().float()
-    rounded = plain if master is None else encode(form, master, strides)[0].float()
-    master = plain if master is None else torch.where(rounded == plain, master, plain)
-    return encode(form, master, strides)[1:]
+    if master is None:
+        return encode(form, plain, strides)[1:]
+    here = encode(form, master, strides)[0].float() == plain
+    offset = master.view(torch.int32) - plain.view(torch.int32)
+    nearest = plain.view(torch.int32) + offset.clamp(-0x7FFF, 0x7F7F if form.name == "split8" else 0x7FFF)
+    other = torch.where(is_rounded(master, p), nearest.view(torch.float32), plain)
+    return encode(form, torch.where(here, master, other), strides)[1:]
+
+
+def is_rounded(master: Tensor, p: Tensor) -> Tensor:
+    """Where ``p`` is what some form makes of ``master``: they differ at numbers half way, "split8" a little before."""
+    if p.dtype is not torch.bfloat16:
+        return master.to(p.dtype) == p
+    return (master.view(torch.int32) - p.detach().float().view(torch.int32)).abs() <= 0x8000
 
 
 def converted(

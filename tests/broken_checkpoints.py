@@ -66,6 +66,11 @@ def lr_not_a_number(saved):
     return ValueError, r"\['param_groups'\]\[1\]\['lr'\] is nan"
 
 
+def lr_without_end(saved):
+    saved["param_groups"][1]["lr"] = math.inf
+    return ValueError, r"\['param_groups'\]\[1\]\['lr'\] is inf"
+
+
 def repeated_parameter(saved):
     saved["param_groups"][1]["params"][0] = 1
     return ValueError, r"\['param_groups'\]\[1\]\['params'\] lists 1"
@@ -138,7 +143,7 @@ def step_below_zero(saved):
 
 OF_GROUPS = [
     no_groups, no_state, another_group, one_group, short_group, group_without_params, group_without_lr, group_of_text,
-    groups_as_dict, lr_of_text, lr_of_none, lr_not_a_number, repeated_parameter,
+    groups_as_dict, lr_of_text, lr_of_none, lr_not_a_number, lr_without_end, repeated_parameter,
 ]  # fmt: skip
 OF_STATES = [
     state_as_list, entry_of_text, missing_tensor, wrong_shape, right_size_wrong_shape, number_for_a_tensor,

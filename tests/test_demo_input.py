@@ -106,6 +106,9 @@ def test_little_data_is_used_and_said_so(tmp_path, capsys):
         (["--epochs", "ten"], "invalid int value: 'ten'"),
         (["--lr", "nan"], "nan is not a finite number above zero"),
         (["--out", "."], "Is a directory"),
+        (["--seed", str(2**64)], "has more than 64 bits"),
+        (["check", "missing.py"], "missing.py is not a Python file"),
+        (["check", "."], ". is not a Python file"),
     ],
 )
 def test_wrong_arguments_are_refused(capsys, argv, message):

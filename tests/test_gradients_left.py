@@ -72,4 +72,5 @@ def test_a_step_in_inference_mode_disturbs_no_other(name):
         x.grad = torch.ones_like(x)
         with torch.inference_mode(mode):
             optimizer.step()
+        optimizer.step()
     assert not q.is_inference()

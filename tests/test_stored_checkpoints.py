@@ -11,6 +11,8 @@ from options import LR, STATEFUL
 from pairs import assert_same, same_bits, snapshot
 from stored_training import EXACT, MASTERS, STATE_DTYPES, copy_into, dtypes, every_form, made, run, through_file
 
+import fusedopt
+
 
 @pytest.mark.parametrize("compact", [False, True])
 @every_form
@@ -71,6 +73,31 @@ def test_every_other_setting_takes_it_over(master, state_dtype, compact):
         if new_master in EXACT:
             for k, value in other.master_state_dict().items():
                 torch.testing.assert_close(value, exact[k]["master"], rtol=2**-23, atol=0)
+
+
+PRECISION = {"fp32": 2**-23, "split": 2**-23, "split8": 2**-15, "kahan": 2**-15}
+"""Of a master between 1 and 4: a bit of float32; half of what 8 bits more than bfloat16 resolve, or all of it where the
+parameter was rounded the other way."""
+
+
+@pytest.mark.parametrize("compact", [False, True])
+@pytest.mark.parametrize(("master", "other_master"), itertools.permutations(PRECISION, 2))
+def test_a_parameter_that_was_rounded_the_other_way_keeps_its_master(master, other_master, compact):
+    """Forms round numbers half way between two parameters, or near to that, to different ones. Every lower half of a
+    float32, between parameters of even and of odd bits."""
+    values = torch.arange(0x3F800000, 0x3F820000, dtype=torch.int32).view(torch.float32)
+    values = torch.cat([values, -2 * values])
+    p = torch.nn.Parameter(values.bfloat16())
+    optimizer = fusedopt.AdamW([p], master=master)
+    optimizer.load_master_state_dict({0: values})
+    saved, exact = optimizer.state_dict(compact=compact), optimizer.master_state_dict()[0]
+    q = torch.nn.Parameter(p.detach().clone())
+    other = fusedopt.AdamW([q], lr=0.0, master=other_master)
+    other.load_state_dict(saved)
+    other.param_groups[0]["lr"], q.grad = 0.0, torch.zeros_like(q)
+    for taken_over in (other.master_state_dict, lambda: other.step() or other.master_state_dict()):
+        torch.testing.assert_close(taken_over()[0], exact, rtol=PRECISION[other_master], atol=0)
+        assert same_bits(p, q)
 
 
 @every_optimizer
