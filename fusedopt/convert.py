@@ -18,7 +18,8 @@ def convert(optimizer: torch.optim.Optimizer, **settings: Any) -> FusedOptimizer
     """Make ``optimizer`` fused, in place: state, groups, defaults and hooks stay the objects that they are.
 
     In place, since others hold on to the optimizer: schedulers, gradient scalers, trainers, hooks. All of them go on
-    with the same object. To keep torch's optimizer, convert a ``copy.deepcopy``.
+    with the same object. To keep torch's optimizer, convert a ``copy.deepcopy``. Where it raises, nothing has been
+    changed.
 
     Args:
         optimizer: an instance of a torch.optim class that fusedopt has too, or of a subclass that has no other
@@ -31,7 +32,6 @@ def convert(optimizer: torch.optim.Optimizer, **settings: Any) -> FusedOptimizer
     Raises:
         TypeError: for any other object, and for unknown settings.
         ValueError: for settings with a wrong value, or that contradict the optimizer's options.
-        Nothing has been changed then.
     """
     torch_class, fused = _classes(optimizer)
     _check_step(optimizer, torch_class)
