@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import random
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -116,12 +117,13 @@ def _rounds(
         return
     inner = {name: max(1, int(ROUND / max(_warm(step, on), 1e-7))) if seconds else 1 for name, step in steps.items()}
     deadline = time.perf_counter() + seconds
-    names = list(steps)
+    names, order = list(steps), random.Random(0)
     count = 0
     while count < (5 if seconds else 2) or (time.perf_counter() < deadline and count < 100):
+        # Turns by chance: who always came after the same one would find its code, or another's, in the caches.
+        order.shuffle(names)
         for name in names:
             results[name].wall.append(_wall(steps[name], on, inner[name]))
-        names.append(names.pop(0))  # nobody always comes first
         between()
         count += 1
 
@@ -133,8 +135,9 @@ def _warm(step: Callable[[], None], on: Cpu) -> float:
 
 def _device_rounds(steps: dict[str, Callable[[], None]], results: dict[str, Result], on: Cpu, rounds: int = 9) -> None:
     """What the host and the device need each by itself."""
-    names = list(steps)
+    names, order = list(steps), random.Random(0)
     for _ in range(rounds):
+        order.shuffle(names)
         for name in names:
             on.settle()
             begin = time.perf_counter()
@@ -144,7 +147,6 @@ def _device_rounds(steps: dict[str, Callable[[], None]], results: dict[str, Resu
             on.settle()
             if results[name].seen.launches < LAUNCH_QUEUE:
                 results[name].busy.append(on.busy(steps[name], 1, host))
-        names.append(names.pop(0))
 
 
 def _wall(step: Callable[[], None], on: Cpu, repeats: int) -> float:
