@@ -144,6 +144,7 @@ class Engine:
             )
 
     @torch.inference_mode(False)  # states made in inference mode could not be written to outside it
+    @torch.no_grad()  # which the line above switches off
     @without_collection()
     def _build(self, optimizer: Any, grads: list[Tensor | None]) -> None:
         devices = {p.device for group in optimizer.param_groups for p in group["params"]}
