@@ -80,9 +80,10 @@ def memory(
     narrow = any(p.dtype in NARROW for p, _ in entries)
     half = any(p.dtype is torch.float16 for p, _ in entries)
     masters = [m for m in MASTERS if narrow and not (half and m.startswith("split"))]
+    state_dtypes = STATE_DTYPES if any(rule.keys for _, rule in entries) else (None,)
     settings = copy.copy(made._settings)
     rows = MemoryTable()
-    for master, state_dtype in itertools.product([None, *masters], STATE_DTYPES):
+    for master, state_dtype in itertools.product([None, *masters], state_dtypes):
         settings.master, settings.state_dtype = master, state_dtype
         chosen = (master, state_dtype) == (made.master, made.state_dtype)
         rows.append(Memory(master, state_dtype, *_bytes(entries, settings), chosen))

@@ -42,7 +42,9 @@ def test_it_prints_a_table_and_knows_what_makes_no_sense():
     assert {row.master for row in table} == {None}
     assert str(table).count("\n*") == 1
     half = [torch.nn.Parameter(torch.ones(3, dtype=torch.float16))]
-    assert "split" not in {row.master for row in fusedopt.memory(half, fusedopt.SGD)}
+    stateless = fusedopt.memory(half, fusedopt.SGD)
+    assert "split" not in {row.master for row in stateless}
+    assert {row.state_dtype for row in stateless} == {None}
     with pytest.raises(TypeError, match="fusedopt"):
         fusedopt.memory(model, torch.optim.Adam)
     with pytest.raises(TypeError, match="lr"):
