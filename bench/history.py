@@ -120,19 +120,19 @@ def append(rows: Iterable[Row], path: pathlib.Path = HISTORY) -> None:
 def read(path: pathlib.Path = HISTORY) -> tuple[list[Row], list[str]]:
     """All rows that can be understood, and a sentence for each line that cannot."""
     rows, problems = [], []
-    with path.open(newline="") as file:
-        reader = csv.reader(file)
-        columns = next(reader, [])
-        if columns != list(FIELDS):
-            return [], [f"{path.name} line 1: the columns are not those of history.py: {','.join(columns)[:200]}"]
-        for values in reader:
-            where = f"{path.name} line {reader.line_num}"
-            if len(values) != len(columns):
-                problems.append(f"{where}: {len(values)} values for {len(columns)} columns")
-                continue
+    with path.open(newline="", errors="replace") as file:
+        columns = file.readline().strip()
+        if columns != ",".join(FIELDS):
+            return [], [f"{path.name} line 1: the columns are not those of history.py: {columns[:200]}"]
+        # No value has a line break in it: a quotation mark that nobody closes costs its own line only.
+        for number, line in enumerate(file, 2):
+            where = f"{path.name} line {number}"
             try:
-                rows.append(_row(dict(zip(columns, values))))
-            except ValueError as problem:
+                (values,) = csv.reader([line.rstrip("\r\n")])
+                if len(values) != len(FIELDS):
+                    raise ValueError(f"{len(values)} values for {len(FIELDS)} columns")
+                rows.append(_row(dict(zip(FIELDS, values))))
+            except (ValueError, csv.Error) as problem:
                 problems.append(f"{where}: {problem}")
     return rows, problems
 

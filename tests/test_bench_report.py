@@ -60,6 +60,7 @@ DAMAGE = {
     "a time that is nan": ("100.0", "nan", "wall_us is 'nan', not a number"),
     "no time": (",100.0,90.0", ",,90.0", "wall_us is '', not a time"),
     "a cell too few": ("a machine,", "", "values for"),
+    "an opened quote": (",ok,", ',"ok,', "values for"),
     "a date": ("2026-11-20", "20.11.2026", "date is '20.11.2026', not YYYY-MM-DD"),
     "a truth value": ("False", "no", "is 'no', not a truth value"),
     "a status": (",ok,", ",fine,", "status is 'fine', not one of"),
@@ -130,10 +131,11 @@ class TestReport:
     def test_the_rest_is_still_drawn(self, sample):
         path = sample / "history.csv"
         path.write_text(path.read_text().replace("124439808", "many", 1) + "\x00\x01,;\n")
+        path.write_bytes(path.read_bytes() + b"\xff\xfe\n")
         done = self.run(sample)
         assert done.returncode == 0, done.stderr
         assert "history.csv line 2: elements is 'many', not a number" in done.stderr
-        assert "history.csv line 12: " in done.stderr
+        assert "history.csv line 12: " in done.stderr and "history.csv line 13: " in done.stderr
         assert (sample / "plots" / "memory-1.svg").exists()
         assert self.run(sample, "--check").returncode == 1
 
