@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
-from operator import itemgetter
 from typing import Any
 
 import torch
@@ -100,7 +99,7 @@ def settle(optimizer: Any, key: tuple, entries: list[Entry], places: dict[Tensor
     joins = choice.name == "torch" and stored.plain
     irregular = [joins and not is_dense(p) for p in params]
     gathers = joins and device.type == "cpu" and not distributed
-    small = [gathers and _is_small(optimizer, entry, places.get(entry.owner), overlapping) for entry in entries]
+    small = [gathers and _is_small(entry, overlapping) for entry in entries]
     settings = optimizer._settings
     fused = stored.plain and rule.fuses(device, {dtype, grad_dtype, *stored.dtypes}) and not settings.cautious
     # Where parameters share memory, torch takes one with its averages before the next.
@@ -110,51 +109,61 @@ def settle(optimizer: Any, key: tuple, entries: list[Entry], places: dict[Tensor
     enough = sum(small) >= (FEW_LISTED if fused and rule.list_threads else FEW)
     enough = enough and (not listed or settings.flatten or settings.needs_norm)
     # What was gathered once stays so, or parameters that have no gradient at some steps would wander.
-    packed = [a or (b and (enough or (p in places and places[p].packed))) for a, b, p in zip(irregular, small, owners)]
+    packed = [a or (b and (enough or _is_packed(entry))) for a, b, entry in zip(irregular, small, entries)]
 
     counts = counts_steps(optimizer, stored)
     # As in torch, whose fused kernels want float32 counts on the device.
     fused_counts = capturable and any(entry.group.get("fused") for entry in entries)
     count_dtype = _get_scalar_dtype(fused_counts) if counts else None
+    homes = [entry.place for entry in entries]
     homeless = [
-        (entry, pack)
-        for entry, pack in zip(entries, packed)
-        if not _has_home(entry, places.get(entry.owner), stored, rule, count_dtype, pack, capturable)
+        (index, entry, pack)
+        for index, (entry, pack) in enumerate(zip(entries, packed))
+        if not _has_home(entry, stored, rule, count_dtype, pack, capturable)
     ]
     if homeless:
         # Small ones first, and group by group, so that each cohort's lie side by side; within a group by shape, so
         # that gradients can be gathered by few calls.
-        homeless.sort(key=lambda pair: (not pair[1], pair[0].number, pair[0].param.shape[1:] if pair[1] else ()))
-        space = Space([entry.param for entry, _ in homeless], sum(pack for _, pack in homeless), capturable)
-        for index, (entry, pack) in enumerate(homeless):
-            owner = entry.owner
-            earlier = places.get(owner)
+        homeless.sort(key=lambda one: (not one[2], one[1].number, one[1].param.shape[1:] if one[2] else ()))
+        space = Space([entry.param for _, entry, _ in homeless], sum(pack for *_, pack in homeless), capturable)
+        for number, (index, (owner, *_, earlier, _), pack) in enumerate(homeless):
             owned = earlier is not None and earlier.flattened == owner.data_ptr()
-            places[owner] = Place(space, index, pack, owned=owned, like=owner if distributed else None)
+            homes[index] = Place(space, number, pack, owned=owned, like=owner if distributed else None)
+        places.update(zip(owners, homes))
 
-    flattened = flatten([places[p] for p in owners], params, settings.flatten and not distributed)
+    flattened = flatten(homes, params, settings.flatten and not distributed)
     cohorts: dict[tuple, Cohort] = {}
-    members, writes = [], []
+    members, writes, unsettled = [], [], []
+    beginners: dict[int, tuple[dict, dict[str, Scalar], list[tuple[Tensor, Tensor, Place]]]] = {}
+    """By group."""
     agreed, keys = terms(rule, settings, capturable), tuple(state_keys(optimizer, rule, stored))
-    for owner, p, position, number, group, taken, scalars, first_draw, settled in entries:
-        place = places[owner]
+    for place, entry in zip(homes, entries):
+        owner, p, position, number, group, taken, scalars, first_draw, state, _, settled = entry
         if capturable and not counts:
             writes += count_aside(optimizer, owner, place, stored, taken)
-        if not settled or place.terms is None:
-            adopt = adopt_states if optimizer.state.get(owner) else begin_states
-            if keys:
-                writes += adopt(optimizer, owner, group, place, stored, _numbers(taken, rule, scalars, count_dtype))
-            place.settle(agreed, keys)
-        if settings.ema_decay is not None:
-            writes += ema.adopt(optimizer._ema, owner, place)
         key = number if capturable else (number, taken, scalars)
         if key not in cohorts:
             known = (0,) if capturable else (taken, tuple(map(Scalar.tensor, scalars)))
             cohorts[key] = Cohort(len(cohorts), group, *known)
         cohort = cohorts[key]
+        if not settled or place.terms is None:
+            unsettled.append(place)
+            if state and keys:
+                numbers = _numbers(taken, rule, scalars, count_dtype)
+                writes += adopt_states(optimizer, owner, group, place, stored, numbers)
+            elif keys:
+                if number not in beginners:
+                    beginners[number] = group, _numbers(taken, rule, scalars, count_dtype), []
+                beginners[number][2].append((owner, p, place))
+        if settings.ema_decay is not None:
+            writes += ema.adopt(optimizer._ema, owner, place)
         member = Member(owner, p, position, cohort.number, place, first_draw)
         cohort.members.append(member)
         members.append(member)
+    for group, numbers, some in beginners.values():
+        writes += begin_states(optimizer, group, some, stored, numbers)
+    for place in unsettled:
+        place.settle(agreed, keys)
     write(optimizer, writes)
     averages = rule.averages if settings.ema_decay is None else (*rule.averages, ema.ROLE)
     return Bucket(
@@ -163,29 +172,27 @@ def settle(optimizer: Any, key: tuple, entries: list[Entry], places: dict[Tensor
     )  # fmt: skip
 
 
-def _is_small(optimizer: Any, entry: Entry, place: Place | None, overlapping: set[int]) -> bool:
+def _is_small(entry: Entry, overlapping: set[int]) -> bool:
     """Whether the parameter is worth gathering, and may be."""
     if entry.param.numel() >= SMALL or id(entry.param) in overlapping:
         return False
-    return (entry.settled and place.packed) or not has_shared_state(optimizer, entry.owner, place)
+    return not entry.state or (entry.settled and entry.place.packed) or not has_shared_state(entry.state, entry.place)
+
+
+def _is_packed(entry: Entry) -> bool:
+    return entry.place is not None and entry.place.packed
 
 
 def _has_home(
-    entry: Entry,
-    place: Place | None,
-    stored: Storage,
-    rule: Rule,
-    count_dtype: torch.dtype | None,
-    packed: bool,
-    capturable: bool,
+    entry: Entry, stored: Storage, rule: Rule, count_dtype: torch.dtype | None, packed: bool, capturable: bool
 ) -> bool:
     """Whether the parameter's place will do."""
-    if place is None or not place.packs(entry.param, packed):
+    if entry.place is None or not entry.place.packs(entry.param, packed):
         return False
     if entry.settled:
         return True
     beside = _numbers(entry.taken, rule, entry.scalars, count_dtype)
-    return place.fits(entry.param, {**stored.parts, **beside}, capturable)
+    return entry.place.fits(entry.param, {**stored.parts, **beside}, capturable)
 
 
 def _numbers(
@@ -199,7 +206,8 @@ def _numbers(
 
 def sharing_memory(params: Sequence[Tensor]) -> set[int]:
     """The ids of parameters whose memory begins inside another one's, and of those others."""
-    ends = sorted(((p.data_ptr(), p.data_ptr() + _extent(p), id(p)) for p in params if p.numel()), key=itemgetter(0))
+    starts = map(Tensor.data_ptr, params)
+    ends = sorted((start, start + _extent(p), id(p)) for start, p in zip(starts, params) if p.numel())
     found: set[int] = set()
     reach, owner = 0, 0
     for start, end, number in ends:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from itertools import chain
-from operator import itemgetter
+from operator import attrgetter, itemgetter
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ from .shards import is_distributed, local_grads
 from .survey import left_to_torch
 
 get_params = itemgetter("params")
+get_grad = attrgetter("grad")
 
 
 class Engine:
@@ -109,7 +110,7 @@ class Engine:
     def _with_gradients(self, optimizer: Any, act: Callable[[Any, list[Tensor | None]], None]) -> bool:
         """Do something with the gradients of this step, or return False if there are none."""
         params = list(chain.from_iterable(map(get_params, optimizer.param_groups)))
-        grads = [p.grad for p in params]
+        grads = list(map(get_grad, params))
         parts = local_grads(params, grads) if self.distributed else grads
         if self.plan is None or not self.plan.holds(optimizer, params, parts):
             if not self.distributed and any(map(is_distributed, params)):

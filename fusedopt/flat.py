@@ -49,6 +49,7 @@ class Space:
         # States and copies follow the parameter's strides where these fill memory, as torch's do.
         self.strides = [p.stride() if is_dense(p) else torch.empty(p.size(), device="meta").stride() for p in params]
         self.offsets: list[int] = []
+        self.packed = packed
         self.packed_size = end = 0
         for index, p in enumerate(params):
             start = end if index < packed else -(-end // ALIGNMENT) * ALIGNMENT
@@ -62,25 +63,29 @@ class Space:
         self.numbers: dict[str, Tensor] = {}
         """What is one number per tensor: step counts and their like."""
         self.copies: dict[tuple[str, torch.dtype], Tensor] = {}
-        self.unclaimed: dict[str, dict[int, Tensor]] = {}
+        self.copies_apart: dict[tuple[str, torch.dtype], list[Tensor]] = {}
+        """The tensors in these."""
+        self.unclaimed: dict[str, list[Tensor | None]] = {}
         """By role and index: made all at once, which is faster, for those who claim them."""
 
     def allocate(self, role: str, dtype: torch.dtype, per: int = 1) -> None:
         """A buffer with one number ``per`` so many elements."""
         self.buffers[role] = torch.zeros(self.size // per, dtype=dtype, device=self.device)
         self.per[role] = per
-        views = map(self.view, itertools.repeat(role), range(len(self.sizes)))
         if per == 1:
-            views = map(self.buffers[role].as_strided, self.sizes, self.strides, self.offsets)
-        self.unclaimed[role] = dict(enumerate(map(alias, views)))
+            views = self.parts(self.buffers[role], len(self.sizes))
+        else:
+            views = map(self.view, itertools.repeat(role), range(len(self.sizes)))
+        self.unclaimed[role] = list(map(alias, views))
 
     def allocate_numbers(self, role: str, dtype: torch.dtype) -> None:
         self.numbers[role] = torch.zeros(len(self.sizes), dtype=dtype, device=self.device if self.capturable else "cpu")
-        self.unclaimed[role] = dict(enumerate(map(alias, self.numbers[role].unbind())))
+        self.unclaimed[role] = list(map(alias, self.numbers[role].unbind()))
 
     def claim(self, role: str, index: int) -> Tensor:
         """The ``index``-th tensor in that role for others to see: with storage of its own."""
-        view = self.unclaimed[role].pop(index, None)
+        views = self.unclaimed[role]
+        view, views[index] = views[index], None
         return alias(self.view(role, index)) if view is None else view
 
     def view(self, role: str, index: int) -> Tensor:
@@ -99,8 +104,24 @@ class Space:
             self.copies[role, dtype] = torch.zeros(self.packed_size, dtype=dtype, device=self.device)
         return self.copies[role, dtype]
 
+    def packed_copy(self, role: str, dtype: torch.dtype, index: int) -> Tensor:
+        """The copy of the ``index``-th tensor there."""
+        if (role, dtype) not in self.copies_apart:
+            self.copies_apart[role, dtype] = self.parts(self.packed_copies(role, dtype), self.packed)
+        return self.copies_apart[role, dtype][index]
+
     def part_like(self, buffer: Tensor, index: int) -> Tensor:
         return buffer.as_strided(self.sizes[index], self.strides[index], self.offsets[index])
+
+    def parts(self, buffer: Tensor, count: int) -> list[Tensor]:
+        """The first ``count`` tensors in a buffer of which they are all. Autograd does not take them for views, which
+        makes them small, and fast to make."""
+        lengths = list(map(torch.Size.numel, self.sizes[:count]))
+        starts = [*self.offsets[1:count], len(buffer)]
+        gaps = [start - (offset + length) for start, offset, length in zip(starts, self.offsets, lengths)]
+        pieces = torch.unsafe_split_with_sizes(buffer, list(itertools.chain.from_iterable(zip(lengths, gaps))))[::2]
+        laid_out = zip(pieces, self.sizes, self.strides)
+        return [x if strides == (1,) else x.as_strided(size, strides) for x, size, strides in laid_out]
 
     def uses(self) -> list[int]:
         """How many tensors hold on to each buffer. Every view given out is one of them, until it is freed or somebody

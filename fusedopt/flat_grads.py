@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from . import upload
-from .flat import Space, alias
+from .flat import Space
 from .shards import is_distributed
 
 
@@ -118,7 +118,7 @@ class FlatGrads:
         space = Space(params, packed=0)
         space.allocate("grad", params[0].dtype)
         self.buffers.append(space.buffers["grad"])
-        views = [alias(space.view("grad", index)) for index in range(len(params))]
+        views = [space.claim("grad", index) for index in range(len(params))]
         return {p: Given(view, view.data_ptr(), _kind(p)) for p, view in zip(params, views)}
 
 

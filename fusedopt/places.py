@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from functools import partial
+from functools import cache, partial
 from operator import is_
 from typing import Any
 
@@ -20,7 +20,7 @@ from .flat import Space, is_dense
 from .rule import Rule
 from .settings import Settings
 from .shards import local
-from .storage import Part, Storage, beginning, converted, superseded
+from .storage import Part, Storage, beginning, begins_alike, converted, superseded
 
 
 @dataclasses.dataclass(slots=True, eq=False)
@@ -33,8 +33,6 @@ class Place:
     views: dict[str, Tensor] = dataclasses.field(default_factory=dict)
     addresses: dict[str, int] = dataclasses.field(default_factory=dict)
     """Where the views lay when they were made."""
-    copies: dict[tuple[str, torch.dtype], Tensor] = dataclasses.field(default_factory=dict)
-    """Views of the space's packed copies."""
     flattened: int | None = None
     """The address to which ``flatten`` moved the parameter, until somebody else moves it."""
     owned: bool = False
@@ -45,9 +43,6 @@ class Place:
     """On which the state was adopted; None as long as it was not."""
     keys: Sequence[str] = ()
     """Of the state that was adopted then."""
-    held: Sequence[Tensor] = ()
-    """Its views, in that order, and where they lay."""
-    held_at: Sequence[int] = ()
 
     @property
     def strides(self) -> tuple[int, ...]:
@@ -81,11 +76,7 @@ class Place:
         return part is not None and part is self.views.get(key) and part.data_ptr() == self.addresses[key]
 
     def packed_copy(self, role: str, dtype: torch.dtype) -> Tensor:
-        copy = self.copies.get((role, dtype))
-        if copy is None:
-            copy = self.space.part_like(self.space.packed_copies(role, dtype), self.index)
-            self.copies[role, dtype] = copy
-        return copy
+        return self.space.packed_copy(role, dtype, self.index)
 
     def is_for(self, p: Tensor) -> bool:
         """Whether the parameter, or this rank's part of it, still has the layout for which the place was made."""
@@ -108,17 +99,16 @@ class Place:
     def settle(self, agreed: tuple, keys: Sequence[str]) -> None:
         """Note on which terms the state was adopted, and under which keys it is."""
         self.terms, self.keys = agreed, keys
-        self.held = [self.views[key] for key in keys]
-        self.held_at = [self.addresses[key] for key in keys]
 
     def is_settled(self, p: Tensor, state: dict[str, Any], agreed: tuple) -> bool:
         """Whether nothing of terms, parameter and state has changed since."""
         if self.terms != agreed or len(state) != len(self.keys) or not self.is_for(p):
             return False
-        values = map(state.get, self.keys)
+        values, held = map(state.get, self.keys), list(map(self.views.get, self.keys))
         if self.like is not None:
             values = map(local, values)
-        return all(map(is_, values, self.held)) and list(map(Tensor.data_ptr, self.held)) == self.held_at
+        at = list(map(self.addresses.get, self.keys))
+        return all(map(is_, values, held)) and list(map(Tensor.data_ptr, held)) == at
 
 
 def terms(rule: Rule, settings: Settings, capturable: bool) -> tuple:
@@ -126,10 +116,9 @@ def terms(rule: Rule, settings: Settings, capturable: bool) -> tuple:
     return rule, settings.layout, capturable
 
 
-def has_shared_state(optimizer: Any, p: Tensor, place: Place | None) -> bool:
+def has_shared_state(state: dict[str, Any], place: Place | None) -> bool:
     """Whether a state lies in memory shared between processes, as Adagrad.share_memory() puts it."""
-    state = optimizer.state.get(p)
-    return bool(state) and any(
+    return any(
         is_shared(value)
         for key, value in state.items()
         if place is None or not place.holds(key, value) or not place.packed
@@ -145,23 +134,36 @@ Write = tuple[Tensor, Tensor | float]
 
 
 def begin_states(
-    optimizer: Any, p: Tensor, group: dict, place: Place, stored: Storage, numbers: dict[str, Scalar]
+    optimizer: Any,
+    group: dict,
+    beginners: Sequence[tuple[Tensor, Tensor, Place]],
+    stored: Storage,
+    numbers: dict[str, Scalar],
 ) -> list[Write]:
-    """Give the empty ``optimizer.state[p]`` views of the place. Returns what has to be written into them. ``numbers``
-    are the step count, where there is one, and the rule's scalars."""
-    blank = place.terms is None  # new memory holds zeros
-    state, writes = optimizer.state[p], []
+    """Give every empty ``optimizer.state[p]`` views of its place. Returns what has to be written into them: new memory
+    holds zeros.
+
+    Args:
+        beginners: parameters of one group as the optimizer holds them, what this rank updates of them, and places.
+        numbers: what stands beside the states: the step count, where there is one, and the rule's scalars.
+    """
+    states = [optimizer.state[owner] for owner, _, _ in beginners]
+    writes = []
     for key, number in numbers.items():
-        view = state[key] = place.open_number(key, number.dtype)
-        if number.value or not blank:
-            writes.append((view, number.value))
+        for state, (_, _, place) in zip(states, beginners):
+            view = state[key] = place.open_number(key, number.dtype)
+            if number.value or place.terms is not None:
+                writes.append((view, number.value))
     for role, form, parts in stored.kept_parts:
-        if parts:
-            initial = partial(optimizer.initial_value, group, role)
-            values = beginning(role, form, local(p), place.strides, initial)
+        if not parts:
+            continue
+        initial = cache(partial(optimizer.initial_value, group, role))
+        alike = [initial()] if begins_alike(role, form) else None
+        for state, (_, p, place) in zip(states, beginners):
+            values = alike or beginning(role, form, p, place.strides, initial)
             for (key, part), value in zip(parts.items(), values):
                 view = state[key] = place.open(key, part.dtype, part.per)
-                if not blank or isinstance(value, Tensor) or value:
+                if place.terms is not None or isinstance(value, Tensor) or value:
                     writes.append((local(view), value))
     return writes
 
@@ -169,7 +171,7 @@ def begin_states(
 def adopt_states(
     optimizer: Any, p: Tensor, group: dict, place: Place, stored: Storage, numbers: dict[str, Scalar]
 ) -> list[Write]:
-    """The same where something is there already: the views get its values."""
+    """The same for one parameter, where something is there already: the views get its values."""
     state = optimizer.state[p]
     here = {key: local(value) for key, value in state.items()}
     writes: list[Write] = []

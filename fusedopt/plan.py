@@ -34,6 +34,9 @@ get_dtype = attrgetter("dtype")
 get_kind = attrgetter("dtype", "device")
 get_params = itemgetter("params")
 
+MANY = 100_000
+"""Objects that have been made since the last search for garbage."""
+
 
 @contextlib.contextmanager
 def without_collection() -> Iterator[None]:
@@ -45,6 +48,10 @@ def without_collection() -> Iterator[None]:
         yield
     finally:
         if enabled:
+            if gc.get_count()[0] > MANY and not gc.get_freeze_count():
+                # Two searches saved: all objects are counted among the oldest at once.
+                gc.freeze()
+                gc.unfreeze()
             gc.enable()
 
 

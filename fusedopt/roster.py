@@ -49,9 +49,9 @@ class Listed:
         self.keys = places[0].keys
         # A state may have gone since the plan. Not optimizer.state[...], which would make an empty one.
         self.states = [optimizer.state.get(m.owner, {}) for m in members] if self.keys else []
-        self.parts = [[place.held[k] for place in places] for k in range(len(self.keys))]
+        self.parts = [[place.views[key] for place in places] for key in self.keys]
         """What must be under each key, of distributed states the local parts, and where that must lie."""
-        self.addresses = [[place.held_at[k] for place in places] for k in range(len(self.keys))]
+        self.addresses = [[place.addresses[key] for place in places] for key in self.keys]
         positions = list(map(get_position, members))
         self.pick = picker(positions)
         self.groups = optimizer.param_groups

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable
+from itertools import compress
 from operator import attrgetter, is_
 from typing import Any
 
@@ -19,6 +20,7 @@ PLAIN = (Tensor, torch.nn.Parameter)
 
 # Not to_local(), which costs five times as much and returns the same tensor.
 get_local = attrgetter("_local_tensor")
+get_spec = attrgetter("_spec")
 
 
 def is_distributed(tensor: Any) -> bool:
@@ -51,6 +53,9 @@ def alike(a: Any, b: Any) -> bool:
 def local_grads(params: list[Tensor], grads: list[Tensor | None]) -> list[Tensor | None]:
     """Each gradient's local part, distributed like its parameter. Sequence parallelism leaves sums to be taken
     (Partial): every rank takes part in that, and ``p.grad`` stays as it was."""
+    simply = _parts_of_alike(params, grads)
+    if simply is not None:
+        return simply
     found = []
     for position, (p, g) in enumerate(zip(params, grads)):
         if is_distributed(g) and is_distributed(p):
@@ -64,6 +69,20 @@ def local_grads(params: list[Tensor], grads: list[Tensor | None]) -> list[Tensor
             )
         found.append(g)
     return found
+
+
+def _parts_of_alike(params: list[Tensor], grads: list[Tensor | None]) -> list[Tensor | None] | None:
+    """The local parts, by a few passes of C code, where every gradient has arrived, and has its parameter's own spec,
+    as engines leave it. None where one must be looked at."""
+    present = [g is not None for g in grads]
+    owners, here = list(compress(params, present)), list(compress(grads, present))
+    if len({*map(type, owners), *map(type, here)}) != 1 or not is_distributed(here[0]):
+        return None
+    parts = list(map(get_local, here))
+    if set(map(type, parts)) != {Tensor} or not all(map(is_, map(get_spec, owners), map(get_spec, here))):
+        return None
+    following = iter(parts)
+    return [next(following) if there else None for there in present] if len(here) < len(grads) else parts
 
 
 def refuse_partial(p: Any) -> None:
@@ -85,16 +104,18 @@ def _like(p: Any, g: Any, position: int) -> Any:
 
 
 class Shards:
-    """The distributed tensors of a plan: whether their local parts still are the ones that it was made for."""
+    """The distributed tensors of a plan: whether their local parts still are the ones that it was made for, and those
+    of states where they were. Where parameters must lie is for the executors to say (``Plan.note_memory``)."""
 
     def __init__(self, params: list[Any], states: Iterable[Any]):
         self.params = params
         self.wholes = [*params, *states]
         self.parts = list(map(get_local, self.wholes))
-        self.addresses = list(map(Tensor.data_ptr, self.parts))
+        self.states = self.parts[len(params) :]
+        self.addresses = list(map(Tensor.data_ptr, self.states))
 
     def hold(self) -> bool:
         return (
             all(map(is_, map(get_local, self.wholes), self.parts))
-            and list(map(Tensor.data_ptr, self.parts)) == self.addresses
+            and list(map(Tensor.data_ptr, self.states)) == self.addresses
         )

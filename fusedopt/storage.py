@@ -256,11 +256,16 @@ def beginning(
     role: str, form: Form, p: Tensor, strides: tuple[int, ...], initial: Callable[[], float]
 ) -> list[Tensor | float]:
     """The same for a role that is not there."""
+    if begins_alike(role, form):
+        return [initial()]
     if role == "":
         return encode_master(form, None, p, strides)
-    if form.plain or form.draws:
-        return [initial()]
     return encode(form, torch.full(p.size(), initial(), dtype=wide(p), device=p.device), strides)
+
+
+def begins_alike(role: str, form: Form) -> bool:
+    """Whether the role begins with the same number for every parameter of a group."""
+    return role != "" and (form.plain or form.draws)
 
 
 def superseded(role: str, form: Form, state: dict[str, Any], p: Tensor) -> list[str]:

@@ -84,8 +84,11 @@ class Entry(NamedTuple):
     """What its rule keeps beside that count."""
     first_draw: int
     """See buckets.Member."""
+    state: dict[str, Any]
+    place: Place | None
+    """Where its state was put before."""
     settled: bool
-    """Whether its state lies in its place already."""
+    """Whether it still lies there."""
 
 
 def survey(
@@ -101,33 +104,35 @@ def survey(
     active = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     if len(set(map(id, active))) != len(active):
         raise NotFusable("a parameter that is listed twice")
-    position = eights = 0
+    adaptive, states = optimizer._settings.adaptive_grad_clip is not None, optimizer.state
+    position, eights = -1, 0
     for number, (group, rule) in enumerate(zip(optimizer.param_groups, rules)):
         capturable = optimizer.is_capturable(group)
         agreed = terms(rule, optimizer._settings, capturable)
         read = _left_there if capturable else _number
         # Most parameters of a group are of one kind: what concerns the kind is looked at once.
-        kinds: dict[tuple, list[Entry]] = {}
+        kinds: dict[tuple, tuple[Storage, tuple[Scalar, ...], list[Entry]]] = {}
         for owner in group["params"]:
-            p, g = local(owner), grads[position]
             position += 1
+            p, g = local(owner), grads[position]
             first_draw, eights = eights, eights - (-owner.numel() // 8)
             if g is None:
                 continue
-            where = Where(position - 1, number, owner)
-            state, place = optimizer.state.get(owner, {}), places.get(owner)
-            spread = reduction.spread(owner) if is_distributed(owner) else None
+            here = position, number, owner
+            state, place = states.get(owner, {}), places.get(owner)
+            spread = None if p is owner else reduction.spread(owner)
             kind = type(p), p.device, type(g), g.device, g.dtype, g.layout, spread, *traits(owner, rule, state)
             if kind not in kinds:
-                _look_at_kind(p, g, group, where)
+                _look_at_kind(p, g, group, Where(*here))
             if g.shape != p.shape:
-                raise RuntimeError(f"the gradient of {where} has shape {tuple(g.shape)}")
-            if optimizer._settings.adaptive_grad_clip is not None and (spread or hasattr(owner, "_fsdp_flattened")):
-                refuse_shards(owner, where)
+                raise RuntimeError(f"the gradient of {Where(*here)} has shape {tuple(g.shape)}")
+            if adaptive and (spread or hasattr(owner, "_fsdp_flattened")):
+                refuse_shards(owner, Where(*here))
             settled = place is not None and place.is_settled(p, state, agreed)
             if state and not settled:
-                _look_at_state(owner, rule, state, where)
+                _look_at_state(owner, rule, state, Where(*here))
             if kind not in kinds:
+                where = Where(*here)
                 stored = storage(owner, rule, optimizer._settings, state)
                 if p.device not in choices:
                     choices[p.device] = backend(p.device, optimizer.backend)
@@ -136,12 +141,15 @@ def survey(
                 if hasattr(owner, "_fsdp_flattened"):
                     _refuse_means(optimizer, group, where)
                 key = p.device, p.dtype, g.dtype, rule, choices[p.device], stored, spread, capturable
-                dtypes = tuple(s.dtype for s in _scalars(optimizer, rule, group, state, read, where))
-                kinds[kind] = stored, buckets.setdefault((*key, dtypes), [])
-            stored, entries = kinds[kind]
-            taken = _steps_taken(optimizer, rule, stored, state, read, where)
-            scalars = _scalars(optimizer, rule, group, state, read, where) if rule.scalars else ()
-            entries.append(Entry(owner, p, position - 1, number, group, taken, scalars, first_draw, settled))
+                scalars = _scalars(optimizer, rule, group, state, read, where)
+                dtypes = tuple(scalar.dtype for scalar in scalars)
+                kinds[kind] = stored, scalars, buckets.setdefault((*key, dtypes), [])
+            stored, scalars, entries = kinds[kind]
+            taken = 0
+            if state:
+                taken = _steps_taken(optimizer, rule, stored, state, read, Where(*here))
+                scalars = _scalars(optimizer, rule, group, state, read, Where(*here)) if rule.scalars else ()
+            entries.append(Entry(owner, p, position, number, group, taken, scalars, first_draw, state, place, settled))
     return buckets
 
 

@@ -18,6 +18,7 @@ from cases import (
 from pairs import Pair, close, same_bits
 
 import fusedopt
+from fusedopt.flat import Space
 
 LINEAR = [((40, 10), (40,)), ((10, 40), (10,))] * 5
 
@@ -42,6 +43,22 @@ def side_by_side(params):
     spans = sorted((p.data_ptr(), p.data_ptr() + p.numel() * p.element_size()) for p in params if p.numel())
     gaps = [start - end for (_, end), (start, _) in pairwise(spans)]
     return all(0 <= gap < 256 * params[0].element_size() for gap in gaps)
+
+
+@pytest.mark.parametrize("packed", [0, 4, 9])
+def test_views_made_all_at_once_are_those_made_one_by_one(packed, device):
+    shapes = [(3,), (), (0,), (4, 5), (1,), (300,), (2, 0), (2, 3, 4), (7,)]
+    params = [torch.ones(shape, device=device) for shape in shapes]
+    params[3], params[7] = params[3].t(), params[7].permute(1, 2, 0)
+    space = Space(params, packed)
+    for count, size in (packed, space.packed_size), (len(params), space.size):
+        buffer = torch.arange(size, device=device)
+        views = space.parts(buffer, count)
+        assert len(views) == count
+        for index, view in enumerate(views):
+            alone = space.part_like(buffer, index)
+            assert (view.data_ptr(), view.shape, view.stride()) == (alone.data_ptr(), alone.shape, alone.stride())
+            assert torch.equal(view, alone)
 
 
 def test_parameters_move_into_one_buffer(backend, device):

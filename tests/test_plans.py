@@ -275,3 +275,27 @@ def test_no_set_is_kept(backend, device):
     gc.collect()
     found = [x for x in gc.get_objects() if type(x) is plan.Plan and x.params[0] is params[0]]
     assert len(found) <= 2  # the one that is used, and the roster's
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("enabled", [False, True])
+def test_what_is_planned_counts_as_old(enabled, frozen, monkeypatch):
+    """Python need not search it for garbage soon. Whether it does, and what somebody else froze, stays as it was."""
+    monkeypatch.setattr(plan, "MANY", 0)
+    params = [torch.nn.Parameter(torch.ones(3)) for _ in range(5)]
+    for p in params:
+        p.grad = torch.ones_like(p)
+    optimizer = fusedopt.AdamW(params, backend="torch")
+    was_enabled = gc.isenabled()
+    try:
+        (gc.enable if enabled else gc.disable)()
+        if frozen:
+            gc.freeze()
+        optimizer.step()
+        assert gc.isenabled() is enabled
+        assert bool(gc.get_freeze_count()) is frozen
+        old = any(x is optimizer._engine.plan for x in gc.get_objects(generation=2))
+        assert old is (enabled and not frozen)
+    finally:
+        gc.unfreeze()
+        (gc.enable if was_enabled else gc.disable)()
