@@ -38,7 +38,7 @@ def convert(optimizer: torch.optim.Optimizer, **settings: Any) -> FusedOptimizer
     cls = _converted(type(optimizer), torch_class, fused)
     _check_names(optimizer, torch_class, fused)
     chosen = fused.settings_class(**settings)
-    _check_groups(cls, chosen, optimizer.param_groups)
+    _check_groups(cls, chosen, optimizer)
 
     tracked = vars(optimizer).pop("step", None)
     optimizer.__class__ = cls
@@ -102,11 +102,12 @@ def _check_names(optimizer: Any, torch_class: type, fused: type[FusedOptimizer])
             )
 
 
-def _check_groups(cls: type[FusedOptimizer], settings: Any, groups: list[dict[str, Any]]) -> None:
-    trial = object.__new__(cls)
+def _check_groups(cls: type[FusedOptimizer], settings: Any, optimizer: torch.optim.Optimizer) -> None:
+    trial, groups = object.__new__(cls), optimizer.param_groups
     trial._settings = settings
     storage.check(settings, [p for group in groups for p in group["params"]])
     for number, group in enumerate(groups):
+        settings.refuse_in_group(group, optimizer.defaults)
         trial.rule(group)  # raises where the options contradict the settings
         for key, value in group.items():
             if isinstance(value, float) and math.isnan(value):

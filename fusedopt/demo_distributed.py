@@ -37,6 +37,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
 import fusedopt
+from fusedopt.__main__ import positive
 
 CONTEXT, WIDTH, HEADS, LAYERS = 64, 64, 4, 2
 BATCH = 16
@@ -235,8 +236,8 @@ def arguments() -> argparse.ArgumentParser:
         description="Train a small GPT on several ranks, with checkpoints from which any number of ranks goes on.",
     )
     parser.add_argument("--engine", choices=("fsdp", "ddp"), default="fsdp")
-    parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--every", type=int, default=20, help="steps between checkpoints")
+    parser.add_argument("--steps", type=positive(int), default=200)
+    parser.add_argument("--every", type=positive(int), default=20, help="steps between checkpoints")
     parser.add_argument("--folder", type=Path, default=Path("demo/distributed"), help="of the checkpoints")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: one GPU per rank if there are as many")
     return parser

@@ -146,6 +146,7 @@ class FusedOptimizer(Formula, torch.optim.Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         if isinstance(param_group, dict):
+            self._settings.refuse_in_group(param_group, self.defaults)
             for key, value in {**self.defaults, **param_group}.items():
                 if isinstance(value, float) and math.isnan(value):
                     raise ValueError(f"Invalid {key}: {value}; hyperparameters must be numbers")

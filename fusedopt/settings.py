@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 from . import setting_checks
@@ -163,6 +163,14 @@ class Settings:
     def fields(cls) -> dict[str, dataclasses.Field]:
         """The settings by name, in the order of the signature."""
         return cls.__dataclass_fields__
+
+    def refuse_in_group(self, group: dict[str, Any], known: Collection[str]) -> None:
+        """ValueError for a group that would have a setting of its own, unless it is an option of the formula's too."""
+        for name in group.keys() & self.fields().keys() - set(known):
+            raise ValueError(
+                f"{name} is no option of a parameter group, but one of the whole optimizer: take it out of the group, "
+                f"and give it as {name}={group[name]!r} beside the parameters"
+            )
 
     @property
     def value_limits(self) -> tuple[float, float]:

@@ -161,6 +161,7 @@ def test_refused_groups_change_nothing(name, backend, device):
         {"params": [fresh * 2]},
         {"params": [fresh], "weight_decay": math.nan},
         {"params": [fresh], "lr": math.nan},
+        {"params": [fresh], "max_grad_norm": 1.0},
         [fresh],
     ]
     for group in refused:

@@ -301,4 +301,7 @@ def test_wrong_settings_change_nothing(settings, error, message):
     optimizer.param_groups[1]["weight_decay"] = math.nan
     with pytest.raises(ValueError, match="'weight_decay' of group 1 is nan"):
         fusedopt.convert(optimizer)
+    optimizer.param_groups[0]["max_grad_norm"] = 1.0
+    with pytest.raises(ValueError, match=r"max_grad_norm=.* beside the parameters"):
+        fusedopt.convert(optimizer)
     assert type(optimizer) is torch.optim.Adam
