@@ -95,7 +95,8 @@ class SmallChange(Criterion):
 
     Where the optimizer is one of fusedopt whose ``track`` is set, the norm is ``optimizer.metrics.update_norm`` of its
     latest step: over all ranks, and before rounding to the parameters' dtype. Otherwise it is that of the difference
-    to a copy of the parameters, taken in float64; the copy is held from the step before a look until that look.
+    to a copy of the parameters, taken in float64; the copy is held from the step before a look until that look. A step
+    that the optimizer skipped (``skip_nonfinite``, a loss scale) is no small one.
 
     Args:
         optimizer: any torch optimizer; parameters of any shape and real or complex dtype.
@@ -130,11 +131,17 @@ class SmallChange(Criterion):
         return getattr(self.optimizer, "track", None) is not None
 
     def _keep(self) -> None:
-        """Copy the parameters if the next step is one to look at, and nobody else does."""
-        looks = (self.step + 1) % self.check_every == 0 and not self._is_tracked
-        self.before = [p.clone() for p in self._parameters()] if looks else []
+        """Note how things are if the next step is one to look at: a copy of the parameters, if nobody else has it."""
+        looks = (self.step + 1) % self.check_every == 0
+        self.skipped = self._skipped_steps() if looks else 0
+        self.before = [p.clone() for p in self._parameters()] if looks and not self._is_tracked else []
+
+    def _skipped_steps(self) -> Tensor | int:
+        return getattr(self.optimizer, "skipped_steps", 0)
 
     def _look(self, loss: float | Tensor | None) -> str | None:
+        if self._skipped_steps() != self.skipped:
+            return None
         change = self._tracked() if self._is_tracked else self._difference()
         if change is None or not change < self.tolerance:
             return None

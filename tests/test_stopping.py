@@ -89,6 +89,17 @@ def test_small_change_of_a_tracked_step(track, backend, device):
     assert stop() and stop.reason == "the parameters changed by 0.5 < 1"
 
 
+@pytest.mark.parametrize("track", [None, "total"])
+def test_a_skipped_step_is_no_small_change(track, backend, device):
+    p = torch.nn.Parameter(torch.zeros(4, device=device))
+    optimizer = fusedopt.SGD([p], lr=1.0, track=track, skip_nonfinite=True, backend=backend)
+    stop = SmallChange(optimizer, tolerance=1.0, check_every=1)
+    for size, stops in ((math.nan, False), (0.25, True), (math.inf, False), (0.75, False), (0.0, True)):
+        p.grad = torch.full_like(p, size)
+        optimizer.step()
+        assert stop() == stops, size
+
+
 def test_small_change_measures_what_it_says():
     params = [torch.nn.Parameter(torch.zeros(3, dtype=dtype)) for dtype in (torch.bfloat16, torch.complex64)]
     params.append(torch.nn.Parameter(torch.zeros(0)))
