@@ -146,10 +146,13 @@ def arguments() -> argparse.ArgumentParser:
 
 def check(file: Path) -> int:
     """Print what ``fusedopt.check_rule`` says of every optimizer that the file defines; 1 if anything is wrong."""
+    from fusedopt.backends import triton_problem
     from fusedopt.check import check_file
 
     if not (file.is_file() and file.suffix == ".py"):
         raise Unusable(f"{file} is not a Python file")
+    if problem := triton_problem():
+        raise Unusable(f"check runs Triton functions, and {problem}")
     report = check_file(file)
     for name, difference in report.items():
         print(f"{name}: {difference or 'the Triton function and the torch twin agree'}")
@@ -213,11 +216,13 @@ def info() -> str:
 
 
 def version(module: str) -> str:
-    """The version of an importable module, or ``not installed``."""
+    """The version of a module, or why there is none."""
     try:
         return importlib.import_module(module).__version__
     except ModuleNotFoundError:
         return "not installed"
+    except ImportError as problem:
+        return f"cannot be imported: {problem}"
 
 
 if __name__ == "__main__":

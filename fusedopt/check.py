@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .backends import backend
+from .backends import backend, triton_problem
 from .optimizer import FusedOptimizer
 from .rule import Numbers, Rule
 
@@ -81,6 +81,8 @@ def check_rule(
     """
     rule, numbers, initial = _subject(rule, h, options)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if problem := triton_problem():
+        raise RuntimeError(f"check_rule runs the Triton function, and {problem}")
     try:
         backend(device, "triton")
     except RuntimeError as problem:

@@ -147,3 +147,21 @@ def test_info_needs_no_extra():
     assert lines["numpy"] == np.__version__
     assert lines["cpu"].startswith("backend torch: ")
     assert set(TORCH_NAMES) <= set(lines["optimizers"].split(", "))
+
+
+@pytest.mark.parametrize(
+    ("argv", "code", "message"),
+    [
+        (["info"], 0, "triton      cannot be imported: damaged"),
+        (["check", __file__], 2, "fusedopt: check runs Triton functions, and Triton is not installed (damaged)"),
+    ],
+)
+def test_a_triton_that_cannot_be_imported(tmp_path, argv, code, message):
+    (tmp_path / "triton.py").write_text("raise ImportError('damaged')")
+    program = (
+        "import runpy, sys; sys.path.insert(0, sys.argv.pop(1)); runpy.run_module('fusedopt', run_name='__main__')"
+    )
+    command = [sys.executable, "-c", program, tmp_path, *argv]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == code, done.stderr
+    assert message in (done.stderr if code else done.stdout).splitlines()
