@@ -23,7 +23,8 @@ def is_dense(tensor: Tensor) -> bool:
 
 def memory_order(tensor: Tensor) -> Tensor:
     """A dense tensor's elements as one dimension, in the order of its memory."""
-    return tensor.detach().as_strided((tensor.numel(),), (1,))
+    tensor = tensor.detach()
+    return tensor if tensor.stride() == (1,) else tensor.as_strided((tensor.numel(),), (1,))
 
 
 def alias(part: Tensor) -> Tensor:

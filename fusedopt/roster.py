@@ -2,8 +2,8 @@
 
 What planning finds out about a parameter (its bucket, its place, its states) does not depend on which others have a
 gradient. So it is kept for every parameter that was planned for, and a plan for any set of these is put together from
-it: as many checks as an unchanged step makes, then lists picked by C code. Only step counts, of which parameters form
-cohorts, are read anew.
+it: as many checks as an unchanged step makes, then lists picked by C code. Only the numbers by which parameters form
+cohorts are read anew.
 
 Where a check fails, or a parameter comes that is not listed, planning begins at the parameters again. There is one
 roster per optimizer, of at most all its parameters; nothing is kept by set.
@@ -12,6 +12,7 @@ roster per optimizer, of at most all its parameters; nothing is kept by set.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from itertools import compress
@@ -23,7 +24,7 @@ import torch
 from torch import Tensor
 
 from .buckets import Bucket, Member, sharing_memory
-from .cohorts import Cohort
+from .cohorts import Cohort, Scalar
 from .ema import ROLE
 from .gather import picker
 from .layouts import Among, Layouts
@@ -59,11 +60,22 @@ class Listed:
         self.numbers = np.searchsorted(ends, positions, "right") << 40
         """Their parameter groups, above what a step count needs."""
 
+        self.at: np.ndarray | None = None
+        """Where their step counts are among all, if the host counts them."""
+        self.scalars = () if bucket.capturable else bucket.rule.scalars
+        starts = itertools.accumulate((len(space.sizes) for space in self.spaces.values()), initial=0)
+        self.at_scalars = self._indices(dict(zip(self.spaces, starts))) if self.scalars else None
+        """Where their scalars are among those of all these spaces."""
+        self.scalar_dtypes = [places[0].space.numbers[key].dtype for key in self.scalars]
+
     def find(self, starts: dict[int, int]) -> None:
         """Note where the members' step counts are, given where those of each space begin."""
-        counted = "step" in self.keys
-        places = [m.place for m in self.bucket.members] if counted else ()
-        self.at = np.array([starts[id(place.space)] + place.index for place in places]) if counted else None
+        if "step" in self.keys and not self.bucket.capturable:
+            self.at = self._indices(starts)
+
+    def _indices(self, starts: dict[int, int]) -> np.ndarray:
+        places = [m.place for m in self.bucket.members]
+        return np.array([starts[id(place.space)] + place.index for place in places])
 
     def views(self, here: list[bool]) -> list[tuple[Callable[[dict], Tensor], list[dict], list[Tensor]]] | None:
         """For each state of those that are here, what a plan keeps of it; None if one is not the tensor that it was, or
@@ -86,21 +98,36 @@ class Listed:
         return found
 
     def among(self, here: list[bool], counts: np.ndarray, stepped: np.ndarray) -> Bucket:
-        """The bucket of a step. Its members form cohorts by their groups and step counts; ``stepped`` notes who
-        they are."""
+        """The bucket of a step. Its members form cohorts by their groups, step counts and scalars; ``stepped`` notes
+        who they are."""
         members, mask = list(compress(self.bucket.members, here)), np.array(here)
-        if self.at is None:  # only whether the states were ever written matters, and they are there
-            taken = np.int64(bool(self.bucket.rule.keys))
-        else:
+        numbers = self.numbers[mask]
+        if self.at is not None:
             at = self.at[mask]
-            taken = counts[at].astype(np.int64)
+            numbers = numbers + counts[at].astype(np.int64)
             stepped[at] = 1
-        kinds, cohort_of = np.unique(self.numbers[mask] + taken, return_inverse=True)
-        cohorts = [Cohort(k, self.groups[kind >> 40], kind & (1 << 40) - 1) for k, kind in enumerate(kinds.tolist())]
+        elif not self.bucket.capturable:  # only whether the states were ever written matters, and they are there
+            numbers = numbers + bool(self.bucket.rule.keys)
+        columns = [column[mask] for column in self._read_scalars()]
+        kinds = numbers
+        for column in columns:
+            pairs = (np.unique(x, return_inverse=True)[1] for x in (kinds, column))
+            kinds = np.ravel_multi_index(tuple(pairs), (len(column), len(column)))
+        _, first, cohort_of = np.unique(kinds, return_index=True, return_inverse=True)
+        cohorts = []
+        for k in first.tolist():
+            group, taken = divmod(int(numbers[k]), 1 << 40)
+            scalars = tuple(Scalar(column[k], dtype).tensor() for column, dtype in zip(columns, self.scalar_dtypes))
+            cohorts.append(Cohort(len(cohorts), self.groups[group], taken, scalars))
         for member, number in zip(members, cohort_of.tolist()):
             member.cohort = number
             cohorts[number].members.append(member)
         return dataclasses.replace(self.bucket, cohorts=cohorts, members=members)
+
+    def _read_scalars(self) -> Iterator[np.ndarray]:
+        for key in self.scalars:
+            everywhere = torch.cat([space.numbers[key] for space in self.spaces.values()])
+            yield everywhere.double().numpy()[self.at_scalars]
 
 
 class Roster:
@@ -135,7 +162,7 @@ class Roster:
         self.layouts = Layouts(self.parts)
         self.grad_layouts = Layouts(self.stand_ins)
         self.spaces = list({key: space for listed in self.listed for key, space in listed.spaces.items()}.values())
-        counting = [space for space in self.spaces if "step" in space.numbers]
+        counting = [space for space in self.spaces if "step" in space.numbers and not space.capturable]
         self.steps = [space.numbers["step"] for space in counting]
         """The step counts of all tensors in these."""
         self.ends = np.cumsum([0, *map(len, self.steps)])
@@ -144,12 +171,9 @@ class Roster:
 
     @classmethod
     def of(cls, optimizer: Any, plan: Plan, earlier: Roster | None) -> Roster | None:
-        """The roster after that plan; None where cohorts depend on more than groups and step counts, or where the
-        parameters present decide how others are updated."""
+        """The roster after that plan; None where the parameters present decide how others are updated."""
         if not plan.buckets:
             return earlier
-        if any(b.capturable or b.rule.scalars for b in plan.buckets):
-            return None
         if list(map(Tensor.data_ptr, plan.pinned)) != plan.addresses:
             return None
         made = cls(optimizer, plan, earlier)
@@ -183,7 +207,7 @@ class Roster:
             spaces=self.spaces,
             steps=self.steps,
             stepped=[torch.from_numpy(part).to(numbers.dtype) for part, numbers in zip(by_space, self.steps)],
-            numbers=[numbers for space in self.spaces for numbers in space.numbers.values()],
+            numbers=[x for space in self.spaces if not space.capturable for x in space.numbers.values()],
             # The fallback would gather the gradients of a set that stays.
             lasts=TRIALS if any(bucket.fused for bucket in buckets) else math.inf,
         )
@@ -224,7 +248,7 @@ class Roster:
         """The parameters that the plan does not have, if their states are settled where they were."""
         addresses = dict(zip(compress(range(len(self.known)), self.known), self.addresses))
         for listed in self.listed:
-            agreed = terms(listed.bucket.rule, optimizer._settings, False)
+            agreed = terms(listed.bucket.rule, optimizer._settings, listed.bucket.capturable)
             for m in listed.bucket.members:
                 if plan.present[m.position] or m.param.data_ptr() != addresses[m.position]:
                     continue
@@ -234,7 +258,9 @@ class Roster:
 
 def _kind(bucket: Bucket) -> tuple:
     """Equal for buckets whose members may be in one."""
+    first = bucket.members[0]
+    numbers = frozenset((key, x.dtype) for key, x in first.place.space.numbers.items())
     return (
         bucket.rule, bucket.device, bucket.dtype, bucket.grad_dtype, bucket.backend, bucket.stored, bucket.averages,
-        bucket.fused, bucket.listed, bucket.spread, is_distributed(bucket.members[0].owner),
+        bucket.fused, bucket.listed, bucket.spread, bucket.capturable, numbers, is_distributed(first.owner),
     )  # fmt: skip

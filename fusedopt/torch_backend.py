@@ -115,7 +115,9 @@ class Executor:
             tensors += [m.place.views[key] for m in alone]
         if not self.bucket.fused:
             for tensors in zip(run.params, *lists):
-                run.blocks.append(list(zip(*(memory_order(x).split(self.block) for x in tensors))))
+                flat = tuple(map(memory_order, tensors))
+                long = len(flat[0]) > self.block
+                run.blocks.append(list(zip(*(x.split(self.block) for x in flat))) if long else [flat])
         return run
 
     def take(self, grads: Sequence[Tensor | None], as_planned: bool, owes_zeros: bool) -> None:

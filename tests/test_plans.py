@@ -83,6 +83,27 @@ def test_changes_are_noticed_when_the_gradient_comes_back(act, flatten, backend,
         )
 
 
+def test_numbers_of_their_own_tell_parameters_apart(backend, device, monkeypatch):
+    """What somebody does to one parameter's ``mu_product``, with a gradient or without, is its own."""
+    ours, theirs = ([torch.nn.Parameter(torch.ones(3, device=device)) for _ in range(4)] for _ in range(2))
+    options = {"lr": 0.1, "weight_decay": 0.1}
+    pair = fusedopt.NAdam(ours, **options, backend=backend), torch.optim.NAdam(theirs, **options)
+    counted = Counted(monkeypatch)
+    for t in range(9):
+        for optimizer, params in zip(pair, (ours, theirs)):
+            if t in (3, 5):
+                optimizer.state[params[t - 3]]["mu_product"].mul_(0.1 * t)
+            for k, p in enumerate(params):
+                p.grad = torch.full_like(p, 1.0 + k - t % 3) if t == 0 or (k + t) % 4 else None
+            optimizer.step()
+    assert counted.count == 1
+    # float32, 9 steps of 0.1.
+    close([p.detach() for p in ours], [p.detach() for p in theirs], 1e-5)
+    products = [[optimizer.state[p]["mu_product"] for p in ps] for optimizer, ps in zip(pair, (ours, theirs))]
+    close(*products, 1e-6)
+    assert len({float(x) for x in products[0]}) == 3
+
+
 class Counted:
     """How often a whole plan was made while it was watched."""
 
@@ -119,6 +140,9 @@ WAYS = [
     ("SGD", {}, {"max_grad_value": 0.5}),
     ("RMSprop", {"centered": True}, {"cautious": True}),
     ("NAdam", {}, {"max_grad_norm": 1.0}),
+    ("ASGD", {"t0": 2}, {"skip_nonfinite": True}),
+    ("NAdam", {"capturable": True}, {"max_grad_norm": 1.0}),
+    ("SGD", {"momentum": 0.9, "dampening": 0.1}, {"capturable": True, "skip_nonfinite": True}),
     ("AdamW", {}, {"master": "split", "state_dtype": "8bit"}),
     ("AdamW", {}, {"master": "stochastic", "state_dtype": torch.bfloat16, "max_grad_norm": 1.0}),
 ]
@@ -137,6 +161,8 @@ def numbers(optimizer):
 def test_sets_that_are_put_together_equal_whole_plans(name, options, settings, backend, device, monkeypatch):
     """Two groups, random sets; another optimizer forgets its plan before every step. Where the fallback gathers
     gradients, or not, sums are taken in another order: roundings of float32."""
+    if backend == "torch" and "capturable" in {**options, **settings}:
+        pytest.skip("the fallback's step counts are the host's")
     sizes = [(3,), (4, 5), (7,), (20_000,), (5,), (4, 5), ()] if backend == "torch" else [(3,), (4, 5), (70,)]
     like = {"dtype": torch.bfloat16 if "master" in settings else torch.float32, "device": device}
     params, others = ([torch.nn.Parameter(torch.ones(size, **like)) for size in sizes] for _ in range(2))
@@ -153,8 +179,7 @@ def test_sets_that_are_put_together_equal_whole_plans(name, options, settings, b
         counted.count = made
         close([p.detach() for p in params], [p.detach() for p in others], 1e-5)
         close(numbers(pair[0]), numbers(pair[1]), 1e-5)
-    if not pair[0].rule(pair[0].param_groups[0]).scalars:
-        assert counted.count == 1
+    assert counted.count == 1
 
 
 def test_parameters_that_come_later_join_the_others(backend, device, monkeypatch):
