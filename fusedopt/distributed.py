@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .shards import is_distributed, refuse_partial
+from .shards import any_distributed, is_distributed, refuse_partial
 
 Groups = tuple[Any, ...]
 """The process groups over which a tensor's elements are spread, in the order of its mesh's dimensions."""
@@ -38,7 +38,7 @@ class Reduction:
 
     def __init__(self, params: Sequence[Tensor], clip_group: Any):
         self._spread: dict[Any, Groups] = {}
-        distributed = [p for p in params if is_distributed(p)]
+        distributed = [p for p in params if is_distributed(p)] if any_distributed(params) else []
         meshes = list({id(p.device_mesh): p.device_mesh for p in distributed}.values())
         self.keys: list[Groups] = list(dict.fromkeys(self.spread(p) if is_distributed(p) else () for p in params))
         """The different spreads; none for what lies on this rank alone, or on every rank."""

@@ -20,7 +20,7 @@ from .places import Place
 from .plan import Plan, without_collection
 from .roster import Roster
 from .settings import CLIP
-from .shards import is_distributed, local_grads
+from .shards import any_distributed, local_grads
 from .survey import left_to_torch
 
 get_params = itemgetter("params")
@@ -113,7 +113,7 @@ class Engine:
         grads = list(map(get_grad, params))
         parts = local_grads(params, grads) if self.distributed else grads
         if self.plan is None or not self.plan.holds(optimizer, params, parts):
-            if not self.distributed and any(map(is_distributed, params)):
+            if not self.distributed and any_distributed(params):
                 self.distributed = True
                 parts = local_grads(params, grads)
             if not self._select(optimizer, params, parts):

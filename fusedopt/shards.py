@@ -8,7 +8,7 @@ memory of its own, since torch.distributed.checkpoint takes a DTensor over part 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import compress
 from operator import attrgetter, is_
 from typing import Any
@@ -29,6 +29,10 @@ def is_distributed(tensor: Any) -> bool:
     # A program that has not imported it, which takes a second, has no DTensor.
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
+
+
+def any_distributed(tensors: Sequence[Any]) -> bool:
+    return any(kind not in PLAIN for kind in set(map(type, tensors))) and any(map(is_distributed, tensors))
 
 
 def local(tensor: Any) -> Any:
