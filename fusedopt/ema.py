@@ -79,13 +79,16 @@ def state_dict(optimizer: Any) -> dict[int, Tensor]:
 @torch.no_grad()
 def load(optimizer: Any, averages: Mapping[int, Tensor]) -> None:
     params = [p for group in optimizer.param_groups for p in group["params"]]
+    if not isinstance(averages, Mapping):
+        raise TypeError(f"averages are a dict, as ema_state_dict() returns it; got {type(averages).__name__}")
     for k, value in averages.items():
         if not isinstance(k, int) or not 0 <= k < len(params):
             raise ValueError(f"an average for parameter {k!r} was loaded, but there are {len(params)} parameters")
-        if not isinstance(value, Tensor) or value.shape != params[k].shape:
+        if not isinstance(value, Tensor) or not value.is_floating_point() or value.shape != params[k].shape:
+            got = f"{value.dtype} of {tuple(value.shape)}" if isinstance(value, Tensor) else f"{value!r}"
             raise ValueError(
-                f"the average of parameter {k} must be a tensor of shape {tuple(params[k].shape)}, got "
-                f"{tuple(value.shape) if isinstance(value, Tensor) else value!r}"
+                f"the average of parameter {k} must be a floating-point tensor of shape {tuple(params[k].shape)}, got "
+                f"{got}"
             )
     loaded = {
         params[k]: torch.empty_like(params[k], dtype=dtype_of(params[k])).copy_(value.detach())

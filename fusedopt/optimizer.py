@@ -273,7 +273,7 @@ class FusedOptimizer(Formula, torch.optim.Optimizer):
         return ema.state_dict(self)
 
     def load_ema_state_dict(self, averages: Mapping[int, Tensor]) -> None:
-        """Take over what ``ema_state_dict`` gave. ValueError, and no change, if it does not fit the parameters."""
+        """Take over what ``ema_state_dict`` gave. TypeError or ValueError, and no change, if it does not fit."""
         ema.load(self, averages)
 
     @property

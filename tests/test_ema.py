@@ -165,8 +165,9 @@ def test_bad_input(device):
     give_gradients(params, 5)
     optimizer.step()
     before = [a.clone() for a in optimizer.ema_parameters()]
-    for averages in ({9: torch.zeros(1)}, {"0": torch.zeros(())}, {1: torch.zeros(3)}, {1: None}):
-        with pytest.raises(ValueError, match="average"):
+    integers = {1: torch.zeros_like(params[1], dtype=torch.int64)}
+    for averages in ({9: torch.zeros(1)}, {"0": torch.zeros(())}, {1: torch.zeros(3)}, {1: None}, integers, None, [1]):
+        with pytest.raises(ValueError if isinstance(averages, dict) else TypeError, match="average"):
             optimizer.load_ema_state_dict(averages)
     assert all(map(same_bits, before, optimizer.ema_parameters()))
     params[1].grad = params[1].grad.to_sparse()
