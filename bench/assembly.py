@@ -50,6 +50,9 @@ class Instruction(NamedTuple):
 
 class Way(NamedTuple):
     instructions: int
+    """Of one tile."""
+    before: int
+    """Those in front of a loop over tiles."""
     loads: int
     """How many load with the full width, in all of the program."""
     load_bits: int
@@ -91,14 +94,16 @@ def whole_tiles(program: list[Instruction]) -> Way:
     widths = [[program[n].width("load") for n in block] for block in blocks]
     loading = next(number for number, found in enumerate(widths) if load_bits in found)
     way = _shortest(lengths, following, loading, loading)
+    # _shortest leaves out the block that it starts from, and would go around to come back to it.
+    there = [0, *_shortest(lengths, following, 0, loading)] if loading else [0]
+    before = sum(len(blocks[number]) for number in there if number not in way)
     if not way:
         stores = [number for number, block in enumerate(blocks) if any(program[n].width("store") >= 64 for n in block)]
-        # _shortest leaves out the block that it starts from, and would go around to come back to it.
-        there = [0, *_shortest(lengths, following, 0, loading)] if loading else [0]
         way = there if stores[-1] == loading else [*there, *_shortest(lengths, following, loading, stores[-1])]
+        before = 0
     taken = [n for number in way for n in blocks[number]]
     loads = sum(instruction.width("load") == load_bits for instruction in program)
-    return Way(len(taken), loads, load_bits, max(program[n].width("store") for n in taken))
+    return Way(len(taken), before, loads, load_bits, max(program[n].width("store") for n in taken))
 
 
 def _graph(program: list[Instruction]) -> tuple[list[range], list[list[int]]]:

@@ -81,7 +81,7 @@ class Kernel:
     load_bits: int
     store_bits: int
     instructions: float
-    """Per element, on the path for whole tiles; what a program does once per tile is included."""
+    """Per element, on the path for whole tiles; what an update does once per program is included."""
     bytes: float
     """Per element."""
     a100_us: float | None = None
@@ -146,7 +146,7 @@ def describe(kernel: Any, target: str, address: str, dtype: str, bytes_moved: di
     made = Kernel(
         triton.__version__, target, name, address if updates else "", dtype, facts["registers"], facts["stack"],
         facts["shared"], way.load_bits, way.store_bits,
-        round(way.instructions / per_thread, 1), round(moved, 2),
+        round((way.instructions + way.before / aot.tiles_at_once(kernel)) / per_thread, 1), round(moved, 2),
     )  # fmt: skip
     for label, gpu in GPUS.items():
         if gpu.target == target:

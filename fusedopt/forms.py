@@ -155,12 +155,10 @@ def quantized(x, steps, scales):
     """Each block's x / scale, rounded; stores the scales."""
     blocks = torch.zeros(len(scales), QUANTIZED, device=x.device)
     blocks.view(-1)[: x.numel()] = x
-    scale = blocks.abs().amax(1) * (1.0 / steps)
-    small = scale < 2.0**-126
-    scale = torch.where(small, 0.0, scale)
+    # Not below the smallest normal number, whose reciprocal is finite.
+    scale = (blocks.abs().amax(1) * (1.0 / steps)).clamp_(min=2.0**-126)
     scales.copy_(torch.where(scale < float("inf"), scale, float("nan")))
-    inverse = torch.where(small, 0.0, 1 / scale)
-    q = (blocks * inverse[:, None]).round_().nan_to_num_(0.0)
+    q = (blocks * (1 / scale)[:, None]).round_().nan_to_num_(0.0)
     return q.view(-1)[: x.numel()]
 
 

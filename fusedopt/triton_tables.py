@@ -30,11 +30,12 @@ TYPES = {
 
 
 class Tiles:
-    """The parts of at most ``block`` elements into which tensors are cut, on the device: int32 [count, 2]."""
+    """The parts of at most ``block`` elements into which tensors are cut, on the device: see kernels/address.py."""
 
     def __init__(self, sizes: Sequence[int], block: int, device: torch.device):
         self.of_tensors = -(-np.asarray(sizes) // block)
-        tiles = np.stack([np.repeat(np.arange(len(sizes)), self.of_tensors), _ranges(self.of_tensors)], axis=1)
+        starts = _ranges(self.of_tensors) * (block // address.GRAIN.value)
+        tiles = np.stack([np.repeat(np.arange(len(sizes)), self.of_tensors), starts], axis=1)
         self.count = len(tiles)
         self.table = torch.from_numpy(tiles.astype(np.int32)).to(device)
 
@@ -85,17 +86,18 @@ class Tables:
         self.norm_block = self.tuning.norm_bytes // bucket.grad_dtype.itemsize
         self.norm_tiles = Tiles(sizes, self.norm_block, bucket.device)
         quantizes = bucket.stored.quantizes
-        self.granule = QUANTIZED if quantizes else 8
         # Threads hold 16 bytes of the widest part, and a warp whole blocks of quantized ones.
         widths = [bucket.grad_dtype.itemsize, *(part.dtype.itemsize for part in parts.values() if part.per == 1)]
         width = 2 if quantizes else max(widths)
         self.vector = self.tuning.bytes_at_once // width
         """Elements that a thread takes at once."""
         threads = 32 if interpreting() else driver.active.get_current_target().warp_size
-        vectors = self.tuning.quantized_vectors if quantizes else 1
+        # Random bits serve eight elements, which must not be parted.
+        mixes = not (quantizes or bucket.stored.draws) and max(widths) == 4 > min(widths)
+        self.granule = QUANTIZED if quantizes else self.vector if mixes else 8
+        vectors = self.tuning.vectors_of_much if quantizes or mixes else 1
         self.num_warps = max(1, self.tuning.block // (threads * self.vector * vectors))
-        much = quantizes and (bucket.stored.draws or max(widths) > 2)
-        self.max_registers = self.tuning.max_registers_of_much if much else self.tuning.max_registers
+        self.max_registers = self.tuning.max_registers_of_much if quantizes else self.tuning.max_registers
         self.wide_block = self.tuning.norm_warps * threads * self.vector
         """The tile of an update with as many warps as the norm: it divides the norm's."""
 

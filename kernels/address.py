@@ -7,6 +7,9 @@ The table has one record of int64 fields per tensor::
 A role is stored in one part or more, as its form needs (rounding.py); each part has a field, in that order. Gradients
 always are addresses, since autograd owns them. With ``scattered`` every other part is an address too; with ``flat``
 the parameter's field holds the position in flat buffers, one per part.
+
+Tensors are cut into tiles. Their table has two int32 numbers for each: the tensor, and the tile's first element in it
+by GRAIN.
 """
 
 from typing import NamedTuple
@@ -20,6 +23,10 @@ IS_ALIGNED = tl.constexpr(2)
 DRAW = tl.constexpr(3)
 GRAD = tl.constexpr(4)
 PARAM = tl.constexpr(5)
+
+
+GRAIN = tl.constexpr(256)
+"""Every tile begins at a multiple of so many elements, and every tensor in a flat buffer."""
 
 
 class Tensors(NamedTuple):
@@ -45,6 +52,13 @@ class Base(NamedTuple):
 
 
 @triton.jit
+def tile_at(tiles, number, BLOCK: tl.constexpr):
+    """(tensor, first element) of a tile of BLOCK elements"""
+    tensor = tl.load(tiles + 2 * number).to(tl.int64)
+    return tensor, tl.multiple_of(tl.load(tiles + 2 * number + 1).to(tl.int64) * GRAIN, BLOCK)
+
+
+@triton.jit
 def scattered(record, roles, ALIGNED: tl.constexpr):
     return Tensors(
         at(record, roles.grad, ALIGNED),
@@ -56,8 +70,7 @@ def scattered(record, roles, ALIGNED: tl.constexpr):
 
 @triton.jit
 def flat(record, roles, ALIGNED: tl.constexpr):
-    # Tensors start at multiples of 256 elements, so one hint serves every dtype.
-    position = tl.multiple_of(tl.load(record + PARAM), 256)
+    position = tl.multiple_of(tl.load(record + PARAM), GRAIN)
     return Tensors(
         at(record, roles.grad, ALIGNED),
         tl.tuple([behind(part, position) for part in roles.param]),

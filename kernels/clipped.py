@@ -9,9 +9,9 @@ the work, and the result is theirs to the last bit.
 import triton
 import triton.language as tl
 
-from .address import NUMEL
+from .address import NUMEL, tile_at
 from .norm import SKIPPED, squares_of, weigh, write_down
-from .step import late_skips, look_at_tile, named, row_of, update_tile
+from .step import late_skips, look_at_tiles, named, row_of, update_tiles
 from .tally import SUMS, nothing, store_sums
 
 
@@ -29,8 +29,8 @@ def clipped_step(
     largest: tl.float64,
     loss_scale,
     found_inf,
-    known_skips: tl.int64,
-    variants: tl.int64,
+    known_skips: tl.int32,
+    variants: tl.int32,
     seed: tl.int64,
     units,
     tally,  # float64 [tile_count, SUMS], or None: nobody wants the norms
@@ -73,20 +73,19 @@ def clipped_step(
             own_tiles = tl.cdiv(tl.maximum(tile_count - slot, 0), SLOTS)
             for j in tl.range(0, own_tiles):
                 number = slot + (own_tiles - 1 - j) * SLOTS
-                tile = tiles + 2 * number
-                tensor = tl.load(tile).to(tl.int64)
-                first = tl.load(tile + 1).to(tl.int64) * NORM_BLOCK
+                tensor, first = tile_at(tiles, number, NORM_BLOCK)
                 numel = tl.load(table + tensor * FIELDS + NUMEL)
-                parts = tl.cdiv(tl.minimum(numel - first, NORM_BLOCK), BLOCK)
+                parts = tl.cdiv(tl.minimum(numel - first, NORM_BLOCK), BLOCK).to(tl.int32)
                 sums = ()
                 if tally is not None:
                     sums = nothing(LANES, COMPUTE)
+                # One by one, each with its own numbers and addresses, for which there are no registers in between.
                 for k in tl.range(0, parts):
                     start = tl.multiple_of(first + (parts - 1 - k) * BLOCK, BLOCK)
-                    sums = update_tile(
-                        table, tensor, start, rows, None, factor.to(COMPUTE), units, late, variants, seed, roles,
+                    sums = update_tiles(
+                        table, tensor, start, 1, rows, None, factor.to(COMPUTE), units, late, variants, seed, roles,
                         forms, h, on_grad, on_update, averages, sums,
-                        RULE, ADDRESS, COMPUTE, FIELDS, 0, WIDTH, GRANULE, DRAWS, BLOCK, LANES,
+                        RULE, ADDRESS, COMPUTE, FIELDS, 0, WIDTH, GRANULE, DRAWS, BLOCK, LANES, True,
                     )  # fmt: skip
                 if tally is not None:
                     row = row_of(table + tensor * FIELDS, rows, late, variants, WIDTH)
@@ -94,16 +93,13 @@ def clipped_step(
     else:
         for slot in tl.range(program, SLOTS, programs):
             for number in tl.range(slot, tile_count, SLOTS):
-                tensor = tl.load(tiles + 2 * number).to(tl.int64)
-                first = tl.load(tiles + 2 * number + 1).to(tl.int64) * NORM_BLOCK
+                tensor, first = tile_at(tiles, number, NORM_BLOCK)
                 sums = ()
                 if tally is not None:
                     sums = nothing(LANES, COMPUTE)
-                parts = tl.cdiv(tl.minimum(tl.load(table + tensor * FIELDS + NUMEL) - first, NORM_BLOCK), BLOCK)
-                for k in tl.range(0, parts):
-                    sums = look_at_tile(
-                        table, tensor, first + k * BLOCK, roles, forms, sums, ADDRESS, COMPUTE, FIELDS, BLOCK
-                    )
+                numel = tl.load(table + tensor * FIELDS + NUMEL)
+                parts = tl.cdiv(tl.minimum(numel - first, NORM_BLOCK), BLOCK).to(tl.int32)
+                sums = look_at_tiles(table, tensor, first, parts, roles, forms, sums, ADDRESS, COMPUTE, FIELDS, BLOCK)
                 if tally is not None:
                     row = row_of(table + tensor * FIELDS, rows, 0, variants, WIDTH)
                     store_sums(sums, tally + number * SUMS, row, loss_scale)

@@ -10,9 +10,9 @@ import triton.language as tl
 
 from .address import IS_ALIGNED, NUMEL
 from .norm import FACTOR
-from .rounding import Span
-from .stages import columns
-from .step import direction, heed, named, row_of
+from .rounding import span_of, whole_span
+from .stages import arguments_of, loaded
+from .step import direction, heed, named, numbers_of, row_of
 from .units import of_tensor
 
 # The fields of a chunk: tensor, first tile within the tensor, tiles, the tensor's first chunk, how many it has.
@@ -31,8 +31,8 @@ def means_of_terms(
     tickets,  # int32 [tensors], zero between launches
     means,  # float64 [tensors, len(terms)]
     verdict,
-    known_skips: tl.int64,
-    variants: tl.int64,
+    known_skips: tl.int32,
+    variants: tl.int32,
     units,
     roles,
     forms,
@@ -59,6 +59,8 @@ def means_of_terms(
     if verdict is not None:
         factor = tl.load(verdict + FACTOR).to(COMPUTE)
     row = row_of(record, rows, late, variants, WIDTH)
+    numbers, arguments = numbers_of(row, h, on_grad, (), ()), arguments_of(terms, row)
+    t = ADDRESS(record, roles, True)
     if units is not None:
         units = of_tensor(units, tensor)
 
@@ -71,18 +73,17 @@ def means_of_terms(
         start = tl.multiple_of(tl.cast(tile, tl.int64) * BLOCK, BLOCK)
         valid = tl.minimum(numel - start, BLOCK).to(tl.int32)
         # As in step.py.
-        vectors = tl.where(is_aligned, valid // GRANULE * GRANULE, 0)
+        vectors = tl.multiple_of(tl.where(is_aligned, valid & -GRANULE, 0), GRANULE)
         if vectors > 0:
-            t = ADDRESS(record, roles, True)
-            span = Span(start, vectors, tl.arange(0, BLOCK) < tl.multiple_of(vectors, GRANULE), True)
-            u, p, g, state, raw = direction(t, span, row, factor, units, forms, h, on_grad, RULE, COMPUTE)
-            sums = added(sums, terms, u, p, g, state, row, span.mask, VECTOR)
+            span = whole_span(start, vectors, GRANULE, BLOCK)
+            u, p, g, state, raw = direction(t, span, numbers, factor, units, forms, on_grad, RULE, COMPUTE)
+            sums = added(sums, terms, u, p, g, state, arguments, span.mask, VECTOR)
         if vectors < valid:
-            t = ADDRESS(record, roles, False)
+            loose = ADDRESS(record, roles, False)
             for at in tl.range(vectors, valid, SMALL):
-                span = Span(start + at, valid - at, at + tl.arange(0, SMALL) < valid, False)
-                u, p, g, state, raw = direction(t, span, row, factor, units, forms, h, on_grad, RULE, COMPUTE)
-                rest = added(rest, terms, u, p, g, state, row, span.mask, 1)
+                span = span_of(start + at, valid - at, SMALL)
+                u, p, g, state, raw = direction(loose, span, numbers, factor, units, forms, on_grad, RULE, COMPUTE)
+                rest = added(rest, terms, u, p, g, state, arguments, span.mask, 1)
     for k in tl.static_range(len(terms)):
         tl.store(partials + program * len(terms) + k, tl.sum(sums[k]) + tl.sum(rest[k]))
 
@@ -108,11 +109,11 @@ def zeros(terms, SIZE: tl.constexpr):
 
 
 @triton.jit
-def added(sums, terms, u, p, g, state, row, mask, VECTOR: tl.constexpr):
+def added(sums, terms, u, p, g, state, arguments, mask, VECTOR: tl.constexpr):
     """Each sum with its term added where the mask is set."""
     found = ()
     for k in tl.static_range(len(terms)):
-        x = terms[k].fn(u, p, g, state, *columns(row, terms[k].columns))
+        x = terms[k].fn(u, p, g, state, *loaded(arguments[k]))
         x = tl.where(mask, x, 0.0).to(tl.float64)
         found += (sums[k] + tl.sum(tl.reshape(x, (x.shape[0] // VECTOR, VECTOR)), 1),)
     return found

@@ -41,26 +41,37 @@ class Span(NamedTuple):
 
     first: object
     count: object
+    lanes: object
     mask: object
     whole: object  # whether quantized elements that share a scale are all there or all missing
 
 
 @triton.jit
-def lanes_of(span):
-    # Eight at once, where a thread has more: sixteen of a narrow dtype would have to change places with other threads.
-    return tl.max_contiguous(tl.arange(0, span.mask.shape[0]), 8)
+def whole_span(first, count, GRANULE: tl.constexpr, N: tl.constexpr):
+    """Of N lanes, where as many elements are all there or all missing as GRANULE says; ``count`` must tell the compiler
+    that it is a multiple of that."""
+    # No more at once than a thread takes of all dtypes: more of a narrow one would have to change places with other
+    # threads.
+    AT_ONCE: tl.constexpr = min(GRANULE, 8)
+    lanes = tl.max_contiguous(tl.arange(0, N), AT_ONCE)
+    return Span(first, count, lanes, lanes < count, True)
+
+
+@triton.jit
+def span_of(first, count, N: tl.constexpr):
+    """Of N lanes."""
+    lanes = tl.arange(0, N)
+    return Span(first, count, lanes, lanes < count, False)
 
 
 @triton.jit
 def read(pointer, span):
-    lanes = lanes_of(span)
-    return tl.load(pointer + (span.first + lanes), mask=span.mask, other=0, eviction_policy="evict_first")
+    return tl.load(pointer + (span.first + span.lanes), mask=span.mask, other=0, eviction_policy="evict_first")
 
 
 @triton.jit
 def write(pointer, span, x):
-    lanes = lanes_of(span)
-    tl.store(pointer + (span.first + lanes), x, mask=span.mask, eviction_policy="evict_first")
+    tl.store(pointer + (span.first + span.lanes), x, mask=span.mask, eviction_policy="evict_first")
 
 
 @triton.jit
@@ -207,18 +218,30 @@ def quantized(x, STEPS: tl.constexpr, scales, span):
     ROWS: tl.constexpr = x.shape[0] // QUANTIZED
     if not span.whole:
         x = tl.where(span.mask, x, 0.0)
-    blocks = tl.reshape(x, (ROWS, QUANTIZED))
-    # As integers, NaN is larger than inf, and inf than any number.
-    largest = tl.max(blocks.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 1).to(tl.float32, bitcast=True)
-    scale = largest * (1.0 / STEPS)
-    # Below the smallest normal number the reciprocal would be infinite: all of it counts as zero.
-    small = scale < 2.0**-126
+    # Of a thread's eight first. As integers, NaN is larger than inf, and inf than any number.
+    eights = tl.reshape(largest_of_eights(x), (ROWS, QUANTIZED // 8))
+    largest = tl.max(eights.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 1).to(tl.float32, bitcast=True)
+    # Not below the smallest normal number, whose reciprocal is finite.
+    scale = tl.maximum(largest * (1.0 / STEPS), 2.0**-126, propagate_nan=tl.PropagateNan.ALL)
+    inverse = tl.math.div_rn(tl.full(scale.shape, 1.0, tl.float32), scale)
     scale = tl.where(scale < float("inf"), scale, float("nan"))
-    inverse = tl.where(small, 0.0, tl.math.div_rn(tl.full(scale.shape, 1.0, tl.float32), tl.where(small, 1.0, scale)))
-    scale = tl.where(small, 0.0, scale)
-    rows = tl.arange(0, ROWS)
-    tl.store(scales + span.first // QUANTIZED + rows, scale, mask=rows * QUANTIZED < span.count)
-    return tl.reshape(blocks * inverse[:, None], (ROWS * QUANTIZED,))
+    # By the first thread of each row: a store by rows would have to bring the scales there.
+    rows, threads = tl.arange(0, ROWS)[:, None], tl.arange(0, QUANTIZED // 8)[None, :]
+    mask = (rows * QUANTIZED < span.count) & (threads == 0)
+    tl.store(
+        scales + span.first // QUANTIZED + (rows + threads), tl.broadcast_to(scale[:, None], eights.shape), mask=mask
+    )
+    return tl.reshape(tl.reshape(x, (ROWS, QUANTIZED)) * inverse[:, None], (ROWS * QUANTIZED,))
+
+
+@triton.jit
+def largest_of_eights(x):
+    """The largest size among every eight neighbours; NaN if one of them is."""
+    x = tl.abs(x)
+    for _ in tl.static_range(3):
+        a, b = tl.split(tl.reshape(x, (x.shape[0] // 2, 2)))
+        x = tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+    return x
 
 
 @triton.jit

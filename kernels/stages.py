@@ -34,26 +34,38 @@ class Term(NamedTuple):
 
 
 @triton.jit
-def through(chain, x, p, row):
+def through(chain, x, p, arguments):
+    """``arguments``: those of each stage."""
     for k in tl.static_range(len(chain)):
-        x = chain[k].fn(x, p, *columns(row, chain[k].columns))
+        x = chain[k].fn(x, p, *loaded(arguments[k]))
     return x
 
 
 @triton.jit
-def through_with_means(chain, x, p, g, row, means):
+def through_with_means(chain, x, p, g, arguments, means):
     for k in tl.static_range(len(chain)):
         if chain[k].mean < 0:
-            x = chain[k].fn(x, p, *columns(row, chain[k].columns))
+            x = chain[k].fn(x, p, *loaded(arguments[k]))
         else:
             mean = tl.load(means + chain[k].mean).to(x.dtype)
-            x = chain[k].fn(x, p, g, mean, *columns(row, chain[k].columns))
+            x = chain[k].fn(x, p, g, mean, *loaded(arguments[k]))
     return x
 
 
 @triton.jit
 def columns(row, places):
-    return tl.tuple([tl.load(row + c) for c in places])
+    """Where they stand."""
+    return tl.tuple([row + c for c in places])
+
+
+@triton.jit
+def arguments_of(chain, row):
+    return tl.tuple([columns(row, stage.columns) for stage in chain])
+
+
+@triton.jit
+def loaded(numbers):
+    return tl.tuple([tl.load(x) if x.dtype.is_ptr() else x for x in numbers])
 
 
 @triton.jit

@@ -5,16 +5,28 @@ of numbers per (parameter group, step count): the learning rate, the rule's ``h`
 arguments, the averages' weights. Nothing that changes during training is a compile-time constant.
 """
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 
-from .address import DRAW, IS_ALIGNED, NUMEL, ROW
+from .address import DRAW, IS_ALIGNED, NUMEL, ROW, tile_at
 from .norm import FACTOR, NONFINITE, SKIPPED
 from .philox import Draw
-from .rounding import Span, read
-from .stages import columns, through, through_with_means
+from .rounding import read, span_of, whole_span
+from .stages import arguments_of, columns, loaded, through, through_with_means
 from .tally import added
 from .units import of_tensor, scaled
+
+
+class Numbers(NamedTuple):
+    """Those of a row, by who needs them."""
+
+    lr: object  # where it stands: loaded where it is used, or it would take a register for long
+    h: tuple
+    on_grad: tuple  # the arguments of each stage
+    on_update: tuple
+    averages: tuple
 
 
 def named(kernel):
@@ -25,12 +37,12 @@ def named(kernel):
 @triton.jit(repr=named("step"), do_not_specialize=["known_skips", "variants", "seed"])
 def step(
     table,  # int64 [tensors, FIELDS]: see address.py
-    tiles,  # int32 [programs, 2]: tensor, tile within the tensor
+    tiles,  # int32 [programs, 2]: see address.py
     rows,  # COMPUTE [cohorts, variants, WIDTH]
     means,  # float64 [tensors, MEANS] of means.py, or None: no stage needs one
     verdict,  # float64 [4] of norm.judge, or None: nothing scales or skips
-    known_skips: tl.int64,  # skipped steps that the host knew of when it wrote the rows
-    variants: tl.int64,  # rows per cohort, one per number of skips that it may not know of
+    known_skips: tl.int32,  # skipped steps that the host knew of when it wrote the rows
+    variants: tl.int32,  # rows per cohort, one per number of skips that it may not know of
     seed: tl.int64,  # of the random bits
     units,  # Units of units.py, or None: no gradient is clipped by units
     roles,
@@ -52,20 +64,18 @@ def step(
     program = tl.program_id(0).to(tl.int64)
     skip, late = heed(verdict, known_skips, variants)
     if skip != 0:
-        tensor = tl.load(tiles + 2 * program).to(tl.int64)
-        start = tl.load(tiles + 2 * program + 1).to(tl.int64) * BLOCK
-        look_at_tile(table, tensor, start, roles, forms, (), ADDRESS, COMPUTE, FIELDS, BLOCK)
+        tensor, start = tile_at(tiles, program, BLOCK)
+        look_at_tiles(table, tensor, start, 1, roles, forms, (), ADDRESS, COMPUTE, FIELDS, BLOCK)
         return
     factor = None
     if verdict is not None:
         factor = tl.load(verdict + FACTOR).to(COMPUTE)
         # The gradients that the norm was told last still lie in the second-level cache.
         program = tl.num_programs(0) - 1 - program
-    tensor = tl.load(tiles + 2 * program).to(tl.int64)
-    start = tl.multiple_of(tl.load(tiles + 2 * program + 1).to(tl.int64) * BLOCK, BLOCK)
-    update_tile(
-        table, tensor, start, rows, means, factor, units, late, variants, seed, roles, forms, h, on_grad, on_update,
-        averages, (), RULE, ADDRESS, COMPUTE, FIELDS, MEANS, WIDTH, GRANULE, DRAWS, BLOCK, 0,
+    tensor, start = tile_at(tiles, program, BLOCK)
+    update_tiles(
+        table, tensor, start, 1, rows, means, factor, units, late, variants, seed, roles, forms, h, on_grad,
+        on_update, averages, (), RULE, ADDRESS, COMPUTE, FIELDS, MEANS, WIDTH, GRANULE, DRAWS, BLOCK, 0, True,
     )  # fmt: skip
 
 
@@ -83,20 +93,19 @@ def heed(verdict, known_skips, variants):
 def late_skips(skipped, known_skips, variants):
     """How many of the skipped steps the host did not know of when it wrote the rows."""
     # Rows that the device computes are right already: there is one for each.
-    return tl.minimum(skipped.to(tl.int64) - known_skips, variants - 1)
+    return tl.minimum(skipped.to(tl.int32) - known_skips, variants - 1)
 
 
 @triton.jit
-def update_tile(
-    table, tensor, start, rows, means, factor, units, late, variants, seed, roles, forms, h, on_grad, on_update,
+def update_tiles(
+    table, tensor, start, count, rows, means, factor, units, late, variants, seed, roles, forms, h, on_grad, on_update,
     averages, sums, RULE: tl.constexpr, ADDRESS: tl.constexpr, COMPUTE: tl.constexpr, FIELDS: tl.constexpr,
     MEANS: tl.constexpr, WIDTH: tl.constexpr, GRANULE: tl.constexpr, DRAWS: tl.constexpr, BLOCK: tl.constexpr,
-    LANES: tl.constexpr,
+    LANES: tl.constexpr, ONE: tl.constexpr,
 ):  # fmt: skip
-    """The elements from ``start``, of which the tensor must have one, to ``start + BLOCK``, as far as it goes. Returns
-    ``sums``, of LANES lanes or none, with their squares: see tally.py."""
+    """``count`` tiles, the last first, or ONE, from the element ``start``, in each of which the tensor must have one.
+    Returns ``sums``, of LANES lanes or none, with their squares: see tally.py."""
     record = table + tensor * FIELDS
-    valid = tl.minimum(tl.load(record + NUMEL) - start, BLOCK).to(tl.int32)
     row = row_of(record, rows, late, variants, WIDTH)
     if means is not None:
         means += tensor * MEANS
@@ -105,79 +114,131 @@ def update_tile(
     draw = None
     if DRAWS:
         draw = Draw(seed, tl.load(row + WIDTH - 1).to(tl.int32), tl.load(record + DRAW))
+    if ONE:
+        sums = update_tile(
+            record, start, row, None, None, means, factor, units, draw, roles, forms, h, on_grad, on_update, averages,
+            sums, RULE, ADDRESS, COMPUTE, GRANULE, BLOCK, LANES,
+        )  # fmt: skip
+    else:
+        # No compiler takes loads out of a loop that stores. float64 would take too many registers.
+        numbers = None
+        t = None
+        if tl.float32 == COMPUTE:
+            numbers, t = all_loaded(numbers_of(row, h, on_grad, on_update, averages)), ADDRESS(record, roles, True)
+        for k in tl.range(0, count):
+            at = tl.multiple_of(start + (count - 1 - k) * BLOCK, BLOCK)
+            sums = update_tile(
+                record, at, row, numbers, t, means, factor, units, draw, roles, forms, h, on_grad, on_update, averages,
+                sums, RULE, ADDRESS, COMPUTE, GRANULE, BLOCK, LANES,
+            )  # fmt: skip
+    return sums
 
+
+@triton.jit
+def update_tile(
+    record, start, row, numbers, t, means, factor, units, draw, roles, forms, h, on_grad, on_update, averages, sums,
+    RULE: tl.constexpr, ADDRESS: tl.constexpr, COMPUTE: tl.constexpr, GRANULE: tl.constexpr, BLOCK: tl.constexpr,
+    LANES: tl.constexpr,
+):  # fmt: skip
+    """``numbers`` and ``t``: the row's, and the aligned tensors; None if they are wanted here only."""
+    valid = tl.minimum(tl.load(record + NUMEL) - start, BLOCK).to(tl.int32)
     # Only whole groups of 8 elements of aligned tensors can be loaded as vectors: a mask at an
     # arbitrary element, or an address that is no multiple of 16 bytes, would make every load scalar.
     # The rest goes one element per thread, which at least keeps neighbours together.
-    vectors = tl.where(tl.load(record + IS_ALIGNED) != 0, valid // GRANULE * GRANULE, 0)
+    is_aligned = tl.load(record + IS_ALIGNED).to(tl.int32) != 0
+    vectors = tl.multiple_of(tl.where(is_aligned, valid & -GRANULE, 0), GRANULE)
     if vectors > 0:
-        t = ADDRESS(record, roles, True)
-        span = Span(start, vectors, tl.arange(0, BLOCK) < tl.multiple_of(vectors, GRANULE), True)
-        sums = update(
-            t, span, row, factor, units, means, draw, forms, h, on_grad, on_update, averages, sums, RULE, COMPUTE
-        )
+        own = numbers_of(row, h, on_grad, on_update, averages) if numbers is None else numbers
+        tensors = ADDRESS(record, roles, True) if t is None else t
+        span = whole_span(start, vectors, GRANULE, BLOCK)
+        sums = update(tensors, span, own, factor, units, means, draw, forms, on_grad, on_update, sums, RULE, COMPUTE)
     if vectors < valid:
-        t = ADDRESS(record, roles, False)
+        tensors, own = ADDRESS(record, roles, False), numbers_of(row, h, on_grad, on_update, averages)
         SMALL: tl.constexpr = max(max(BLOCK // 8, LANES), GRANULE)
         for at in tl.range(vectors, valid, SMALL):
-            span = Span(start + at, valid - at, at + tl.arange(0, SMALL) < valid, False)
+            span = span_of(start + at, valid - at, SMALL)
             sums = update(
-                t, span, row, factor, units, means, draw, forms, h, on_grad, on_update, averages, sums, RULE, COMPUTE
+                tensors, span, own, factor, units, means, draw, forms, on_grad, on_update, sums, RULE, COMPUTE
             )
     return sums
 
 
 @triton.jit
-def look_at_tile(
-    table, tensor, start, roles, forms, sums,
+def look_at_tiles(
+    table, tensor, start, count, roles, forms, sums,
     ADDRESS: tl.constexpr, COMPUTE: tl.constexpr, FIELDS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """``update_tile`` of a step that is skipped."""
+    """``update_tiles`` of a step that is skipped."""
     record = table + tensor * FIELDS
-    valid = tl.minimum(tl.load(record + NUMEL) - start, BLOCK).to(tl.int32)
-    span = Span(start, valid, tl.arange(0, BLOCK) < valid, False)
+    numel = tl.load(record + NUMEL)
     t = ADDRESS(record, roles, False)
-    p = forms.param.load(t.param, span, COMPUTE)
-    sums = added(sums, read(t.grad, span).to(COMPUTE), tl.zeros_like(p), p, span)
-    forms.grad(t.grad, span)
+    for k in tl.range(0, count):
+        at = start + (count - 1 - k) * BLOCK
+        valid = tl.minimum(numel - at, BLOCK).to(tl.int32)
+        span = span_of(at, valid, BLOCK)
+        p = forms.param.load(t.param, span, COMPUTE)
+        sums = added(sums, read(t.grad, span).to(COMPUTE), tl.zeros_like(p), p, span)
+        forms.grad(t.grad, span)
     return sums
 
 
 @triton.jit
 def row_of(record, rows, late, variants, WIDTH: tl.constexpr):
     """The row of the tensor's cohort for the number of skipped steps that the device knows of."""
-    return rows + (tl.load(record + ROW) * variants + late) * WIDTH
+    # In 64 bits numbers take three times as many instructions.
+    return rows + (tl.load(record + ROW).to(tl.int32) * variants + late) * WIDTH
 
 
 @triton.jit
-def direction(t, span, row, factor, units, forms, h, on_grad, RULE: tl.constexpr, COMPUTE: tl.constexpr):
+def numbers_of(row, h, on_grad, on_update, averages):
+    return Numbers(
+        row, columns(row, h), arguments_of(on_grad, row), arguments_of(on_update, row), columns(row, averages)
+    )
+
+
+@triton.jit
+def all_loaded(numbers):
+    return Numbers(
+        numbers.lr,
+        loaded(numbers.h),
+        tl.tuple([loaded(arguments) for arguments in numbers.on_grad]),
+        tl.tuple([loaded(arguments) for arguments in numbers.on_update]),
+        loaded(numbers.averages),
+    )
+
+
+@triton.jit
+def direction(t, span, numbers, factor, units, forms, on_grad, RULE: tl.constexpr, COMPUTE: tl.constexpr):
     """What the rule makes of one tile: (u, p, g, new states, g as it was read); nothing is stored."""
     raw = read(t.grad, span).to(COMPUTE)
     p = forms.param.load(t.param, span, COMPUTE)
     state = ()
     for k in tl.static_range(len(t.states)):
         state += (forms.states[k].load(t.states[k], span, COMPUTE),)
-    g = through(on_grad, scaled(raw, factor, units, span), p, row)
-    u, state = RULE(g, state, columns(row, h))
+    g = through(on_grad, scaled(raw, factor, units, span), p, numbers.on_grad)
+    u, state = RULE(g, state, loaded(numbers.h))
     tl.static_assert(len(state) == len(t.states), "a rule returns as many states as it was given")
     return u, p, g, state, raw
 
 
 @triton.jit
 def update(
-    t, span, row, factor, units, means, draw, forms, h, on_grad, on_update, averages, sums,
+    t, span, numbers, factor, units, means, draw, forms, on_grad, on_update, sums,
     RULE: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
-    u, p, g, state, raw = direction(t, span, row, factor, units, forms, h, on_grad, RULE, COMPUTE)
+    u, p, g, state, raw = direction(t, span, numbers, factor, units, forms, on_grad, RULE, COMPUTE)
     forms.grad(t.grad, span)
-    u = through(on_update, u, p, row) if means is None else through_with_means(on_update, u, p, g, row, means)
-    p = p - tl.load(row) * u
+    if means is None:
+        u = through(on_update, u, p, numbers.on_update)
+    else:
+        u = through_with_means(on_update, u, p, g, numbers.on_update, means)
+    p = p - tl.load(numbers.lr) * u
     for k in tl.static_range(len(t.states)):
         forms.states[k].store(t.states[k], span, state[k], draw, 1 + k)
     forms.param.store(t.param, span, p, draw, 0)
     for k in tl.static_range(len(t.averages)):
         average = forms.averages[k].load(t.averages[k], span, COMPUTE)
-        average = follow(average, p, tl.load(row + averages[k]))
+        average = follow(average, p, loaded(numbers.averages)[k])
         forms.averages[k].store(t.averages[k], span, average, draw, 1 + len(t.states) + k)
     return added(sums, raw, u, p, span)
 

@@ -9,7 +9,7 @@ import triton.language as tl
 
 from .means import CHUNK_FIELDS
 from .norm import FACTOR
-from .step import heed, look_at_tile, named, row_of, update_tile
+from .step import heed, look_at_tiles, named, row_of, update_tiles
 from .tally import SUMS, nothing, store_sums
 
 
@@ -20,8 +20,8 @@ def tracked_step(
     rows,  # see step.py
     means,
     verdict,
-    known_skips: tl.int64,
-    variants: tl.int64,
+    known_skips: tl.int32,
+    variants: tl.int32,
     seed: tl.int64,
     units,
     tally,  # float64 [programs, SUMS]
@@ -52,19 +52,16 @@ def tracked_step(
         program = tl.num_programs(0) - 1 - program
     chunk = chunks + program * CHUNK_FIELDS
     tensor = tl.load(chunk).to(tl.int64)
-    first = tl.load(chunk + 1)
-    end = first + tl.load(chunk + 2)
     sums = nothing(LANES, COMPUTE)
+    start = tl.multiple_of(tl.load(chunk + 1).to(tl.int64) * BLOCK, BLOCK)
+    count = tl.load(chunk + 2)
     if skip == 0:
-        for tile in tl.range(first, end):
-            start = tl.multiple_of(tl.cast(tile, tl.int64) * BLOCK, BLOCK)
-            sums = update_tile(
-                table, tensor, start, rows, means, factor, units, late, variants, seed, roles, forms, h, on_grad,
-                on_update, averages, sums, RULE, ADDRESS, COMPUTE, FIELDS, MEANS, WIDTH, GRANULE, DRAWS, BLOCK, LANES,
-            )  # fmt: skip
+        sums = update_tiles(
+            table, tensor, start, count, rows, means, factor, units, late, variants, seed, roles, forms, h, on_grad,
+            on_update, averages, sums, RULE, ADDRESS, COMPUTE, FIELDS, MEANS, WIDTH, GRANULE, DRAWS, BLOCK, LANES,
+            False,
+        )  # fmt: skip
     else:
-        for tile in tl.range(first, end):
-            start = tl.cast(tile, tl.int64) * BLOCK
-            sums = look_at_tile(table, tensor, start, roles, forms, sums, ADDRESS, COMPUTE, FIELDS, BLOCK)
+        sums = look_at_tiles(table, tensor, start, count, roles, forms, sums, ADDRESS, COMPUTE, FIELDS, BLOCK)
     row = row_of(table + tensor * FIELDS, rows, late, variants, WIDTH)
     store_sums(sums, tally + program * SUMS, row, loss_scale)

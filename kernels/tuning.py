@@ -14,9 +14,10 @@ class Tuning(NamedTuple):
     """Elements per tile of the update: a multiple of 256, where tensors in flat buffers start."""
     bytes_at_once: int = 16
     """Bytes of the widest dtype that a thread takes at once."""
-    quantized_vectors: int = 2
-    """How often a thread does so where states are quantized: these have most to compute per byte, and what every thread
-    begins with, reading tables and rows, counts half as much per element."""
+    vectors_of_much: int = 2
+    """How often a thread does so where states are quantized, which have most to compute per byte, or where something in
+    float32 stands beside 16 bits, of which a thread then takes 8 bytes at once: what every thread begins with, reading
+    tables and rows, counts half as much per element."""
     norm_bytes: int = 8192
     """Bytes of gradient per tile of the norm: two loads of 16 bytes for each thread, to have enough under way."""
     norm_warps: int = 8
@@ -24,7 +25,7 @@ class Tuning(NamedTuple):
     max_registers: int | None = 80
     """Per thread of the cooperative kernel, where the compiler can be told."""
     max_registers_of_much: int | None = 128
-    """The same where 8-bit states stand beside random bits or something in float32, which spill at less."""
+    """The same where states are quantized, which spill at 80."""
     launches: int = 2
     """With clipping, where the user leaves it to us: a norm and an update, or one cooperative launch."""
     programs: int = 4

@@ -12,6 +12,7 @@ the real ones, and only the launch does nothing.
 
 import collections
 import json
+import math
 import os
 import re
 import subprocess
@@ -165,6 +166,11 @@ def per_thread(kernel):
     return tile / (kernel.metadata.num_warps * kernel.metadata.target.warp_size)
 
 
+def tiles_at_once(kernel):
+    """How many a program that takes several takes of large tensors."""
+    return means.CHUNK if "chunks" in kernel.src.fn.arg_names else math.inf
+
+
 def all_facts(target, dtype):
     """Facts about every rule x address with everything around it, and about the norm kernels."""
     gpu = NoGPU(target, dtype)
@@ -212,7 +218,8 @@ def instructions_per_element(dtype):
         step_once("adam", "scattered", dtype, **CHAINS["clip norm"], **settings)
         (kernel,) = (k for k in gpu.compiled() if k.metadata.name.endswith("_adam"))
         program = disassemble(kernel)
-        way = whole_tiles(program).instructions
+        way = whole_tiles(program)
+        way = way.instructions + way.before / tiles_at_once(kernel)
         exchanges = [n for n, instruction in enumerate(program) if "SHFL" in instruction.text]
         if exchanges:
             # Behind the last exit stand the subroutines for numbers near the ends of the range.
@@ -281,7 +288,7 @@ def main(jobs):
     report = {"triton": triton.__version__}
     for job in jobs:
         if job == "instructions":
-            report[job] = {dtype: instructions_per_element(dtype) for dtype in ("float32", "mixed")}
+            report[job] = {dtype: instructions_per_element(dtype) for dtype in ("float32", "mixed", "bfloat16")}
         elif job == "launches":
             launched = compiled_rules("sm_80", "float32", EXTENT)
             report[job] = {

@@ -23,15 +23,16 @@ DTYPES = {
 ZEROING = ["sm_90", "gfx942"]
 """The GPUs for which kernels that zero gradients are compiled."""
 
-MAX_REGISTERS = {"float32": 64, "mixed": 64, "float64": 64, "bfloat16": 80}
-"""Per thread. At 64 an SM holds 1024 threads, each with 16 bytes per tensor under way. Eight bfloat16 in float32 need
+MAX_REGISTERS = {"float32": 64, "mixed": 80, "float64": 64, "bfloat16": 80}
+"""Per thread. At 64 an SM holds 1024 threads, each with 16 bytes per tensor under way. Eight elements in float32 need
 more where a rule has two or three states (maxnreg=64 spills); at 80 an SM still holds 768 threads, hence at least
 16 * 4 * 768 = 49 KB under way, and 33 KB suffice to hide a microsecond at 4.3 TB/s."""
 
 
-MAX_REGISTERS_OF_MUCH = {"float32": 64, "mixed": 64, "float64": 80, "bfloat16": 96}
-"""Where a stage after the rule still needs the gradient, for Adan's four states, and for Adadelta, which takes 86 on
-sm_80. At 96 an SM holds 640 threads and 16 * 4 * 640 = 41 KB under way."""
+MAX_REGISTERS_OF_MUCH = {"float32": 80, "mixed": 96, "float64": 80, "bfloat16": 96}
+"""Where a stage after the rule still needs the gradient, for Adan's four states, for Adadelta, which takes 86 on
+sm_80, and for norms, whose program keeps numbers and addresses for all its tiles. At 96 an SM holds 640 threads and
+16 * 4 * 640 = 41 KB under way."""
 
 
 @pytest.fixture(scope="module", params=TRITONS)
@@ -87,31 +88,32 @@ def test_every_case_is_compiled_once(target, report):
 @pytest.mark.parametrize("target", TARGETS)
 def test_memory_is_accessed_16_bytes_at_a_time(target, report):
     """One load per tensor and one store per written tensor, for the vectors; mixed dtypes share one layout, in which
-    the narrower ones move 8 bytes. Rows, tables and remainders are scalar."""
+    the narrower ones move 8 bytes, twice for each thread. Rows, tables and remainders are scalar."""
     kernels = tracked(report, target)
     assert len(kernels) == len(DTYPES[target]) * len(ADDRESSES)
     for kernel in steps(report, target) + steps(report, target, means=True) + kernels:
         states = len(declared_rules()[re.sub("^(step|tracked)_", "", kernel["name"])].keys)
         mixed = kernel["dtype"] == "mixed" and states > 0
+        loads, stores = (2 * states, 2 * states) if mixed else (states + 2, states + 1)
         if target in NVIDIA:
             wide = "v2.b64" if kernel["dtype"] == "float64" else "v4.b32"
             load, store = (rf"{op}\.global\..*evict_first.*\.{wide}" for op in ("ld", "st"))
             half = r"{}\.global\..*evict_first.*\.v2\.b32"
-            assert count(kernel, half.format("ld")) == 2 * mixed, label(kernel)
-            assert count(kernel, half.format("st")) == 1 * mixed, label(kernel)
-            assert count(kernel, load) == states + 2 * (not mixed), label(kernel)
+            assert count(kernel, half.format("ld")) == 4 * mixed, label(kernel)
+            assert count(kernel, half.format("st")) == 2 * mixed, label(kernel)
+            assert count(kernel, load) == loads, label(kernel)
         else:
             load, store = (rf"(global|buffer)_{op}_dwordx4" for op in ("load", "store"))
             # AMD's compiler also joins loads of neighbouring numbers of the row.
-            assert count(kernel, load) >= states + 2 * (not mixed), label(kernel)
-        assert count(kernel, store) == states + (not mixed), label(kernel)
+            assert count(kernel, load) >= loads, label(kernel)
+        assert count(kernel, store) == stores, label(kernel)
 
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_registers_suffice(target, report):
     for kernel in report[target]:
-        # In the cooperative kernel ptxas may park an address or two, outside of the loops over elements, or four.
-        parked = (32 if kernel["tracked"] else 16) if kernel["name"].startswith("clipped_") and target in NVIDIA else 0
+        # In the cooperative kernel ptxas may park some addresses, outside of the loops over elements.
+        parked = 40 if kernel["name"].startswith("clipped_") and target in NVIDIA else 0
         assert kernel["stack"] <= parked, f"{label(kernel)} spills"
         much = kernel["means"] or kernel["tracked"] or kernel["name"] in ("step_adan", "step_adadelta")
         budget = (MAX_REGISTERS_OF_MUCH if much else MAX_REGISTERS)[kernel["dtype"]]
@@ -211,16 +213,16 @@ def test_means_kernel(target, report):
     for kernel in kernels:
         # Whether u agrees with g depends on all states; the excess of Adam's g over v on v alone.
         states = {"means_amsgrad": 3, "means_adam": 1}[kernel["name"]]
-        mixed = kernel["dtype"] == "mixed"
+        loads = 2 * states if kernel["dtype"] == "mixed" else states + 1
         if target in NVIDIA:
             wide = "v2.b64" if kernel["dtype"] == "float64" else "v4.b32"
-            assert count(kernel, rf"ld\.global\..*evict_first.*\.{wide}") == states + (not mixed), label(kernel)
+            assert count(kernel, rf"ld\.global\..*evict_first.*\.{wide}") == loads, label(kernel)
             assert count(kernel, r"st\.global\..*\.v[24].*") == 0, label(kernel)
             assert count(kernel, r"atom\.global\.gpu\.acq_rel\.add\.u32") == 1
             # Not from the first-level cache, which may hold older values.
             assert count(kernel, r"ld\.global\.cg\.b64") >= 1
         else:
-            assert count(kernel, r"(global|buffer)_load_dwordx4") >= states + (not mixed), label(kernel)
+            assert count(kernel, r"(global|buffer)_load_dwordx4") >= loads, label(kernel)
             assert count(kernel, r"(global|buffer)_store_dwordx4") == 0, label(kernel)
             # Write back before the ticket is taken, invalidate afterwards.
             assert (
@@ -239,7 +241,7 @@ def test_zeros_are_stored_in_vectors(target, report):
     assert pairs.keys() == {"step_adam", "clipped_adam", "tracked_adam"}
     for name, (without, zeroing) in pairs.items():
         assert count(zeroing, store) == count(without, store) + 1, name
-        assert zeroing["stack"] == 0 and zeroing["registers"] <= (80 if name == "clipped_adam" else 64), name
+        assert zeroing["stack"] == 0 and zeroing["registers"] <= (64 if name == "step_adam" else 80), name
 
 
 def test_numbers_never_recompile(report):
@@ -257,7 +259,7 @@ def test_numbers_never_recompile(report):
         assert compiles == {update: 1, "sum_of_squares": 1} | more, case
 
 
-@pytest.mark.parametrize("dtype", ["float32", "mixed"])
+@pytest.mark.parametrize("dtype", ["float32", "mixed", "bfloat16"])
 def test_averages_and_norms_are_cheap(dtype, report):
     """Both together add at most 12 instructions per element to a clipped step."""
     plain, extended = report["instructions"][dtype]
