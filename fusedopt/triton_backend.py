@@ -265,6 +265,7 @@ class Executor:
             "RULE": self.kernel, "ADDRESS": self.tables.address, "COMPUTE": TYPES[self.compute_dtype],
             "FIELDS": self.tables.fields, "WIDTH": chains.width, "GRANULE": self.tables.granule,
             "BLOCK": self.tables.tuning.block, "num_warps": self.tables.num_warps, "enable_fp_fusion": False,
+            **self.tables.bounds,
         }  # fmt: skip
 
     def _prepare_after(

@@ -97,6 +97,8 @@ class Tables:
         self.granule = QUANTIZED if quantizes else self.vector if mixes else 8
         vectors = self.tuning.vectors_of_much if quantizes or mixes else 1
         self.num_warps = max(1, self.tuning.block // (threads * self.vector * vectors))
+        registers = self.tuning.registers.get(self.vector * vectors)
+        self.bounds = {} if registers is None else {"maxnreg": registers}
         self.max_registers = self.tuning.max_registers_of_much if quantizes else self.tuning.max_registers
         self.wide_block = self.tuning.norm_warps * threads * self.vector
         """The tile of an update with as many warps as the norm: it divides the norm's."""

@@ -66,28 +66,31 @@ def clipped_step(
         write_down(verdict, weighed, skipped)
     norm, factor, skip = weighed
     if skip == 0:
-        late = late_skips(skipped, known_skips, variants)
-        own_slots = tl.cdiv(SLOTS - program, programs)
-        for i in tl.range(0, own_slots):
-            slot = program + (own_slots - 1 - i) * programs
-            own_tiles = tl.cdiv(tl.maximum(tile_count - slot, 0), SLOTS)
-            for j in tl.range(0, own_tiles):
-                number = slot + (own_tiles - 1 - j) * SLOTS
-                tensor, first = tile_at(tiles, number, NORM_BLOCK)
-                numel = tl.load(table + tensor * FIELDS + NUMEL)
-                parts = tl.cdiv(tl.minimum(numel - first, NORM_BLOCK), BLOCK).to(tl.int32)
+        # One loop over what are two in the norm, which keeps few numbers: the update needs the registers.
+        rounds = tl.cdiv(tile_count, SLOTS)
+        left = tl.cdiv(SLOTS - program, programs) * rounds
+        while left > 0:
+            left -= 1
+            number = program + left // rounds * programs + left % rounds * SLOTS
+            if number < tile_count:
                 sums = ()
                 if tally is not None:
                     sums = nothing(LANES, COMPUTE)
-                # One by one, each with its own numbers and addresses, for which there are no registers in between.
-                for k in tl.range(0, parts):
-                    start = tl.multiple_of(first + (parts - 1 - k) * BLOCK, BLOCK)
+                parts = parts_of(table, tiles, number, FIELDS, BLOCK, NORM_BLOCK)
+                while parts > 0:
+                    parts -= 1
+                    # Read again, to keep nothing meanwhile. The first program writes the same, since nothing is skipped.
+                    late = late_skips(tl.load(verdict + SKIPPED), known_skips, variants)
+                    tensor, first = tile_at(tiles, number, NORM_BLOCK)
+                    start = tl.multiple_of(first + parts * BLOCK, BLOCK)
                     sums = update_tiles(
                         table, tensor, start, 1, rows, None, factor.to(COMPUTE), units, late, variants, seed, roles,
                         forms, h, on_grad, on_update, averages, sums,
                         RULE, ADDRESS, COMPUTE, FIELDS, 0, WIDTH, GRANULE, DRAWS, BLOCK, LANES, True,
                     )  # fmt: skip
                 if tally is not None:
+                    tensor, first = tile_at(tiles, number, NORM_BLOCK)
+                    late = late_skips(tl.load(verdict + SKIPPED), known_skips, variants)
                     row = row_of(table + tensor * FIELDS, rows, late, variants, WIDTH)
                     store_sums(sums, tally + number * SUMS, row, loss_scale)
     else:
@@ -97,12 +100,19 @@ def clipped_step(
                 sums = ()
                 if tally is not None:
                     sums = nothing(LANES, COMPUTE)
-                numel = tl.load(table + tensor * FIELDS + NUMEL)
-                parts = tl.cdiv(tl.minimum(numel - first, NORM_BLOCK), BLOCK).to(tl.int32)
+                parts = parts_of(table, tiles, number, FIELDS, BLOCK, NORM_BLOCK)
                 sums = look_at_tiles(table, tensor, first, parts, roles, forms, sums, ADDRESS, COMPUTE, FIELDS, BLOCK)
                 if tally is not None:
                     row = row_of(table + tensor * FIELDS, rows, 0, variants, WIDTH)
                     store_sums(sums, tally + number * SUMS, row, loss_scale)
+
+
+@triton.jit
+def parts_of(table, tiles, number, FIELDS: tl.constexpr, BLOCK: tl.constexpr, NORM_BLOCK: tl.constexpr):
+    """How many tiles of the update one of the norm's has."""
+    tensor, first = tile_at(tiles, number, NORM_BLOCK)
+    numel = tl.load(table + tensor * FIELDS + NUMEL)
+    return tl.cdiv(tl.minimum(numel - first, NORM_BLOCK), BLOCK).to(tl.int32)
 
 
 @triton.jit

@@ -60,7 +60,9 @@ def whole_span(first, count, GRANULE: tl.constexpr, N: tl.constexpr):
 @triton.jit
 def span_of(first, count, N: tl.constexpr):
     """Of N lanes."""
-    lanes = tl.arange(0, N)
+    # Nothing is loaded as vectors here. Should the compiler give these lanes and whole_span's one layout, then not one in
+    # which threads take more of float32 at once than they can store.
+    lanes = tl.max_contiguous(tl.arange(0, N), 4)
     return Span(first, count, lanes, lanes < count, False)
 
 

@@ -22,8 +22,11 @@ class Tuning(NamedTuple):
     """Bytes of gradient per tile of the norm: two loads of 16 bytes for each thread, to have enough under way."""
     norm_warps: int = 8
     """Warps per program of the norm; a warp has 32 threads, on AMD 64."""
+    registers: dict[int, int] = {4: 64, 8: 96, 16: 176}  # noqa: RUF012, nobody writes to it
+    """Per thread of the update, at most, by the elements that it takes, where the compiler can be told. Left to itself
+    it may put a number into memory to run more threads than are of use."""
     max_registers: int | None = 80
-    """Per thread of the cooperative kernel, where the compiler can be told."""
+    """Per thread of the cooperative kernel."""
     max_registers_of_much: int | None = 128
     """The same where states are quantized, which spill at 80."""
     launches: int = 2
@@ -44,9 +47,9 @@ TABLE = {
     "sm_90": Tuning(),
     "sm_100": Tuning(),
     # Wavefronts of 64: as many threads in half as many. How many programs fit is not worked out: one does.
-    "gfx942": Tuning(norm_warps=4, programs=1, max_registers=None, max_registers_of_much=None),
+    "gfx942": Tuning(norm_warps=4, programs=1, registers={}, max_registers=None, max_registers_of_much=None),
     # Time there goes by programs.
-    "interpreter": Tuning(max_registers=None, max_registers_of_much=None),
+    "interpreter": Tuning(registers={}, max_registers=None, max_registers_of_much=None),
 }
 
 

@@ -29,10 +29,12 @@ more where a rule has two or three states (maxnreg=64 spills); at 80 an SM still
 16 * 4 * 768 = 49 KB under way, and 33 KB suffice to hide a microsecond at 4.3 TB/s."""
 
 
-MAX_REGISTERS_OF_MUCH = {"float32": 80, "mixed": 96, "float64": 80, "bfloat16": 96}
-"""Where a stage after the rule still needs the gradient, for Adan's four states, for Adadelta, which takes 86 on
-sm_80, and for norms, whose program keeps numbers and addresses for all its tiles. At 96 an SM holds 640 threads and
-16 * 4 * 640 = 41 KB under way."""
+MAX_REGISTERS_OF_MUCH = {"float32": 64, "mixed": 96, "float64": 80, "bfloat16": 96}
+"""Where a stage after the rule still needs the gradient, where norms are taken, and for the rules of MUCH. At 96 an SM
+holds 640 threads and 16 * 4 * 640 = 41 KB under way."""
+
+MUCH = "step_adan", "step_adadelta", "step_rmsprop_centered_momentum"
+"""Four states; 86 registers on sm_80; three states, and 82 registers on sm_90."""
 
 
 @pytest.fixture(scope="module", params=TRITONS)
@@ -112,10 +114,10 @@ def test_memory_is_accessed_16_bytes_at_a_time(target, report):
 @pytest.mark.parametrize("target", TARGETS)
 def test_registers_suffice(target, report):
     for kernel in report[target]:
-        # In the cooperative kernel ptxas may park some addresses, outside of the loops over elements.
-        parked = 40 if kernel["name"].startswith("clipped_") and target in NVIDIA else 0
+        # In the cooperative kernel ptxas may park an address or two, outside of the loops over elements.
+        parked = 16 if kernel["name"].startswith("clipped_") and target in NVIDIA and not kernel["tracked"] else 0
         assert kernel["stack"] <= parked, f"{label(kernel)} spills"
-        much = kernel["means"] or kernel["tracked"] or kernel["name"] in ("step_adan", "step_adadelta")
+        much = kernel["means"] or kernel["tracked"] or kernel["name"].startswith(MUCH)
         budget = (MAX_REGISTERS_OF_MUCH if much else MAX_REGISTERS)[kernel["dtype"]]
         if kernel["name"].startswith("clipped_"):
             # At 80 an NVIDIA multiprocessor holds three programs of 256 threads, at 96 two; on AMD one has them all.
@@ -241,7 +243,7 @@ def test_zeros_are_stored_in_vectors(target, report):
     assert pairs.keys() == {"step_adam", "clipped_adam", "tracked_adam"}
     for name, (without, zeroing) in pairs.items():
         assert count(zeroing, store) == count(without, store) + 1, name
-        assert zeroing["stack"] == 0 and zeroing["registers"] <= (64 if name == "step_adam" else 80), name
+        assert zeroing["stack"] == 0 and zeroing["registers"] <= (80 if name == "clipped_adam" else 64), name
 
 
 def test_numbers_never_recompile(report):
