@@ -66,12 +66,11 @@ def clipped_step(
         write_down(verdict, weighed, skipped)
     norm, factor, skip = weighed
     if skip == 0:
-        # One loop over what are two in the norm, which keeps few numbers: the update needs the registers.
-        rounds = tl.cdiv(tile_count, SLOTS)
-        left = tl.cdiv(SLOTS - program, programs) * rounds
-        while left > 0:
-            left -= 1
-            number = program + left // rounds * programs + left % rounds * SLOTS
+        # One loop over what are two in the norm, slots and their tiles, which keeps a single number from tile to tile:
+        # the update needs the registers.
+        length = tl.cdiv(tile_count, SLOTS) * SLOTS
+        number = program + (SLOTS - 1 - program) // programs * programs + length - SLOTS
+        while number != program - SLOTS:
             if number < tile_count:
                 sums = ()
                 if tally is not None:
@@ -79,7 +78,7 @@ def clipped_step(
                 parts = parts_of(table, tiles, number, FIELDS, BLOCK, NORM_BLOCK)
                 while parts > 0:
                     parts -= 1
-                    # Read again, to keep nothing meanwhile. The first program writes the same, since nothing is skipped.
+                    # Read again, to keep nothing. The first program writes what was there, since nothing is skipped.
                     late = late_skips(tl.load(verdict + SKIPPED), known_skips, variants)
                     tensor, first = tile_at(tiles, number, NORM_BLOCK)
                     start = tl.multiple_of(first + parts * BLOCK, BLOCK)
@@ -93,6 +92,9 @@ def clipped_step(
                     late = late_skips(tl.load(verdict + SKIPPED), known_skips, variants)
                     row = row_of(table + tensor * FIELDS, rows, late, variants, WIDTH)
                     store_sums(sums, tally + number * SUMS, row, loss_scale)
+            number -= SLOTS
+            if (number < 0) & (number != program - SLOTS):
+                number += length - programs
     else:
         for slot in tl.range(program, SLOTS, programs):
             for number in tl.range(slot, tile_count, SLOTS):

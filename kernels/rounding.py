@@ -60,8 +60,8 @@ def whole_span(first, count, GRANULE: tl.constexpr, N: tl.constexpr):
 @triton.jit
 def span_of(first, count, N: tl.constexpr):
     """Of N lanes."""
-    # Nothing is loaded as vectors here. Should the compiler give these lanes and whole_span's one layout, then not one in
-    # which threads take more of float32 at once than they can store.
+    # Nothing is loaded as vectors here. But should the compiler choose one layout for these lanes and whole_span's,
+    # then none in which a thread takes more of float32 at once than it can store.
     lanes = tl.max_contiguous(tl.arange(0, N), 4)
     return Span(first, count, lanes, lanes < count, False)
 

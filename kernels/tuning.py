@@ -22,7 +22,7 @@ class Tuning(NamedTuple):
     """Bytes of gradient per tile of the norm: two loads of 16 bytes for each thread, to have enough under way."""
     norm_warps: int = 8
     """Warps per program of the norm; a warp has 32 threads, on AMD 64."""
-    registers: dict[int, int] = {4: 64, 8: 96, 16: 176}  # noqa: RUF012, nobody writes to it
+    registers: dict[int, int] = {2: 80, 4: 64, 8: 96, 16: 176}  # noqa: RUF012, nobody writes to it
     """Per thread of the update, at most, by the elements that it takes, where the compiler can be told. Left to itself
     it may put a number into memory to run more threads than are of use."""
     max_registers: int | None = 80

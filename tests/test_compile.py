@@ -23,10 +23,11 @@ DTYPES = {
 ZEROING = ["sm_90", "gfx942"]
 """The GPUs for which kernels that zero gradients are compiled."""
 
-MAX_REGISTERS = {"float32": 64, "mixed": 80, "float64": 64, "bfloat16": 80}
+MAX_REGISTERS = {"float32": 64, "mixed": 80, "float64": 80, "bfloat16": 80}
 """Per thread. At 64 an SM holds 1024 threads, each with 16 bytes per tensor under way. Eight elements in float32 need
 more where a rule has two or three states (maxnreg=64 spills); at 80 an SM still holds 768 threads, hence at least
-16 * 4 * 768 = 49 KB under way, and 33 KB suffice to hide a microsecond at 4.3 TB/s."""
+16 * 4 * 768 = 49 KB under way, and 33 KB suffice to hide a microsecond at 4.3 TB/s. In float64 a program has 512 threads:
+at 80 one of them fits, with just those 33 KB, where rules with three states would otherwise spill."""
 
 
 MAX_REGISTERS_OF_MUCH = {"float32": 64, "mixed": 96, "float64": 80, "bfloat16": 96}
