@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cached_property, partial
 
 import numpy as np
 import torch
@@ -91,17 +91,21 @@ class Tables:
         width = 2 if quantizes else max(widths)
         self.vector = self.tuning.bytes_at_once // width
         """Elements that a thread takes at once."""
-        threads = 32 if interpreting() else driver.active.get_current_target().warp_size
+        self.warp = threads = 32 if interpreting() else driver.active.get_current_target().warp_size
         # Random bits serve eight elements, which must not be parted.
         mixes = not (quantizes or bucket.stored.draws) and max(widths) == 4 > min(widths)
         self.granule = QUANTIZED if quantizes else self.vector if mixes else 8
         vectors = self.tuning.vectors_of_much if quantizes or mixes else 1
         self.num_warps = max(1, self.tuning.block // (threads * self.vector * vectors))
-        registers = self.tuning.registers.get(self.vector * vectors)
-        self.bounds = {} if registers is None else {"maxnreg": registers}
         self.max_registers = self.tuning.max_registers_of_much if quantizes else self.tuning.max_registers
         self.wide_block = self.tuning.norm_warps * threads * self.vector
         """The tile of an update with as many warps as the norm: it divides the norm's."""
+
+    @cached_property
+    def bounds(self) -> dict[str, int]:
+        """What the compiler of the update is told of registers."""
+        elements = self.tuning.block // (self.num_warps * self.warp)
+        return {"maxnreg": self.tuning.registers[elements]} if elements in self.tuning.registers else {}
 
     @property
     def device_copy(self) -> Tensor:
