@@ -263,9 +263,8 @@ class Executor:
             copy.copy_(member.param)
         return chains, {
             "RULE": self.kernel, "ADDRESS": self.tables.address, "COMPUTE": TYPES[self.compute_dtype],
-            "FIELDS": self.tables.fields, "WIDTH": chains.width, "GRANULE": self.tables.granule,
+            "FIELDS": self.tables.fields, "WIDTH": chains.width, "GRANULE": self.tables.granule, **self.tables.bounds,
             "BLOCK": self.tables.tuning.block, "num_warps": self.tables.num_warps, "enable_fp_fusion": False,
-            **self.tables.bounds,
         }  # fmt: skip
 
     def _prepare_after(
