@@ -165,12 +165,14 @@ class Settings:
         return cls.__dataclass_fields__
 
     def refuse_in_group(self, group: dict[str, Any], known: Collection[str]) -> None:
-        """ValueError for a group that would have a setting of its own, unless it is an option of the formula's too."""
+        """ValueError for a group that would have a setting of its own, unless it is an option of the formula's too.
+        ZeroRedundancyOptimizer repeats the whole optimizer's settings in each group: that is none."""
         for name in group.keys() & self.fields().keys() - set(known):
-            raise ValueError(
-                f"{name} is no option of a parameter group, but one of the whole optimizer: take it out of the group, "
-                f"and give it as {name}={group[name]!r} beside the parameters"
-            )
+            if group[name] != getattr(self, name):
+                raise ValueError(
+                    f"{name} is no option of a parameter group, but one of the whole optimizer: take it out of the "
+                    f"group, and give it as {name}={group[name]!r} beside the parameters"
+                )
 
     @property
     def value_limits(self) -> tuple[float, float]:
