@@ -144,7 +144,7 @@ def update_tile(
 ):  # fmt: skip
     """``numbers`` and ``t``: the row's, and the aligned tensors; None if they are wanted here only."""
     valid = tl.minimum(tl.load(record + NUMEL) - start, BLOCK).to(tl.int32)
-    # Only whole groups of 8 elements of aligned tensors can be loaded as vectors: a mask at an
+    # Only whole groups of GRANULE elements of aligned tensors can be loaded as vectors: a mask at an
     # arbitrary element, or an address that is no multiple of 16 bytes, would make every load scalar.
     # The rest goes one element per thread, which at least keeps neighbours together.
     is_aligned = tl.load(record + IS_ALIGNED).to(tl.int32) != 0
