@@ -29,6 +29,8 @@ class Verdict(NamedTuple):
     device: Tensor | None = None
     loss_scale: Tensor | None = None
     """What the gradients are still multiplied by, where somebody wants their norms."""
+    may_skip: bool = False
+    """Whether the device may decide to skip the step, of which the host has to hear."""
 
     def found_inf(self, device: torch.device) -> Tensor:
         """Whether the step is skipped, as GradScaler.update() takes it: a new float32 scalar."""
@@ -42,7 +44,7 @@ class Verdict(NamedTuple):
             return self._replace(skip=self.skip or found_inf.item() != 0)
         skip = self.device[2]
         skip.copy_(skip.logical_or(found_inf.to(skip.device)))
-        return self
+        return self._replace(may_skip=True)
 
     def on(self, device: torch.device) -> Tensor | None:
         """The verdict for kernels on ``device``; None if there is nothing to multiply or skip."""
@@ -80,6 +82,11 @@ class Terms(NamedTuple):
     @property
     def needs_norm(self) -> bool:
         return self.clip is not None or self.skip_nonfinite
+
+    def left_to(self, device: Tensor) -> Verdict:
+        """The verdict that a device passes by these terms, and keeps in ``device``."""
+        may_skip = self.skip_nonfinite or self.found_inf is not None
+        return Verdict(norm=math.nan if self.needs_norm else None, device=device, may_skip=may_skip)
 
     @property
     def joins_ranks(self) -> bool:

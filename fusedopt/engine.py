@@ -232,7 +232,8 @@ class Engine:
             if executor.bucket.capturable:
                 executor.advance(optimizer, self.verdict)
         if self.verdict.device is not None and self.plan.counted and not captures:
-            self.skips.listen()
+            if self.verdict.may_skip:
+                self.skips.listen()
             self._hear(optimizer, wait=False)
 
     def _takes_one_launch(self, optimizer: Any, terms: clipping.Terms, is_deferred: bool) -> bool:

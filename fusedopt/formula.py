@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -75,14 +76,21 @@ class Formula:
 
     def update(self, group: dict[str, Any], t: int, *scalars: Tensor) -> Update:
         """All numbers of one step of one group. Order as in torch: clip, negate, decay."""
-        in_gradient, in_update = self.decays(group)
-        on_grad = (
-            Stage("clip_value", self._settings.value_limits, (-math.inf, math.inf)),
-            Stage("maximize", (-1.0 if group.get("maximize") else 1.0,), (1.0,)),
-            Stage("decay", (in_gradient,), (0.0,)),
-        )
-        on_update = (Stage("decay", (in_update,), (0.0,)),)
-        if self._settings.cautious:
-            on_update = (CAUTIOUS, *on_update)
+        settings, sign = self._settings, -1.0 if group.get("maximize") else 1.0
+        on_grad, on_update = _chains(settings.value_limits, sign, *self.decays(group), settings.cautious)
         lr, h, averages = (of(group, t, *scalars) for of in (self.lr, self.hyper, self.averages))
         return Update(lr, h, on_grad, on_update, averages)
+
+
+@functools.lru_cache
+def _chains(
+    limits: tuple[float, float], sign: float, in_gradient: float, in_update: float, cautious: bool
+) -> tuple[tuple[Stage, ...], tuple[Stage, ...]]:
+    """What is done to the gradient before the rule, and to the update after it: mostly the same at every step."""
+    on_grad = (
+        Stage("clip_value", limits, (-math.inf, math.inf)),
+        Stage("maximize", (sign,), (1.0,)),
+        Stage("decay", (in_gradient,), (0.0,)),
+    )
+    decay = Stage("decay", (in_update,), (0.0,))
+    return on_grad, ((CAUTIOUS, decay) if cautious else (decay,))

@@ -11,9 +11,9 @@ import contextlib
 import copy
 import gc
 import math
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import compress
-from operator import attrgetter, is_, itemgetter
+from operator import attrgetter, itemgetter
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ from .buckets import Bucket, Member, settle
 from .cohorts import Slots
 from .distributed import Reduction, Wholes
 from .flat import Space
+from .identity import same, same_tensors
 from .layouts import Layouts
 from .places import Place
 from .shards import Shards, is_distributed, local
@@ -97,6 +98,7 @@ class Plan:
         self.numbers = [numbers for space in counting for numbers in space.numbers.values()]
         self.ways = ways(optimizer)
         self.states = list(optimizer.state.values())
+        self.contents = [dict(state) if isinstance(state, dict) else state for state in self.states]
         self.views = [column for bucket in self.buckets for column in _views(optimizer, bucket)]
         self.lasts = math.inf
         """For how many steps."""
@@ -123,7 +125,7 @@ class Plan:
         return plan
 
     def note_steps(self) -> None:
-        self.values = [numbers.tolist() for numbers in self.numbers]
+        self.values = [numbers.clone() for numbers in self.numbers]
 
     def holds(self, optimizer: Any, params: list[Tensor], grads: list[Tensor | None]) -> bool:
         """Whether the same plan serves this step. Runs at every step (``bench/scale.py`` says how long).
@@ -145,15 +147,14 @@ class Plan:
             self.lasts >= 0
             and optimizer._settings.layout == self.settings
             and same(ways(optimizer), self.ways)
-            and same(params, self.params)
-            and same(optimizer.state.values(), self.states)
+            and same_tensors(params, self.params)
             and list(map(len, map(get_params, optimizer.param_groups))) == self.group_sizes
             and list(map(Tensor.data_ptr, self.pinned)) == self.addresses
             and (self.param_layouts.hold(active) or self._layouts_hold())
             and (self.as_planned or self._sizes_hold(active_grads))
-            and self._states_hold()
+            and self._states_hold(list(optimizer.state.values()))
             and (self.shards is None or self.shards.hold())
-            and self.values == [numbers.tolist() for numbers in self.numbers]
+            and all(map(torch.equal, self.numbers, self.values))
         )
 
     def _sizes_hold(self, grads: Sequence[Tensor]) -> bool:
@@ -169,13 +170,16 @@ class Plan:
             and list(map(get_kind, active)) == self.kinds
         )
 
-    def _states_hold(self) -> bool:
+    def _states_hold(self, states: list[dict]) -> bool:
         """Whether every state is the view that it was, in the memory where it was."""
-        try:
-            if not all(all(map(is_, map(get, states), views)) for get, states, views in self.views):
+        if not same_tensors(states, self.contents):
+            # What somebody else keeps there may change.
+            try:
+                kept = (same(list(map(get, dicts)), values) for get, dicts, values in self.views)
+                if not (same(states, self.states) and all(kept)):
+                    return False
+            except KeyError:  # a state was deleted
                 return False
-        except KeyError:  # a state was deleted
-            return False
         return self.uses == [space.uses() for space in self.spaces]
 
     def note_memory(self, executors: Sequence[Any]) -> None:
@@ -215,10 +219,6 @@ def ways(optimizer: Any) -> list[Any]:
     groups = optimizer.param_groups
     options = [group.get(key) for key in ("capturable", "differentiable") for group in groups]
     return [*groups, *map(optimizer.rule, groups), *options]
-
-
-def same(a: Collection[Any], b: Collection[Any]) -> bool:
-    return len(a) == len(b) and all(map(is_, a, b))
 
 
 def _stepped(spaces: list[Space], members: list[Member]) -> list[Tensor]:

@@ -27,9 +27,10 @@ from .buckets import Bucket, Member, sharing_memory
 from .cohorts import Cohort, Scalar
 from .ema import ROLE
 from .gather import picker
+from .identity import same, same_tensors
 from .layouts import Among, Layouts
 from .places import terms
-from .plan import Plan, get_dtype, get_kind, get_params, same, ways
+from .plan import Plan, get_dtype, get_kind, get_params, ways
 from .shards import is_distributed, local
 
 get_position = attrgetter("position")
@@ -219,7 +220,7 @@ class Roster:
             settings.layout == whole.settings
             and torch.get_num_threads() == self.threads
             and same(ways(optimizer), whole.ways)
-            and same(params, whole.params)
+            and same_tensors(params, whole.params)
             and same(optimizer.state.values(), whole.states)
             and list(map(len, map(get_params, optimizer.param_groups))) == whole.group_sizes
             and not (self.distributed and any(map(is_not, map(local, compress(params, self.known)), self.parts)))

@@ -6,7 +6,6 @@ Only this module and its parts, ``triton_*.py``, import ``fusedopt.kernels``.
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -219,7 +218,7 @@ class Executor:
                 raise RuntimeError(IMPOSSIBLE.format(self.refusal)) from error
             return None
         self._finish()
-        return Verdict(norm=math.nan if terms.needs_norm else None, device=verdict)
+        return terms.left_to(verdict)
 
     def advance(self, optimizer: Any, verdict: Verdict) -> None:
         """Let the device count the step, unless the verdict skips it: after ``step``, for what is capturable."""

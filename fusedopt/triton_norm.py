@@ -73,14 +73,14 @@ def judge(executors: Sequence[Any], terms: Terms, skips: Skips, reduction: Reduc
     last = executors[-1].norms
     if reduction.communicates and terms.joins_ranks:
         _judge_with_other_ranks(executors, terms, verdict, reduction)
-        return Verdict(norm=math.nan if terms.needs_norm else None, device=verdict)
+        return terms.left_to(verdict)
     filled = [executor.norms for executor in executors if executor.tables.tiles.count] if terms.needs_norm else []
     slots, (ticket, _) = last.workspace(max(len(filled), 1))
     for i, norms in enumerate(filled):
         norms.add_squares(slots, i * SLOTS, ticket if norms is filled[-1] else None, verdict, terms)
     if not filled:
         last.judge(slots, verdict, terms)
-    return Verdict(norm=math.nan if terms.needs_norm else None, device=verdict)
+    return terms.left_to(verdict)
 
 
 def _judge_with_other_ranks(executors: Sequence[Any], terms: Terms, verdict: Tensor, reduction: Reduction) -> None:

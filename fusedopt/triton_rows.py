@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import or_
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,7 +12,7 @@ import triton.language as tl
 
 from .buckets import Bucket
 from .kernels import stages
-from .rule import Update
+from .rule import Stage, Update
 from .upload import Upload
 
 
@@ -67,10 +68,10 @@ class Rows:
 
     def view(self, updates: Sequence[Update]) -> Chains:
         """The chains that these updates need; a stage that none of them uses is left out."""
-        used = tuple(
-            tuple(any(u[chain][i].args != u[chain][i].neutral for u in updates) for i in range(len(updates[0][chain])))
-            for chain in (2, 3)
-        )
+        by_update = {(_used(u.on_grad), _used(u.on_update)) for u in updates}
+        used = by_update.pop()
+        for other in by_update:
+            used = tuple(tuple(map(or_, *pair)) for pair in zip(used, other))
         if used not in self.chains:
             self.chains[used] = self._built(updates[0], used)
         return self.chains[used]
@@ -92,6 +93,11 @@ class Rows:
         needed = [keep for stage, keep in zip(update.on_update, used[1]) if stage.term is not None]
         numbers = tuple(number for number, keep in enumerate(needed) if keep)
         return Chains(used, h, *built, tuple(terms), averages, end + self.draws, numbers, len(needed))
+
+
+def _used(chain: Sequence[Stage]) -> tuple[bool, ...]:
+    """Which of these stages change anything."""
+    return tuple([stage.args != stage.neutral for stage in chain])
 
 
 def _columns(start: int, count: int) -> tuple[tuple, int]:

@@ -237,6 +237,17 @@ def test_skips_that_the_host_has_not_heard_of(case, device):
     assert steps_of(made) == steps_of(reference)
 
 
+@pytest.mark.parametrize("case", CASES)
+def test_nobody_listens_for_skips_that_cannot_be(case, device, monkeypatch):
+    """Clipping skips no step: the host asks the device for nothing, also where the rule's scalars depend on skips."""
+    monkeypatch.setattr(Skips, "listen", lambda self: pytest.fail("the host asks for the count of skipped steps"))
+    params = parameters([5, 1030], device)
+    made = optimizer(case, params, max_grad_norm=1.0)
+    for t in range(3):
+        set_gradients(params, tensors([5, 1030], device, seed=t))
+        made.step()
+
+
 def attach_scaler(made, scale, found_inf, device):
     """What torch.amp.GradScaler does to an optimizer that unscales by itself."""
     made.grad_scale = torch.full((1,), scale, device=device)

@@ -160,6 +160,20 @@ def test_a_state_that_has_gone_is_not_made_by_looking(backend, device):
         assert set(optimizer.state) == {p for p in params if p.grad is not None}
 
 
+def test_what_others_keep_in_the_state_is_theirs(backend, device):
+    """They may change it at every step, and no plan is made anew."""
+    params = [torch.nn.Parameter(torch.ones(n, device=device)) for n in SIZES[:2]]
+    optimizer = fusedopt.AdamW(params, backend=backend)
+    plans = set()
+    for t in range(4):
+        for p in params:
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+        optimizer.state[params[1]]["mine"] = torch.tensor(float(t))
+        plans.add(optimizer._engine.plan)
+    assert len(plans) == 1
+
+
 @pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize("enabled", [False, True])
 def test_what_is_planned_counts_as_old(enabled, frozen, monkeypatch):

@@ -168,10 +168,12 @@ def edits(name):
     if "step" in Pair(name).oracle_keys():
         found["step"] = lambda state, other: state["step"].fill_(7.0)
         found["step anew"] = lambda state, other: state.update(step=torch.tensor(7.0))
+        found["equal step"] = lambda state, other: state.update(step=state["step"].clone())
     return found
 
 
 EDITS = ["zero", "fill one", "replace", "other strides", "replace .data", "swap", "share", "step", "step anew"]
+EDITS.append("equal step")
 
 
 @every_kind_and_backend
