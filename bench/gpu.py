@@ -27,6 +27,7 @@ from typing import NamedTuple  # noqa: E402
 import gpu_checks  # noqa: E402
 import gpu_speed  # noqa: E402
 import gpu_tests  # noqa: E402
+import torch  # noqa: E402
 from gpu_run import Run  # noqa: E402
 from history import read  # noqa: E402
 from report import summary  # noqa: E402
@@ -68,6 +69,8 @@ def main() -> int:
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     patience = 10 if options.dry else 1  # a dry run says nothing of times, and may share its cores
+    if options.dry:
+        import_for_all()
     end = time.monotonic() + 60 * options.minutes * patience
     run = Run(options.out, options.dry)
     for name, part in PARTS.items():
@@ -82,6 +85,13 @@ def main() -> int:
     print(*problems, sep="\n")
     print(summary(rows), flush=True)
     return int(any(row.status in ("failed", "unequal") for row in rows))
+
+
+def import_for_all() -> None:
+    """What every part would take a second to import after its fork: the kernels, and what optimizers of torch do."""
+    from fusedopt import triton_backend  # noqa: F401
+
+    torch.optim.SGD([torch.zeros(1)])
 
 
 def within(seconds: float, name: str, run: Run) -> None:

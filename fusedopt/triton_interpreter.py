@@ -3,7 +3,7 @@
 As shipped (3.6 to 3.9), it truncates float32 -> bfloat16 instead of rounding to the nearest, and takes
 bfloat16 subnormals for garbage. Triton 3.6 moreover cannot use a tensor as a bound of ``range`` with numpy 2.4.
 And whenever one jit function calls another it looks through all of triton.language for what it has to replace, and
-replaces it once more: two thirds of a kernel's time.
+replaces it once more: two thirds of a kernel's time. Of what is left a fifth goes into making the same types anew.
 """
 
 from __future__ import annotations
@@ -89,6 +89,48 @@ def once(patch: Callable) -> Callable:
     return wrapper
 
 
+def of_scalars(find: Callable) -> Callable:
+    """``find(type)``, numpy's dtype, which depends on the scalar alone; a table of all of them is made to find it."""
+    known: dict[str, np.dtype] = {}
+
+    def wrapper(kind: tl.dtype) -> np.dtype:
+        scalar = kind.scalar
+        if scalar.name not in known:
+            known[scalar.name] = find(scalar)
+        return known[scalar.name]
+
+    return wrapper
+
+
+def shared(make: Callable) -> Callable:
+    """``make(block, scalar)``, the type of a block as large as the other: one object for all that are alike, since
+    nobody writes to types."""
+    known: dict[tuple, tl.block_type] = {}
+
+    def wrapper(self: tl.block_type, scalar: tl.dtype) -> tl.block_type:
+        key = tuple(self.shape), scalar.name, getattr(scalar, "address_space", None)
+        if key not in known:
+            known[key] = make(self, scalar)
+        return known[key]
+
+    return wrapper
+
+
+def alike(init: Callable) -> Callable:
+    """``init(tensor, handle, type)``: whatever else a tensor has is the same for all of a type, and made once."""
+
+    def wrapper(self: tl.tensor, handle: Any, type: tl.dtype) -> None:
+        common = vars(type).get("common")
+        if common is None:
+            init(self, handle, type)
+            type.common = {name: value for name, value in vars(self).items() if name != "handle"}
+        else:
+            vars(self).update(common)
+            self.handle = handle
+
+    return wrapper
+
+
 @functools.cache
 def repair() -> None:
     """Patch the interpreter of this process."""
@@ -96,6 +138,9 @@ def repair() -> None:
         builtins(package)
     interpreter._patch_builtin = patch_builtins
     interpreter._patch_lang = once(interpreter._patch_lang)
+    interpreter._get_np_dtype = of_scalars(interpreter._get_np_dtype)
+    tl.block_type.with_element_ty = shared(tl.block_type.with_element_ty)
+    tl.tensor.__init__ = alike(tl.tensor.__init__)
 
     builder = interpreter.InterpreterBuilder
     # fp_ext, fp_trunc and the other casts look cast_impl up when they are called.

@@ -3,6 +3,7 @@
 With a GPU the kernels run on it; without one, on CPU tensors in Triton's interpreter.
 """
 
+import gc
 import os
 from importlib.util import find_spec
 
@@ -54,6 +55,17 @@ def pytest_collection_modifyitems(config, items):
         from scheduling import order
 
         order(items)
+
+
+def pytest_collection_finish():
+    """What the imports have left would otherwise be looked through at every collection of garbage: a seventh of the
+    interpreter's time, which makes tensors by the million."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_sessionfinish():
+    gc.unfreeze()  # or extension modules complain of what is left at the exit
 
 
 @pytest.fixture(scope="session")

@@ -8,6 +8,7 @@ for it, fail as well instead of waiting for the time limit.
 
 import faulthandler
 import functools
+import gc
 import importlib
 import os
 import pickle
@@ -44,6 +45,9 @@ def main(job_file: str, rank: int) -> None:
     torch.set_num_threads(1)
     for name in ("empty", "empty_like", "empty_strided"):
         setattr(torch, name, memory.poisoned(getattr(torch, name)))
+    for module in {case.module for case in job.cases}:
+        importlib.import_module(module)
+    gc.freeze()  # as conftest.py does
     for index, case in enumerate(job.cases):
         faulthandler.dump_traceback_later(CASE_LIMIT, exit=True)
         begin, error = time.monotonic(), None
