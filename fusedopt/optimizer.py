@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from . import appearance, checkpoints, conversion, ema, storage
+from .arguments import check_nonnegative
 from .ema import EmaParameters
 from .engine import Engine
 from .flat_grads import FlatGrads
@@ -147,11 +148,15 @@ class FusedOptimizer(Formula, torch.optim.Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         if isinstance(param_group, dict):
             self._settings.refuse_in_group(param_group, self.defaults)
-            for key, value in {**self.defaults, **param_group}.items():
+            group = {**self.defaults, **param_group}
+            # torch's own classes look at theirs: in a group they let a negative one pass, and so do ours.
+            if "lr" in group and self.step_of_torch is None:
+                check_nonnegative(lr=group["lr"])
+            for key, value in group.items():
                 if isinstance(value, float) and math.isnan(value):
                     raise ValueError(f"Invalid {key}: {value}; hyperparameters must be numbers")
-            self.rule({**self.defaults, **param_group})  # raises where the options contradict the settings
-            lr = param_group.get("lr", self.defaults.get("lr"))
+            self.rule(group)  # raises where the options contradict the settings
+            lr = group.get("lr")
             if isinstance(lr, float) and math.isinf(lr):
                 raise ValueError(f"Invalid learning rate: {lr}; give a finite number")
         super().add_param_group(param_group)

@@ -38,7 +38,12 @@ def ema(average, x, weight):
 @triton.jit
 def ema_of_squares(average, x, weight):
     """``ema`` of x^2. An average that once overflowed stays infinite, as in torch, instead of NaN."""
-    return tl.where(average < float("inf"), ema(average, x * x, weight), average)
+    square = x * x
+    # From the nearer end: a small square would drown in the rounding of a large average that hardly counts any more,
+    # and the root of nothing is what others are divided by.
+    start = tl.where(weight < 0.5, average, square)
+    moved = start + tl.where(weight < 0.5, weight, weight - 1) * (square - average)
+    return tl.where(start < float("inf"), moved, start)
 
 
 @triton.jit

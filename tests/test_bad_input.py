@@ -172,6 +172,20 @@ def test_refused_groups_change_nothing(name, backend, device):
     pair.check()
 
 
+@every_optimizer
+def test_negative_learning_rate_of_a_group(name):
+    """torch's classes take it, and ours of that name; where torch has no class it is refused."""
+    fresh = [torch.nn.Parameter(torch.ones(3))]
+    optimizer = fusedopt.registry[name](model())
+    error = raised(lambda: optimizer.add_param_group({"params": fresh, "lr": -1.0}))
+    if name in IN_TORCH:
+        getattr(torch.optim, name)(model()).add_param_group({"params": fresh, "lr": -1.0})
+        assert error is None
+    else:
+        assert (type(error), str(error)) == (ValueError, "Invalid learning rate: -1.0")
+        assert len(optimizer.param_groups) == 1
+
+
 SETTINGS = [
     ("max_grad_norm", -1.0, ValueError),
     ("max_grad_norm", 0, ValueError),

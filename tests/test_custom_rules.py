@@ -13,7 +13,7 @@ import pytest
 import torch
 from cases import model
 from options import NAMES, STATEFUL
-from pairs import assert_same, close, snapshot
+from pairs import assert_same, close, raised, snapshot
 
 import fusedopt
 from fusedopt.custom import ema, jit, tl
@@ -60,6 +60,19 @@ def run(optimizer, params, grads):
 
 def test_example_is_short():
     assert len([line for line in EXAMPLE.splitlines() if line.strip()]) <= 30
+
+
+@pytest.mark.parametrize("lr", [-1, -0.5, math.nan, torch.tensor(-1.0)], ids=str)
+def test_no_learning_rate(my_lion, lr):
+    """Refused in torch's words, which its classes say in their __init__, and a class of one's own need not."""
+    p, q = (torch.nn.Parameter(torch.ones(3)) for _ in range(2))
+    message = re.escape(str(raised(lambda: torch.optim.Adam([p], lr=lr))))
+    with pytest.raises(ValueError, match=message):
+        my_lion.MyLion([p], lr=lr)
+    optimizer = my_lion.MyLion([p])
+    with pytest.raises(ValueError, match=message):
+        optimizer.add_param_group({"params": [q], "lr": lr})
+    assert len(optimizer.param_groups) == 1
 
 
 @pytest.mark.parametrize("flatten", [False, True])
