@@ -1,4 +1,4 @@
-"""Tables of how a step grows with tensors and ranks, from the rows of bench/scale.py and bench/ranks.py."""
+"""Tables of how a step grows with tensors and ranks, from the rows of bench/host.py, scale.py and ranks.py."""
 
 from __future__ import annotations
 
@@ -10,10 +10,13 @@ from shapes import TITLES
 PLANNING = "plan", "new plan"
 STEPS = "first step", "same gradients", "moved gradients", "other gradients"
 RANKS = "rank", "rank, moved", "rank, first", "all_reduce"
-GROWTH = (*PLANNING, *STEPS, *RANKS)
+HOST = "host", "host, caches cold"
+GROWTH = (*PLANNING, *STEPS, *RANKS, *HOST)
 """Parts of the history."""
 
 BACKENDS = "torch", "triton"
+
+HOSTS = "fusedopt", "fusedopt flatten", "fused", "foreach"
 
 UNMEASURED = "Not measured yet."
 
@@ -36,6 +39,27 @@ def step_table(rows: list[Row]) -> str:
 
     lead = f"{_lead(found.values())}; fallback / torch fused / kernels' host, bytes to the GPU:"
     return f"{lead}\n\n{_table(heads, map(cells, _numbers(found)))}"
+
+
+def host_table(rows: list[Row]) -> str:
+    """The host's time of a step whose launches do nothing, by optimizer and implementation."""
+    found = {(r.part, r.optimizer, r.clip, r.tensors, r.implementation): r for r in latest(rows) if r.part in HOST}
+    if not found:
+        return UNMEASURED
+    counts = sorted({row.tensors for row in found.values()})
+    heads = ["optimizer", "clipping", *(f"{count:,} tensors" for count in counts)]
+
+    def cells(case: tuple[str, bool]) -> list[str]:
+        def numbers(count: int, name: str) -> str:
+            first, later = (found.get((part, *case, count, name)) for part in reversed(HOST))
+            return "–" if later is None else f"{later.host_us:.0f} ({first.host_us:.0f})"
+
+        by_count = (" / ".join(numbers(count, name) for name in HOSTS) for count in counts)
+        return [case[0], "yes" if case[1] else "", *by_count]
+
+    cases = dict.fromkeys((row.optimizer, row.clip) for row in found.values())
+    lead = f"{_lead(found.values())}; µs of fusedopt / with `flatten=True` / torch fused / torch foreach:"
+    return f"{lead}\n\n{_table(heads, map(cells, cases))}"
 
 
 def plan_table(rows: list[Row]) -> str:

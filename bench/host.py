@@ -1,12 +1,14 @@
 """Host time of ``step()``: everything before and around the launches, which do nothing here.
 
-    python bench/host.py [--counts 300 1000] [--optimizers AdamW SGD ...] [--rounds 60]
+    python bench/host.py [--counts 300 1000] [--optimizers AdamW SGD ...] [--rounds 12] [--save] [--note TEXT]
 
 Ours: the Triton backend on CPU tensors, with Triton's own binder and handles over a driver that launches nothing.
 torch's: ``fused`` and ``foreach``, with ``torch._fused_*`` and ``torch._foreach_*`` replaced by functions that do
 nothing, and ``clip_grad_norm_`` before them where clipping is on. Gradients lie at other addresses at every step, as
-backward leaves them; setting them is not counted. Microseconds of the process: medians of interleaved rounds and, in
-brackets, the least, which other processes on the machine disturb least.
+backward leaves them; setting them is not counted. Each implementation takes some steps in a row, then the next one's
+turn comes. Microseconds of the process, medians: of the steps that follow one of their own and, in brackets, of the
+first ones of a row, which find the processor's caches full of the others' tensors. A step of a training is somewhere
+between. ``--save`` appends rows to ``history.csv``.
 
 On a GPU, where the launches are real and nobody waits for them: ``python bench/gpu.py``.
 """
@@ -20,7 +22,9 @@ import time
 from collections.abc import Callable, Iterator
 from unittest import mock
 
+import history
 import torch
+from device import surroundings
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
@@ -29,6 +33,16 @@ from fusedopt import backends
 
 BUDGET = {300: 170, 1000: 550}
 """Microseconds for plain parameters, all checks and clipping included."""
+
+IN_A_ROW = 6
+"""Steps that an implementation takes before the next one's turn."""
+
+IMPLEMENTATIONS = {
+    "fusedopt": {"backend": "triton"},
+    "fusedopt flatten": {"backend": "triton", "flatten": True},
+    "fused": {"fused": True},
+    "foreach": {"foreach": True},
+}
 
 OPTIONS = {"SGD": {"momentum": 0.9}, "RMSprop": {"momentum": 0.9}}
 MAX_NORM = 1.0
@@ -109,10 +123,13 @@ class Case:
         cls = getattr(fusedopt if self.ours else torch.optim, name)
         settings = {"max_grad_norm": MAX_NORM} if clip and self.ours else {}
         self.optimizer = cls(self.params, lr=1e-3, **OPTIONS.get(name, {}), **settings, **choice)
-        self.times: list[float] = []
+        self.first: list[float] = []
+        """Microseconds of the first step of each turn."""
+        self.later: list[float] = []
+        """And of those that followed."""
 
-    def step(self, turn: int) -> float:
-        for p, g in zip(self.params, self.grads[turn % 2]):
+    def step(self, number: int) -> float:
+        for p, g in zip(self.params, self.grads[number % 2]):
             p.grad = g
         with contextlib.nullcontext() if self.ours else torch_launches_nothing(steps_on_host=self.foreach):
             start = time.process_time()
@@ -121,47 +138,65 @@ class Case:
             self.optimizer.step()
             return (time.process_time() - start) * 1e6
 
+    def turn(self) -> None:
+        first, *later = (self.step(number) for number in range(IN_A_ROW))
+        self.first.append(first)
+        self.later += later
+
+    def text(self) -> str:
+        return f"{statistics.median(self.later):.0f} ({statistics.median(self.first):.0f})"
+
 
 def cases(name: str, count: int, clip: bool) -> dict[str, Case]:
-    candidates: dict[str, Callable[[], Case]] = {
-        "fusedopt": lambda: Case(name, count, clip, backend="triton"),
-        "flatten": lambda: Case(name, count, clip, backend="triton", flatten=True),
-        "torch fused": lambda: Case(name, count, clip, fused=True),
-        "torch foreach": lambda: Case(name, count, clip, foreach=True),
-    }
     made = {}
-    for label, make in candidates.items():
+    for label, choice in IMPLEMENTATIONS.items():
         # torch has no such class, or no such implementation of it.
         with contextlib.suppress(TypeError, AttributeError, RuntimeError):
-            made[label] = make()
+            made[label] = Case(name, count, clip, **choice)
     return made
 
 
-def measure(name: str, count: int, clip: bool, rounds: int) -> dict[str, str]:
+def measure(name: str, count: int, clip: bool, rounds: int) -> dict[str, Case]:
     made = cases(name, count, clip)
-    for turn in range(rounds + 4):  # the first ones compile, plan and make states
+    for case in made.values():  # compiles, plans and makes states
+        for number in range(IN_A_ROW):
+            case.step(number)
+    for _ in range(rounds):
         for case in made.values():
-            case.times.append(case.step(turn))
-    return {label: f"{statistics.median(c.times[4:]):.0f} ({min(c.times[4:]):.0f})" for label, c in made.items()}
+            case.turn()
+    return made
+
+
+def rows_of(name: str, count: int, clip: bool, made: dict[str, Case], note: str) -> Iterator[history.Row]:
+    for label, case in made.items():
+        for part, times in (("host", case.later), ("host, caches cold", case.first)):
+            yield history.Row(
+                **surroundings(torch.device("cpu")), part=part, model=f"{count} tensors", tensors=count, optimizer=name,
+                dtype="float32", clip=clip, implementation=label, host_us=round(statistics.median(times), 1),
+                rounds=len(case.first), note=note,
+            )  # fmt: skip
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--counts", nargs="+", type=int, default=[300, 1000], help="numbers of parameters")
     parser.add_argument("--optimizers", nargs="+", choices=sorted(fusedopt.registry), default=sorted(fusedopt.registry))
-    parser.add_argument("--rounds", type=int, default=60)
+    parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--save", action="store_true", help="append rows to history.csv")
+    parser.add_argument("--note", default="", help="what the rows shall say besides")
     options = parser.parse_args()
     torch.set_num_threads(1)
     driver.set_active(NoGPU())
     backends._device_problem = lambda device, requested: None  # CPU tensors are taken for those of the GPU
-    labels = ("fusedopt", "flatten", "torch fused", "torch foreach")
-    print(f"{'optimizer':10} params  clip  budget" + "".join(f"{label:>16}" for label in labels))
+    print(f"{'optimizer':10} params  clip  budget" + "".join(f"{k:>17}" for k in IMPLEMENTATIONS))
     for name in options.optimizers:
         for count in options.counts:
             for clip in (False, True):
-                times = measure(name, count, clip, options.rounds)
-                row = "".join(f"{times.get(label, '-'):>16}" for label in labels)
+                made = measure(name, count, clip, options.rounds)
+                row = "".join(f"{made[k].text() if k in made else '-':>17}" for k in IMPLEMENTATIONS)
                 print(f"{name:10} {count:6}  {'yes' if clip else 'no':4}  {BUDGET.get(count, ''):>6}{row}", flush=True)
+                if options.save:
+                    history.append(rows_of(name, count, clip, made, options.note))
 
 
 if __name__ == "__main__":

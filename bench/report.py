@@ -12,7 +12,7 @@ import pathlib
 import sys
 from collections.abc import Callable, Iterable
 
-from growth import GROWTH, growth_page, step_table
+from growth import GROWTH, growth_page, host_table, step_table
 from history import HISTORY, Row, latest, origin, read
 from shapes import TITLES
 
@@ -20,6 +20,7 @@ README = HISTORY.parent.parent / "README.md"
 PAGE = HISTORY.parent.parent / "docs" / "distributed.md"
 BEGIN = "<!-- made by bench/report.py from bench/history.csv: do not edit -->"
 STEPS = "<!-- many tensors: made by bench/report.py from the rows of bench/scale.py: do not edit -->"
+HOST = "<!-- host: made by bench/report.py from the rows of bench/host.py: do not edit -->"
 RANKS = "<!-- many ranks: made by bench/report.py from the rows of bench/scale.py and ranks.py: do not edit -->"
 END = "<!-- end -->"
 
@@ -117,7 +118,7 @@ def readme_section(rows: list[Row]) -> str:
     return "\n\n".join(parts)
 
 
-SECTIONS = {BEGIN: readme_section, STEPS: step_table}
+SECTIONS = {BEGIN: readme_section, STEPS: step_table, HOST: host_table}
 """What README takes from the rows, by the marker before it."""
 
 PAGE_SECTIONS = {RANKS: growth_page}
@@ -150,7 +151,7 @@ def results(rows: list[Row]) -> str:
         if timed:
             pages.append(full_table(timed))
         if growing:
-            pages += [step_table(growing), growth_page(growing)]
+            pages += [host_table(growing), step_table(growing), growth_page(growing)]
         if checks:
             pages.append("\n".join(f"- {row.part}, {row.implementation}: {row.status}. {row.note}" for row in checks))
     return "\n\n".join(pages) + "\n"

@@ -12,15 +12,20 @@ from fusedopt import backends
 
 
 @pytest.mark.skipif(backends.triton_problem() is not None, reason="measures the Triton backend")
-def test_every_case_is_measured():
+def test_every_case_is_measured(tmp_path):
     options = ["--optimizers", "SGD", "--counts", "20", "40", "--rounds", "2"]
-    done = program(sys.executable, BENCH / "host.py", *options)
-    assert done.returncode == 0, done.stderr[-2000:]
-    _, *rows = [line.split() for line in done.stdout.splitlines()]
-    assert [row[:3] for row in rows] == [["SGD", count, clip] for count in ("20", "40") for clip in ("no", "yes")]
-    # The median and the least of two of ours, and of torch's fused and foreach.
-    assert all(len(row) == 3 + 8 for row in rows)
-    assert all(1 < float(row[column]) < 10_000_000 for row in rows for column in (3, 5, 7, 9))
+    lines, _ = saved(tmp_path, "host.py", *options)
+    cases = [["SGD", count, clip] for count in ("20", "40") for clip in ("no", "yes")]
+    assert [line.split()[:3] for line in lines[1:]] == cases
+    rows, _ = history.read(tmp_path / "history.csv")
+    assert [row.clip for row in rows] == 2 * (8 * [False] + 8 * [True])
+    # Steps in a row and the first of a row, of two of ours, and of torch's fused and foreach.
+    kinds = [(part, name) for name in growth.HOSTS for part in growth.HOST]
+    assert [(row.part, row.implementation) for row in rows] == 4 * kinds
+    assert all(1 < row.host_us < 10_000_000 for row in rows)
+    table = growth.host_table(rows).splitlines()[2:]
+    assert table[0] == "| optimizer | clipping | 20 tensors | 40 tensors |"
+    assert [line.count(" (") for line in table[2:]] == [8, 8]
 
 
 def saved(tmp_path, script, *options):
