@@ -252,12 +252,7 @@ class Executor:
 
     def _prepare(self, update: Callable[..., Update], variants: int) -> tuple[Chains, dict[str, Any]]:
         """Write this step's rows; what the update kernels have in common."""
-        if self.bucket.capturable:
-            chains = self.rows.write(update)
-        else:
-            numbered = [(cohort, skipped) for cohort in self.bucket.cohorts for skipped in range(variants)]
-            updates = [update(cohort, skipped) for cohort, skipped in numbered]
-            chains = self.rows.write(updates, [cohort.t + 1 - skipped for cohort, skipped in numbered])
+        chains = self.rows.write(update, variants)
         for member, copy in self.copied:
             copy.copy_(member.param)
         return chains, {

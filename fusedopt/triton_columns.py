@@ -18,12 +18,10 @@ from . import upload
 from .buckets import Bucket
 from .cohorts import Cohort
 from .columns import is_column
+from .options import ASIDE, Options
 from .rule import Update
-from .triton_rows import Chains, Rows
+from .triton_rows import Chains, Rows, structure
 from .upload import Upload
-
-ASIDE = frozenset(("params", "param_names", "lr", "initial_lr", "foreach", "fused"))
-"""Keys of a group that formulas do not read, and the learning rate, which may differ within a class."""
 
 
 class Class(NamedTuple):
@@ -58,8 +56,9 @@ class Columns:
         ]
         self.in_order = [place.index for place in places] == list(range(starts[-1]))
         """Whether the rows' numbers are those of one space, as they lie there."""
+        self.options = Options([cohort.group for cohort in bucket.cohorts])
         self.alike: list[int] | None = None
-        """For each group the first one with the same options."""
+        """For each group the first one with the same options and the same kind of learning rate."""
         self.classes: list[Class] = []
         self.order: Tensor | None = None
         self.before: list[Tensor] = []
@@ -67,12 +66,12 @@ class Columns:
         self.evaluated: list[tuple[Class, Cohort]] = []
         """The classes and their part of these."""
 
-    def write(self, update: Callable[[Cohort], Update]) -> Chains:
-        """Make the rows of the next step."""
+    def write(self, update: Callable[[Cohort], Update], variants: int = 1) -> Chains:
+        """Make the rows of the next step, of which there is one variant: the device knows which steps were skipped."""
         self.look()
         updates = [update(cohort) for _, cohort in self.evaluated]
         # Which stages there are must not depend on numbers that the host does not know.
-        chains = self.view([_structure(u) for u in updates])
+        chains = self.view([structure(u) for u in updates])
         blocks = []
         for (one, cohort), u in zip(self.evaluated, updates):
             values = chains.columns(u)
@@ -116,9 +115,10 @@ class Columns:
 
     def _sort(self) -> None:
         """Find the classes, if others have the same options now."""
-        groups = [cohort.group for cohort in self.bucket.cohorts]
+        groups = self.options.groups
         first: dict[tuple, int] = {}
-        alike = [first.setdefault(_options(group), k) for k, group in enumerate(groups)]
+        kinds = zip(self.options.first_alike(), (isinstance(group.get("lr"), Tensor) for group in groups))
+        alike = [first.setdefault(kind, k) for k, kind in enumerate(kinds)]
         if alike == self.alike:
             return
         device = self.bucket.device
@@ -181,27 +181,3 @@ class Columns:
 def _indices(rows: list[int], places: list[Any], device: torch.device) -> tuple[Tensor, Tensor]:
     """Rows, and where among the numbers of their space those of each are."""
     return torch.tensor(rows, device=device), torch.tensor([places[k].index for k in rows], device=device)
-
-
-def _options(group: dict[str, Any]) -> tuple:
-    """What a group's formulas read, to be compared; of tensors and other objects which ones they are."""
-    kind = isinstance(group.get("lr"), Tensor)
-    return kind, *((key, _comparable(group[key])) for key in sorted(group) if key not in ASIDE)
-
-
-def _comparable(value: Any) -> Any:
-    if isinstance(value, (tuple, list)):
-        return tuple(map(_comparable, value))
-    return value if value is None or isinstance(value, (bool, int, float, str)) else id(value)
-
-
-def _structure(update: Update) -> Update:
-    """The update with NaN in place of numbers that only the device knows: they count as different from any other."""
-
-    def plain(x: Any) -> Any:
-        return float("nan") if isinstance(x, Tensor) else x
-
-    def stages(chain: tuple) -> tuple:
-        return tuple(stage._replace(args=tuple(map(plain, stage.args))) for stage in chain)
-
-    return update._replace(on_grad=stages(update.on_grad), on_update=stages(update.on_update))

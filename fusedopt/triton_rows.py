@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from operator import or_
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import triton.language as tl
+from torch import Tensor
 
 from .buckets import Bucket
+from .cohorts import Cohort
 from .kernels import stages
+from .options import Options
 from .rule import Stage, Update
 from .upload import Upload
+
+SHARED = 4
+"""How many rows an evaluation for several must serve to be faster than one for each."""
 
 
 class Chains(NamedTuple):
@@ -51,20 +57,60 @@ class Rows:
         self.draws = bucket.stored.draws
         self.upload = Upload(bucket.device)
         self.chains: dict[tuple, Chains] = {}
+        self.options = Options([cohort.group for cohort in bucket.cohorts])
+        self.joins = len(bucket.cohorts) >= SHARED and not bucket.rule.scalars
+        """Whether one evaluation may serve several cohorts."""
 
     @property
     def table(self) -> torch.Tensor:
         """The rows, on the device."""
         return self.upload.device_copy
 
-    def write(self, updates: Sequence[Update], steps: Sequence[int]) -> Chains:
-        """Tell the device the numbers of these updates; ``steps`` are the steps that they make."""
+    def write(self, update: Callable[..., Update], variants: int) -> Chains:
+        """Tell the device the numbers of this step, for 0 .. ``variants`` - 1 skipped steps that the host has not heard
+        of."""
+        written = self._by_options(update, variants) if self.joins else None
+        if written is None:
+            written = self._by_cohort(update, variants)
+        chains, rows = written
+        self.upload.send(rows.astype(self.dtype))
+        return chains
+
+    def _by_cohort(self, update: Callable[..., Update], variants: int) -> tuple[Chains, np.ndarray]:
+        numbered = [(cohort, skipped) for cohort in self.bucket.cohorts for skipped in range(variants)]
+        updates = [update(cohort, skipped) for cohort, skipped in numbered]
         chains = self.view(updates)
         rows = np.array([chains.columns(u) for u in updates], dtype=np.float64)
         if self.draws:
-            rows = np.column_stack([rows, steps])
-        self.upload.send(rows.astype(self.dtype))
-        return chains
+            rows = np.column_stack([rows, [cohort.t + 1 - skipped for cohort, skipped in numbered]])
+        return chains, rows
+
+    def _by_options(self, update: Callable[..., Update], variants: int) -> tuple[Chains, np.ndarray] | None:
+        """The same by one evaluation for all cohorts whose groups differ in nothing but the learning rate, as a column
+        of numbers. None where there are too few such."""
+        cohorts = self.bucket.cohorts
+        kinds: dict[tuple[int, int], list[Cohort]] = {}
+        for cohort, first in zip(cohorts, self.options.first_alike()):
+            kinds.setdefault((first, cohort.t), []).append(cohort)
+        if len(kinds) > len(cohorts) // SHARED:
+            return None
+        evaluated = []
+        try:
+            for (_, t), alike in kinds.items():
+                rates = torch.tensor([float(c.group["lr"]) for c in alike], dtype=torch.float64, device="cpu")
+                all_of_them = Cohort(0, {**alike[0].group, "lr": rates.unsqueeze(1)}, t)
+                evaluated += [(alike, skipped, update(all_of_them, skipped)) for skipped in range(variants)]
+            chains = self.view([structure(u) for *_, u in evaluated])
+        except Exception:  # a formula of a user's, written for Python's numbers alone
+            self.joins = False
+            return None
+        rows = np.empty((len(cohorts), variants, chains.width))
+        for alike, skipped, u in evaluated:
+            numbers = [cohort.number for cohort in alike]
+            values = [*chains.columns(u), *([alike[0].t + 1 - skipped] if self.draws else ())]
+            for column, value in enumerate(values):
+                rows[numbers, skipped, column] = value.squeeze(1).numpy() if isinstance(value, Tensor) else value
+        return chains, rows.reshape(-1, chains.width)
 
     def view(self, updates: Sequence[Update]) -> Chains:
         """The chains that these updates need; a stage that none of them uses is left out."""
@@ -103,3 +149,15 @@ def _used(chain: Sequence[Stage]) -> tuple[bool, ...]:
 def _columns(start: int, count: int) -> tuple[tuple, int]:
     """The next columns of a row, and where they end."""
     return tuple(tl.constexpr(c) for c in range(start, start + count)), start + count
+
+
+def structure(update: Update) -> Update:
+    """The update with NaN in place of numbers that only the device knows: they count as different from any other."""
+
+    def plain(x: Any) -> Any:
+        return float("nan") if isinstance(x, Tensor) else x
+
+    def stages(chain: tuple) -> tuple:
+        return tuple(stage._replace(args=tuple(map(plain, stage.args))) for stage in chain)
+
+    return update._replace(on_grad=stages(update.on_grad), on_update=stages(update.on_update))

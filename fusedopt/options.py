@@ -1,0 +1,56 @@
+"""Which parameter groups have the same options but for the learning rate, so that one evaluation of a formula serves
+them: layer-wise learning rates make hundreds of groups."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from operator import itemgetter
+from typing import Any
+
+from .identity import same_tensors
+
+ASIDE = frozenset((
+    "params", "param_names", "lr", "foreach", "fused",
+    # What schedulers keep there for themselves.
+    "initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum", "swa_lr",
+))  # fmt: skip
+"""Keys of a group that formulas do not read, and the learning rate."""
+
+
+class Options:
+    """The options of some groups, looked at at every step."""
+
+    def __init__(self, groups: Sequence[dict[str, Any]]):
+        self.groups = groups
+        self.lengths: list[int] = []
+        self.read: Callable[[dict[str, Any]], tuple] | None = None
+        self.values: list[tuple] = []
+        self.alike: list[int] = []
+
+    def first_alike(self) -> list[int]:
+        """For each group the number of the first one with the same options. Tensors, lists and other objects that may
+        change count as the same where they are one object."""
+        lengths = list(map(len, self.groups))
+        if lengths != self.lengths:
+            self.lengths, self.read = lengths, self._reader()
+        values = list(map(self.read, self.groups))
+        if not same_tensors(values, self.values):
+            first: dict[Any, int] = {}
+            self.values = values
+            self.alike = [first.setdefault(_comparable(value), number) for number, value in enumerate(values)]
+        return self.alike
+
+    def _reader(self) -> Callable[[dict[str, Any]], tuple]:
+        keys = sorted(frozenset().union(*self.groups) - ASIDE)
+        if len(keys) > 1 and all(group.keys() >= frozenset(keys) for group in self.groups):
+            return itemgetter(*keys)
+        return lambda group: tuple([group.get(key, NOTHING) for key in keys])
+
+
+NOTHING = object()
+
+
+def _comparable(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return tuple(map(_comparable, value))
+    return value if value is None or isinstance(value, (bool, int, float, str)) else id(value)

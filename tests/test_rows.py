@@ -1,0 +1,101 @@
+"""Rows of hyperparameters for many parameter groups: one evaluation of a formula serves those that differ in the
+learning rate only."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from cases import every_option
+from options import LR
+
+import fusedopt
+from fusedopt import triton_rows
+from fusedopt.cohorts import StepNumbers
+from fusedopt.launch import Launches
+
+COUNT = 16
+
+pytestmark = pytest.mark.usefixtures("needs_triton", "no_launches")
+
+
+@pytest.fixture
+def no_launches(monkeypatch):
+    """Rows are written by the host."""
+    monkeypatch.setattr(Launches, "__call__", lambda self, *args, **constants: None)
+
+
+def stepped(cls, options, device, **settings):
+    """An optimizer of many groups with learning rates of their own, after two steps, and a third one for some."""
+    groups = [{"params": [torch.nn.Parameter(torch.ones(3, device=device))]} for _ in range(COUNT)]
+    for number, group in enumerate(groups):
+        group["lr"] = options.get("lr", LR) * (1 + number / COUNT)
+        if number % 2 and "weight_decay" in options:
+            group["weight_decay"] = 0.1
+    optimizer = cls(groups, **options, **settings, backend="triton")
+    for turn in range(3):
+        for group in groups[: COUNT // 2 if turn == 2 else COUNT]:
+            group["params"][0].grad = torch.ones(3, device=device)
+        optimizer.step()
+        optimizer.zero_grad()
+    return optimizer
+
+
+def both(optimizer, monkeypatch):
+    """What each bucket tells the device: by options and by cohort, for two counts of skipped steps."""
+    monkeypatch.setattr(triton_rows, "SHARED", 1)
+    for executor in optimizer._engine.executors:
+        if executor.rows.joins:
+            numbers = StepNumbers(optimizer), 2
+            yield executor.rows._by_options(*numbers), executor.rows._by_cohort(*numbers)
+
+
+@every_option
+def test_one_evaluation_gives_the_same_rows(name, options, device, monkeypatch):
+    """To the last bit."""
+    optimizer = stepped(fusedopt.registry[name], options, device)
+    for (chains, rows), (other_chains, other_rows) in both(optimizer, monkeypatch):
+        assert chains is other_chains
+        assert np.array_equal(rows, other_rows)
+
+
+def test_stochastic_rounding_counts_the_steps_too(device, monkeypatch):
+    params = [torch.nn.Parameter(torch.ones(3, device=device, dtype=torch.bfloat16)) for _ in range(COUNT)]
+    optimizer = fusedopt.AdamW([{"params": [p]} for p in params], master="stochastic", backend="triton")
+    for p in params:
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    ((_, rows), (_, other_rows)) = next(both(optimizer, monkeypatch))
+    assert np.array_equal(rows, other_rows)
+    assert rows[:2, -1].tolist() == [2, 1]
+
+
+def test_formulas_are_evaluated_once_for_all_groups(device, monkeypatch):
+    optimizer = stepped(fusedopt.AdamW, {"weight_decay": 0.05}, device)
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    calls = []
+    update = optimizer.update
+    monkeypatch.setattr(optimizer, "update", lambda *args: calls.append(args) or update(*args))
+    for p in params:
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    assert len(calls) == 4  # two weight decays, two counts of steps
+    for number, group in enumerate(optimizer.param_groups):
+        group["betas"] = (0.8, 0.9 + number / 1000)
+    optimizer.step()
+    assert len(calls) == 4 + COUNT
+
+
+class RoundedLR(fusedopt.Adam):
+    """Its formula knows numbers only."""
+
+    def lr(self, group, t):
+        return math.exp(math.log(group["lr"]))
+
+
+def test_formulas_for_numbers_only(device):
+    optimizer = stepped(RoundedLR, {}, device)
+    rates = [group["lr"] for group in optimizer.param_groups[: COUNT // 2]]
+    rows = optimizer._engine.executors[0].rows
+    assert not rows.joins
+    assert rows.table[:, 0].tolist() == pytest.approx(rates)
