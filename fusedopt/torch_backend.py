@@ -80,6 +80,9 @@ class Executor:
         self.runs = list(map(self._run, bucket.cohorts, ways))
         self.direct = [m for run in self.runs for m in run.direct]
         self.pick = picker([m.position for m in self.direct])
+        ends = list(itertools.accumulate((len(run.direct) for run in self.runs), initial=0))
+        self.parts = list(map(slice, ends, ends[1:]))
+        """Of these, those of each run."""
         self.in_layout = False
         """Whether gradients that are laid out as at the first step have their parameters' layout."""
         self.strides = [m.place.strides for m in self.direct]
@@ -132,11 +135,8 @@ class Executor:
             self.in_layout = as_planned and in_layout
             if not in_layout:
                 direct = [_in_layout_of(m, g) for m, g in zip(self.direct, direct)]
-        start = 0
-        for run in self.runs:
-            end = start + len(run.direct)
-            run.grads = run.gathered + direct[start:end]
-            start = end
+        for run, part in zip(self.runs, map(direct.__getitem__, self.parts)):
+            run.grads = run.gathered + part if run.gathered else part
 
     def release(self) -> None:
         """Forget the gradients: the next backward pass must not hold two sets of them."""
@@ -176,6 +176,8 @@ class Executor:
         if verdict.skip:
             self.tally.look(self._load)
             return
+        # In-place writes that autograd does not see by itself; noted while what was just checked lies in the cache.
+        torch.autograd.graph.increment_version(self.in_place)
         if self.bucket.fused:
             self._step_fused(update, verdict.factor)
         else:
@@ -184,8 +186,6 @@ class Executor:
                 self._step_in_blocks(run, update(run.cohort), verdict.factor, joined)
         if self.staged:
             torch._foreach_copy_(self.staged, self.staging_views)
-        # In-place writes that autograd does not see by itself.
-        torch.autograd.graph.increment_version(self.in_place)
 
     def _begin(self, verdict: Verdict) -> None:
         if self.begun:
@@ -217,8 +217,9 @@ class Executor:
             if before is not None:
                 self.tally.compare(before, run)
             # While the parameters lie in the cache.
-            for averages, weight in zip(run.averages, update(cohort).averages if run.averages else ()):
-                follow(averages, run.params, weight)
+            if run.averages:
+                for averages, weight in zip(run.averages, update(cohort).averages):
+                    follow(averages, run.params, weight)
 
     def _step_in_blocks(self, run: Run, update: Update, factor: float, joined: Iterator[Tensor] | None = None) -> None:
         terms = means.stages_of(update)

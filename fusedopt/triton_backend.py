@@ -143,7 +143,7 @@ class Executor:
         variant = chains.used, heeding[0] is None, forms is tables.forms
         numbers = self.rows.table, found, *heeding, self.settings.seed, self._limits()
         formulas = tables.roles, forms, chains.h, chains.on_grad, chains.on_update, chains.averages
-        shared |= {"DRAWS": self.bucket.stored.draws, "MEANS": len(chains.terms)}
+        shared |= {"DRAWS": self.tables.draws, "MEANS": len(chains.terms)}
         if self.settings.track is None:
             tiles = tables.tiles
             self.launch(
@@ -197,7 +197,7 @@ class Executor:
             tables.roles, forms, chains.h, chains.on_grad, chains.on_update, chains.averages,
         )  # fmt: skip
         constants |= shared | {
-            "DRAWS": self.bucket.stored.draws, "NORM_BLOCK": tables.norm_block, "SLOTS": triton_norm.SLOTS,
+            "DRAWS": tables.draws, "NORM_BLOCK": tables.norm_block, "SLOTS": triton_norm.SLOTS,
             # As many warps as the norm kernel has: its sums are added in an order that depends on them.
             "BLOCK": tables.wide_block, "LANES": lanes, "num_warps": tables.tuning.norm_warps,
             "launch_cooperative_grid": True,

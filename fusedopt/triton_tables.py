@@ -93,7 +93,8 @@ class Tables:
         """Elements that a thread takes at once."""
         self.warp = threads = 32 if interpreting() else driver.active.get_current_target().warp_size
         # Random bits serve eight elements, which must not be parted.
-        mixes = not (quantizes or bucket.stored.draws) and max(widths) == 4 > min(widths)
+        self.draws = bucket.stored.draws
+        mixes = not (quantizes or self.draws) and max(widths) == 4 > min(widths)
         self.granule = QUANTIZED if quantizes else self.vector if mixes else 8
         vectors = self.tuning.vectors_of_much if quantizes or mixes else 1
         self.num_warps = max(1, self.tuning.block // (threads * self.vector * vectors))
