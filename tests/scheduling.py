@@ -20,9 +20,11 @@ PROCESSES = (
     "test_compile_forms.py",
     "test_demo_input.py",
     "test_bench_host.py",
+    "test_graphs.py",
+    "test_random_use.py",
 )
-"""Few tests that take long, since they start processes or train: these begin first, so that no worker is left alone
-with one of them."""
+"""Few tests that take long, since they start processes, train or take many steps: these begin first, so that no worker
+is left alone with one of them."""
 
 
 class Scheduling(LoadFileScheduling):
