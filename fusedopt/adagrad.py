@@ -33,7 +33,7 @@ def fused(params, grads, states, t, group, scale):
     torch._fused_adagrad_(
         params, grads, states[0], step_tensors(t, params),
         lr=float(group["lr"]), lr_decay=float(group["lr_decay"]), weight_decay=float(group["weight_decay"]),
-        eps=divisible(group["eps"]), maximize=group["maximize"], grad_scale=scale,
+        eps=divisible(group["eps"]), maximize=bool(group["maximize"]), grad_scale=scale,
     )  # fmt: skip
 
 

@@ -61,7 +61,7 @@ def _fused(params, grads, states, steps, group, scale):
         params, grads, m, v, v_max[0] if v_max else [], steps,
         lr=float(group["lr"]), beta1=float(group["betas"][0]), beta2=float(group["betas"][1]),
         weight_decay=float(group["weight_decay"]), eps=divisible(group["eps"]),
-        amsgrad=bool(v_max), maximize=group["maximize"], grad_scale=scale,
+        amsgrad=bool(v_max), maximize=bool(group["maximize"]), grad_scale=scale,
     )  # fmt: skip
 
 

@@ -27,7 +27,7 @@ def fused(params, grads, states, t, group, scale, eta, mu):
     """torch has no fused ASGD, but SGD with another rate and more decay is the same step."""
     torch._fused_sgd_(
         params, grads, [], lr=float(eta), weight_decay=float(group["weight_decay"]) + float(group["lambd"]),
-        momentum=0.0, dampening=0.0, nesterov=False, maximize=group["maximize"], is_first_step=False,
+        momentum=0.0, dampening=0.0, nesterov=False, maximize=bool(group["maximize"]), is_first_step=False,
         grad_scale=scale,
     )  # fmt: skip
 

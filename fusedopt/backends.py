@@ -45,8 +45,11 @@ def backend(device: str | torch.device | None = None, requested: str | None = No
         requested: the ``backend`` argument of an optimizer: "torch", "triton" or None for the best.
 
     Raises:
+        ValueError: for another word.
         RuntimeError: if "triton" is requested and cannot run there; the message says why.
     """
+    if requested not in (None, "torch", "triton"):
+        raise ValueError(f"Invalid backend: {requested!r}; choose one of 'torch', 'triton' or None")
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if requested == "torch":
         return Backend("torch", "requested")

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 
-from . import storage
 from .optimizer import FusedOptimizer, registry
 
 
@@ -37,6 +36,13 @@ def convert(optimizer: torch.optim.Optimizer, **settings: Any) -> FusedOptimizer
     _check_step(optimizer, torch_class)
     cls = _converted(type(optimizer), torch_class, fused)
     _check_names(optimizer, torch_class, fused)
+    unknown = settings.keys() - fused.settings_class.fields().keys()
+    if unknown:
+        raise TypeError(
+            f"convert() takes the settings that fusedopt's {fused.__name__} adds, and {', '.join(sorted(unknown))} is "
+            "none: learning rates and the like stay the optimizer's own; "
+            f"there are {', '.join(fused.settings_class.fields())}"
+        )
     chosen = fused.settings_class(**settings)
     _check_groups(cls, chosen, optimizer)
 
@@ -104,8 +110,8 @@ def _check_names(optimizer: Any, torch_class: type, fused: type[FusedOptimizer])
 
 def _check_groups(cls: type[FusedOptimizer], settings: Any, optimizer: torch.optim.Optimizer) -> None:
     trial, groups = object.__new__(cls), optimizer.param_groups
-    trial._settings = settings
-    storage.check(settings, [p for group in groups for p in group["params"]])
+    trial._settings, trial.param_groups = settings, groups
+    trial._check_settings()
     for number, group in enumerate(groups):
         settings.refuse_in_group(group, optimizer.defaults)
         trial.rule(group)  # raises where the options contradict the settings

@@ -29,12 +29,12 @@ class Formula:
 
     def rule(self, group: dict[str, Any]) -> Rule:
         """The formula that this group's options select. ValueError if they contradict the settings."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} has no rule(group) that returns a fusedopt.Rule")
 
     def hyper(self, group: dict[str, Any], t: int, *scalars: Tensor) -> Numbers:
         """The rule's ``h`` at the group's ``t``-th step, counted from 1, in float64. Where the device counts, ``t``,
         ``group["lr"]`` and the scalars are columns: see columns.py."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} has no hyper(group, t) that returns its rule's numbers")
 
     def lr(self, group: dict[str, Any], t: Number, *scalars: Tensor) -> Number:
         return number(group["lr"])

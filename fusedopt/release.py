@@ -58,6 +58,8 @@ def enable_gradient_release(model: torch.nn.Module, optimizer: FusedOptimizer) -
             DistributedDataParallel, which would average gradients that were used already, and
             FullyShardedDataParallel; if it is enabled already.
     """
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(f"gradient release needs the module that is called, got {type(model).__name__}")
     if not isinstance(optimizer, FusedOptimizer):
         raise TypeError(f"gradient release needs an optimizer of fusedopt, got {type(optimizer).__qualname__}")
     if optimizer._engine.released:

@@ -147,6 +147,6 @@ def _number(
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a number, got {value!r}")
     if not (low <= value <= high and value > above and math.isfinite(value)):
-        allowed = f"at least {low}" if low > above else f"above {above} and at most {high}"
+        allowed = f"finite and at least {low}" if low > above else f"above {above} and at most {high}"
         raise ValueError(f"Invalid {name}: {value}; give a number that is {allowed}")
     return value

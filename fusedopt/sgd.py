@@ -77,8 +77,8 @@ def fused(params, grads, states, t, group, scale):
     torch._fused_sgd_(
         params, grads, states[0] if states else [],
         lr=lr, momentum=float(group["momentum"]), dampening=float(group["dampening"]),
-        weight_decay=float(group["weight_decay"]), nesterov=group["nesterov"], maximize=group["maximize"],
-        is_first_step=bool(states) and t == 1, grad_scale=scale,
+        weight_decay=float(group["weight_decay"]), nesterov=bool(group["nesterov"]),
+        maximize=bool(group["maximize"]), is_first_step=bool(states) and t == 1, grad_scale=scale,
     )  # fmt: skip
 
 
@@ -139,7 +139,7 @@ class SGD(FusedOptimizer, torch.optim.SGD):
         return AVERAGE_AHEAD if form == "average" and group["nesterov"] else FORMS[form]
 
     def hyper(self, group, t):
-        mu, nesterov = float(group["momentum"]), float(group["nesterov"])
+        mu, nesterov = float(group["momentum"]), float(bool(group["nesterov"]))
         if mu == 0:
             return ()
         match self._settings.momentum_form:

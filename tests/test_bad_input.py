@@ -238,6 +238,11 @@ def test_settings(setting, value, error):
     assert getattr(optimizer, setting) == before
 
 
+def test_backends_that_there_are():
+    with pytest.raises(ValueError, match="Invalid backend: 'jax'; choose one of 'torch', 'triton' or None"):
+        fusedopt.backend("cpu", "jax")
+
+
 def test_settings_that_look_odd_and_are_right():
     import numpy as np
 

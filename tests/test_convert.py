@@ -289,7 +289,7 @@ def test_refused(case):
         ({"max_grad_norm": -1.0}, ValueError, "max_grad_norm"),
         ({"max_grad_nrom": 1.0}, TypeError, "max_grad_nrom"),
         ({"flatten": "yes"}, TypeError, "flatten"),
-        ({"lr": 0.1}, TypeError, "lr"),
+        ({"lr": 0.1}, TypeError, r"convert\(\) takes .* fusedopt's Adam adds, and lr is none"),
     ],
 )
 def test_wrong_settings_change_nothing(settings, error, message):
@@ -298,6 +298,8 @@ def test_wrong_settings_change_nothing(settings, error, message):
         fusedopt.convert(optimizer, **settings)
     assert type(optimizer) is torch.optim.Adam
     assert "_settings" not in vars(optimizer)
+    with pytest.raises(ValueError, match="SGD with these options has no states"):
+        fusedopt.convert(torch.optim.SGD(params), state_dtype="8bit")
     optimizer.param_groups[1]["weight_decay"] = math.nan
     with pytest.raises(ValueError, match="'weight_decay' of group 1 is nan"):
         fusedopt.convert(optimizer)

@@ -132,6 +132,20 @@ def test_example_without_triton(my_lion):
     subprocess.run([sys.executable, "-c", textwrap.dedent(program)], cwd=folder, check=True)
 
 
+def test_what_a_class_forgot_is_named(my_lion):
+    with pytest.raises(NotImplementedError, match=r"FusedOptimizer has no rule\(group\)"):
+        fusedopt.FusedOptimizer([torch.zeros(3)], {"lr": 0.1})
+
+    class Forgot(fusedopt.FusedOptimizer):
+        def rule(self, group):
+            return my_lion.MyLion.LION
+
+    p = torch.nn.Parameter(torch.zeros(3))
+    p.grad = torch.ones(3)
+    with pytest.raises(NotImplementedError, match=r"Forgot has no hyper\(group, t\)"):
+        Forgot([p], {"lr": 0.1}).step()
+
+
 def test_registered_only_if_asked(my_lion):
     assert "MyLion" not in fusedopt.registry
 

@@ -138,6 +138,8 @@ def test_other_misuse(device):
     (net, other), optimizer, oracle = pair_of("Adam", device)
     with pytest.raises(TypeError, match="needs an optimizer of fusedopt, got Adam"):
         fusedopt.enable_gradient_release(other, oracle)
+    with pytest.raises(TypeError, match="needs the module that is called, got generator"):
+        fusedopt.enable_gradient_release(net.parameters(), optimizer)
     with pytest.raises(ValueError, match="none of the model's parameters"):
         fusedopt.enable_gradient_release(other, optimizer)
     release = fusedopt.enable_gradient_release(net, optimizer)

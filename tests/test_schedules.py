@@ -239,7 +239,7 @@ def test_the_floor_holds():
 
 
 BAD = [
-    (CosineRestarts, {"period": 0}, ValueError, "period: 0; give a number that is at least 1"),
+    (CosineRestarts, {"period": 0}, ValueError, "period: 0; give a number that is finite and at least 1"),
     (CosineRestarts, {"period": 0.5}, ValueError, "period"),
     (CosineRestarts, {"period": math.inf}, ValueError, "period"),
     (CosineRestarts, {"period": "10"}, TypeError, "period must be a number, got '10'"),

@@ -1,6 +1,7 @@
 """What torch's own optimizer tests ask for, or forget to ask: dtypes, devices, copies, profiles, memory."""
 
 import copy
+import inspect
 import io
 import pickle
 
@@ -149,6 +150,19 @@ def test_step_counts_of_every_kind(name, kind):
     close(pair.ours, pair.theirs, 1e-12)
     for state in pair.opt.state_dict()["state"].values():
         assert "step" not in state or state["step"] == torch.tensor(7.0)
+
+
+@every_optimizer_and_backend
+@pytest.mark.parametrize("flag", [0, 1, None])
+def test_flags_are_what_python_takes_for_true(name, flag, backend, device):
+    """As for torch's own steps: configuration files say 0 and 1."""
+    known = inspect.signature(fusedopt.registry[name]).parameters
+    flags = {key: flag for key in ("maximize", "nesterov", "amsgrad", "centered") if key in known}
+    if "nesterov" in flags:
+        flags["momentum"] = 0.9
+    pair = Pair(name, flags, "tiny", device=device, backend=backend)
+    pair.step(2)
+    pair.check()
 
 
 @every_optimizer
