@@ -220,8 +220,10 @@ def start(kind: str | None) -> torch.device:
 
 
 def write(line: str) -> None:
+    # What the model writes has letters that not every terminal can show.
+    shown = line.encode(sys.stdout.encoding, "replace").decode(sys.stdout.encoding)
     # One write with its end: print()'s two, when Python's output is unbuffered, mix with those of other ranks.
-    sys.stdout.write(line + "\n")
+    sys.stdout.write(shown + "\n")
     sys.stdout.flush()
 
 
