@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from . import setting_checks
 from .optimizer import FusedOptimizer
 from .setting_checks import MASTERS
 from .storage import NARROW, storage
@@ -46,6 +47,8 @@ class MemoryTable(list):
             lines.append(f"{'*' if row.chosen else ' '} {row.master!s:12} {dtype:12}{numbers}")
         return "\n".join(lines)
 
+    __repr__ = __str__
+
 
 def memory(
     model: torch.nn.Module | Iterable[Any], optimizer: type[FusedOptimizer] | FusedOptimizer, **options: Any
@@ -69,7 +72,8 @@ def memory(
     """
     params = model.parameters() if isinstance(model, torch.nn.Module) else model
     if isinstance(optimizer, type) and issubclass(optimizer, FusedOptimizer):
-        made = optimizer(params, **options)
+        setting_checks.flat_grads("flat_grads", options.get("flat_grads", False))
+        made = optimizer(params, **options | {"flat_grads": False})  # it would put zeros in place of gradients
     elif isinstance(optimizer, FusedOptimizer):
         if options:
             raise TypeError(f"{', '.join(options)}: an optimizer that is made already has its options")

@@ -41,6 +41,7 @@ def test_it_prints_a_table_and_knows_what_makes_no_sense():
     table = fusedopt.memory(model, fusedopt.Adam, state_dtype="8bit")
     assert {row.master for row in table} == {None}
     assert str(table).count("\n*") == 1
+    assert repr(table) == str(table)
     half = [torch.nn.Parameter(torch.ones(3, dtype=torch.float16))]
     stateless = fusedopt.memory(half, fusedopt.SGD)
     assert "split" not in {row.master for row in stateless}
@@ -49,3 +50,13 @@ def test_it_prints_a_table_and_knows_what_makes_no_sense():
         fusedopt.memory(model, torch.optim.Adam)
     with pytest.raises(TypeError, match="lr"):
         fusedopt.memory(model, fusedopt.Adam(model.parameters()), lr=1.0)
+
+
+def test_gradients_stay_as_they_are():
+    """An optimizer with flat_grads would move and zero them."""
+    model = torch.nn.Linear(4, 3)
+    model.weight.grad = gradient = torch.ones(3, 4)
+    assert fusedopt.memory(model, fusedopt.Adam, flat_grads=True) == fusedopt.memory(model, fusedopt.Adam)
+    assert model.weight.grad is gradient and (gradient == 1).all() and model.bias.grad is None
+    with pytest.raises(TypeError, match="flat_grads"):
+        fusedopt.memory(model, fusedopt.Adam, flat_grads="yes")
