@@ -52,6 +52,8 @@ def check_rates(optimizer: Any, groups: Sequence[dict[str, Any]]) -> None:
 def _host_rate(optimizer: Any, number: int, group: dict[str, Any], lr: Any) -> float:
     """A learning rate that is no Python float, as one; 0 if nobody may wait for it."""
     if not isinstance(lr, torch.Tensor):
+        if not isinstance(lr, numbers.Real):
+            raise TypeError(f"the learning rate of group {number} must be a number, got {lr!r}")
         return float(lr)
     if lr.numel() != 1:
         raise ValueError(f"Tensor lr must be 1-element, got shape {tuple(lr.shape)} in group {number}")

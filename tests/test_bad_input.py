@@ -100,6 +100,7 @@ def test_learning_rates_that_no_step_can_use(name, backend, device):
     before = snapshot(pair.opt)
     group = pair.opt.param_groups[1]
     bad = [(ValueError, math.inf), (ValueError, math.nan), (ValueError, torch.tensor(math.inf))]
+    bad += [(TypeError, None), (TypeError, "0.1")]
     bad += [(ValueError, torch.ones(2)), (RuntimeError, torch.ones((), device="meta"))]
     for error, lr in bad:
         good, group["lr"] = group["lr"], lr
