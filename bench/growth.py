@@ -43,23 +43,22 @@ def step_table(rows: list[Row]) -> str:
 
 def host_table(rows: list[Row]) -> str:
     """The host's time of a step whose launches do nothing, by optimizer and implementation."""
-    found = {(r.part, r.optimizer, r.clip, r.tensors, r.implementation): r for r in latest(rows) if r.part in HOST}
+    found = {(r.part, r.optimizer, r.clip, r.model, r.implementation): r for r in latest(rows) if r.part in HOST}
     if not found:
         return UNMEASURED
-    counts = sorted({row.tensors for row in found.values()})
-    heads = ["optimizer", "clipping", *(f"{count:,} tensors" for count in counts)]
+    models = list(dict.fromkeys(row.model for row in found.values()))
 
     def cells(case: tuple[str, bool]) -> list[str]:
-        def numbers(count: int, name: str) -> str:
-            first, later = (found.get((part, *case, count, name)) for part in reversed(HOST))
+        def numbers(model: str, name: str) -> str:
+            first, later = (found.get((part, *case, model, name)) for part in reversed(HOST))
             return "–" if later is None else f"{later.host_us:.0f} ({first.host_us:.0f})"
 
-        by_count = (" / ".join(numbers(count, name) for name in HOSTS) for count in counts)
-        return [case[0], "yes" if case[1] else "", *by_count]
+        by_model = (" / ".join(numbers(model, name) for name in HOSTS) for model in models)
+        return [case[0], "yes" if case[1] else "", *by_model]
 
     cases = dict.fromkeys((row.optimizer, row.clip) for row in found.values())
     lead = f"{_lead(found.values())}; µs of fusedopt / with `flatten=True` / torch fused / torch foreach:"
-    return f"{lead}\n\n{_table(heads, map(cells, cases))}"
+    return f"{lead}\n\n{_table(['optimizer', 'clipping', *models], map(cells, cases))}"
 
 
 def plan_table(rows: list[Row]) -> str:

@@ -1,6 +1,7 @@
 """Host time of ``step()``: everything before and around the launches, which do nothing here.
 
-    python bench/host.py [--counts 300 1000] [--optimizers AdamW SGD ...] [--rounds 12] [--save] [--note TEXT]
+    python bench/host.py [--counts 300 1000] [--groups 465] [--optimizers AdamW SGD ...] [--rounds 12]
+                         [--save] [--note TEXT]
 
 Ours: the Triton backend on CPU tensors, with Triton's own binder and handles over a driver that launches nothing.
 torch's: ``fused`` and ``foreach``, with ``torch._fused_*`` and ``torch._foreach_*`` replaced by functions that do
@@ -17,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import random
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -45,6 +47,7 @@ IMPLEMENTATIONS = {
 }
 
 OPTIONS = {"SGD": {"momentum": 0.9}, "RMSprop": {"momentum": 0.9}}
+LR = 1e-3
 MAX_NORM = 1.0
 NORM = torch.ones(())
 
@@ -113,7 +116,8 @@ def torch_launches_nothing(steps_on_host: bool) -> Iterator[None]:
 class Case:
     """One optimizer over tensors of its own, and its times."""
 
-    def __init__(self, name: str, count: int, clip: bool, **choice: object):
+    def __init__(self, name: str, count: int, in_groups: bool, clip: bool, **choice: object):
+        """``in_groups``: whether each tensor is a group of its own, with a learning rate of its own."""
         self.ours, self.foreach = "backend" in choice, "foreach" in choice
         # Biases and weights of small layers: no parameter is aligned or sized like another.
         shapes = [(16, 16) if k % 2 else (65,) for k in range(count)]
@@ -122,7 +126,8 @@ class Case:
         self.max_norm = MAX_NORM if clip and not self.ours else None
         cls = getattr(fusedopt if self.ours else torch.optim, name)
         settings = {"max_grad_norm": MAX_NORM} if clip and self.ours else {}
-        self.optimizer = cls(self.params, lr=1e-3, **OPTIONS.get(name, {}), **settings, **choice)
+        groups = [{"params": [p], "lr": LR * (1 + k / count)} for k, p in enumerate(self.params)]
+        self.optimizer = cls(groups if in_groups else self.params, LR, **OPTIONS.get(name, {}), **settings, **choice)
         self.first: list[float] = []
         """Microseconds of the first step of each turn."""
         self.later: list[float] = []
@@ -147,31 +152,36 @@ class Case:
         return f"{statistics.median(self.later):.0f} ({statistics.median(self.first):.0f})"
 
 
-def cases(name: str, count: int, clip: bool) -> dict[str, Case]:
+def cases(name: str, count: int, in_groups: bool, clip: bool) -> dict[str, Case]:
     made = {}
     for label, choice in IMPLEMENTATIONS.items():
         # torch has no such class, or no such implementation of it.
         with contextlib.suppress(TypeError, AttributeError, RuntimeError):
-            made[label] = Case(name, count, clip, **choice)
+            made[label] = Case(name, count, in_groups, clip, **choice)
     return made
 
 
-def measure(name: str, count: int, clip: bool, rounds: int) -> dict[str, Case]:
-    made = cases(name, count, clip)
+def measure(name: str, count: int, in_groups: bool, clip: bool, rounds: int) -> dict[str, Case]:
+    made = cases(name, count, in_groups, clip)
     for case in made.values():  # compiles, plans and makes states
         for number in range(IN_A_ROW):
             case.step(number)
+    chance = random.Random(0)
     for _ in range(rounds):
-        for case in made.values():
+        # In a fixed order one would always come after the one that leaves the caches fullest.
+        for case in chance.sample(list(made.values()), len(made)):
             case.turn()
     return made
 
 
-def rows_of(name: str, count: int, clip: bool, made: dict[str, Case], note: str) -> Iterator[history.Row]:
+def rows_of(
+    name: str, count: int, in_groups: bool, clip: bool, made: dict[str, Case], note: str
+) -> Iterator[history.Row]:
     for label, case in made.items():
         for part, times in (("host", case.later), ("host, caches cold", case.first)):
             yield history.Row(
-                **surroundings(torch.device("cpu")), part=part, model=f"{count} tensors", tensors=count, optimizer=name,
+                **surroundings(torch.device("cpu")), part=part, model=f"{count} {'groups' if in_groups else 'tensors'}",
+                tensors=count, optimizer=name,
                 dtype="float32", clip=clip, implementation=label, host_us=round(statistics.median(times), 1),
                 rounds=len(case.first), note=note,
             )  # fmt: skip
@@ -180,6 +190,7 @@ def rows_of(name: str, count: int, clip: bool, made: dict[str, Case], note: str)
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--counts", nargs="+", type=int, default=[300, 1000], help="numbers of parameters")
+    parser.add_argument("--groups", nargs="*", type=int, default=[465], help="numbers of groups of one tensor each")
     parser.add_argument("--optimizers", nargs="+", choices=sorted(fusedopt.registry), default=sorted(fusedopt.registry))
     parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--save", action="store_true", help="append rows to history.csv")
@@ -188,15 +199,17 @@ def main() -> None:
     torch.set_num_threads(1)
     driver.set_active(NoGPU())
     backends._device_problem = lambda device, requested: None  # CPU tensors are taken for those of the GPU
-    print(f"{'optimizer':10} params  clip  budget" + "".join(f"{k:>17}" for k in IMPLEMENTATIONS))
+    print(f"{'optimizer':10} {'model':12}  clip  budget" + "".join(f"{k:>17}" for k in IMPLEMENTATIONS))
+    models = [(count, False) for count in options.counts] + [(count, True) for count in options.groups]
     for name in options.optimizers:
-        for count in options.counts:
+        for count, in_groups in models:
             for clip in (False, True):
-                made = measure(name, count, clip, options.rounds)
-                row = "".join(f"{made[k].text() if k in made else '-':>17}" for k in IMPLEMENTATIONS)
-                print(f"{name:10} {count:6}  {'yes' if clip else 'no':4}  {BUDGET.get(count, ''):>6}{row}", flush=True)
+                made = measure(name, count, in_groups, clip, options.rounds)
+                times = "".join(f"{made[k].text() if k in made else '-':>17}" for k in IMPLEMENTATIONS)
+                what = f"{name:10} {count:5} {'groups ' if in_groups else 'tensors'}  {'yes' if clip else 'no':4}"
+                print(f"{what}  {'' if in_groups else BUDGET.get(count, ''):>5}{times}", flush=True)
                 if options.save:
-                    history.append(rows_of(name, count, clip, made, options.note))
+                    history.append(rows_of(name, count, in_groups, clip, made, options.note))
 
 
 if __name__ == "__main__":
