@@ -55,11 +55,12 @@ class _Scratch(threading.local):
     def __call__(self, role: str, params: Sequence[Tensor]) -> Tensor:
         """At least as long as the longest block of these parameters; the longest that there ever was, else."""
         size, key = min(BLOCK, max(map(Tensor.numel, params))), (role, params[0].dtype)
-        if key not in self.buffers or len(self.buffers[key]) < size:
+        buffer = self.buffers.get(key)
+        if buffer is None or buffer.numel() < size:
             # Memory made in inference mode could not be written to outside it.
             with torch.inference_mode(False):
-                self.buffers[key] = torch.zeros(size, dtype=params[0].dtype, device="cpu")
-        return self.buffers[key]
+                buffer = self.buffers[key] = torch.zeros(size, dtype=params[0].dtype, device="cpu")
+        return buffer
 
 
 scratch = _Scratch()
