@@ -27,13 +27,13 @@ def blocks(
     fused kernels do; what else comes before the rule goes into a copy."""
     weight_decay = float(group["weight_decay"])
     factor = (-1 if group["maximize"] else 1) / (1 if scale is None else scale.item())
-    copy = None if is_plain(group, None) else scratch("gradient", params)
+    copies = not is_plain(group, None)
     for tensors in zip(params, grads, *states):
         size = tensors[0].numel()
         parts = zip(*(x.as_strided((size,), (1,)).split(BLOCK) for x in tensors)) if size > BLOCK else (tensors,)
         for p, g, *state in parts:
-            if copy is not None:
-                g = torch.mul(g, factor, out=like(copy, p))
+            if copies:
+                g = torch.mul(g, factor, out=scratch("gradient", p))
                 if weight_decay != 0:
                     g.add_(p, alpha=weight_decay)
             elif factor != 1:
@@ -41,26 +41,29 @@ def blocks(
             yield p, g, *state
 
 
-def like(memory: Tensor, p: Tensor) -> Tensor:
-    """The beginning of scratch memory, laid out as a block."""
-    return memory.as_strided(p.size(), p.stride())
-
-
 class _Scratch(threading.local):
     """Memory for one block, kept from step to step: fresh memory costs as much in page faults as the arithmetic."""
 
     def __init__(self):
-        self.buffers = {}
+        self.buffers: dict[tuple, Tensor] = {}
+        self.views: dict[tuple, Tensor] = {}
 
-    def __call__(self, role: str, params: Sequence[Tensor]) -> Tensor:
-        """At least as long as the longest block of these parameters; the longest that there ever was, else."""
-        size, key = min(BLOCK, max(map(Tensor.numel, params))), (role, params[0].dtype)
-        buffer = self.buffers.get(key)
-        if buffer is None or buffer.numel() < size:
+    def __call__(self, role: str, p: Tensor) -> Tensor:
+        """Memory laid out as a block. Zeros, until somebody writes there."""
+        key = role, p.dtype, p.size(), p.stride()
+        found = self.views.get(key)
+        return self._view(key, p) if found is None else found
+
+    def _view(self, key: tuple, p: Tensor) -> Tensor:
+        buffer = self.buffers.get(key[:2])
+        if buffer is None or buffer.numel() < p.numel():
             # Memory made in inference mode could not be written to outside it.
             with torch.inference_mode(False):
-                buffer = self.buffers[key] = torch.zeros(size, dtype=params[0].dtype, device="cpu")
-        return buffer
+                buffer = self.buffers[key[:2]] = torch.zeros(p.numel(), dtype=p.dtype, device="cpu")
+            self.views = {other: view for other, view in self.views.items() if other[:2] != key[:2]}
+        with torch.inference_mode(False):
+            view = self.views[key] = buffer.as_strided(p.size(), p.stride())
+        return view
 
 
 scratch = _Scratch()

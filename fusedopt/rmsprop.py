@@ -20,7 +20,7 @@ from functools import partial
 
 import torch
 
-from .blocks import blocks, is_plain, like, scratch
+from .blocks import blocks, is_plain, scratch
 from .normalized import KEEP
 from .optimizer import FusedOptimizer
 from .rule import FOREVER, Rule, divisible, root_of_sum, root_plus_eps
@@ -78,17 +78,16 @@ def fused_momentum(params, grads, states, t, group, scale):
 
 
 def fused_centered(params, grads, states, t, group, scale):
-    zeros, memory, lr = scratch("zeros", params), scratch("variance", params), float(group["lr"])
+    lr = float(group["lr"])
     for p, g, v, a in blocks(group, scale, params, grads, *states):
-        centered = _variance(g, v, a, group, like(memory, p))
-        _adam([p], [like(zeros, p)], [_writable(g)], [centered], lr=lr, beta1=KEEP, beta2=KEEP, group=group)
+        centered = _variance(g, v, a, group, scratch("variance", p))
+        _adam([p], [scratch("zeros", p)], [_writable(g)], [centered], lr=lr, beta1=KEEP, beta2=KEEP, group=group)
 
 
 def fused_centered_momentum(params, grads, states, t, group, scale):
-    zeros, memory = scratch("zeros", params), scratch("variance", params)
     for p, g, v, b, a in blocks(group, scale, params, grads, *states):
-        centered = _variance(g, v, a, group, like(memory, p))
-        _adamw_on_buffer([b], [like(zeros, p)], [_writable(g)], [centered], beta1=KEEP, beta2=KEEP, group=group)
+        centered = _variance(g, v, a, group, scratch("variance", p))
+        _adamw_on_buffer([b], [scratch("zeros", p)], [_writable(g)], [centered], beta1=KEEP, beta2=KEEP, group=group)
         p.sub_(b, alpha=float(group["lr"]))
 
 
