@@ -80,7 +80,8 @@ class Bucket:
             placement += f", parts of DTensors spread over {math.prod(group.size() for group in self.spread)} ranks"
         return (
             f"{self.rule.name} on {self.device}, {str(self.dtype).removeprefix('torch.')}: {len(self.members)} "
-            f"parameters ({elements} elements, {placement}) in {len(self.cohorts)} row(s), "
+            f"parameters ({elements} elements, {placement}) with "
+            f"{len(self.cohorts)} set{'s' * (len(self.cohorts) > 1)} of hyperparameters, "
             f"backend {self.backend} ({self.backend.reason})"
         )
 

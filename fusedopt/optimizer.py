@@ -304,7 +304,8 @@ class FusedOptimizer(Formula, torch.optim.Optimizer):
         return self._engine.skipped_steps()
 
     def layout(self) -> str:
-        """What runs where, and why: a line per bucket of the latest step."""
+        """What runs where, and why: a line for each device, dtype and formula of the latest step, with the number of
+        its parameters, where these lie, and by how many different sets of hyperparameters they are updated."""
         return self._engine.layout()
 
 
