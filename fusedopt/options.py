@@ -17,6 +17,17 @@ ASIDE = frozenset((
 """Keys of a group that formulas do not read, and the learning rate."""
 
 
+class Shared(dict):
+    """The options of a group for all that are alike. A formula that asks for what differs between them, as
+    ``initial_lr`` does, gets a KeyError and not that of the first group."""
+
+    def __init__(self, group: dict[str, Any], lr: Any):
+        super().__init__({key: value for key, value in group.items() if key not in ASIDE}, lr=lr)
+
+    def get(self, key: str, default: Any = None) -> Any:
+        return self[key] if key in ASIDE else super().get(key, default)
+
+
 class Options:
     """The options of some groups, looked at at every step."""
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from .buckets import Bucket
 from .cohorts import Cohort
 from .kernels import stages
-from .options import Options
+from .options import Options, Shared
 from .rule import Stage, Update
 from .upload import Upload
 
@@ -98,10 +98,12 @@ class Rows:
         try:
             for (_, t), alike in kinds.items():
                 rates = torch.tensor([float(c.group["lr"]) for c in alike], dtype=torch.float64, device="cpu")
-                all_of_them = Cohort(0, {**alike[0].group, "lr": rates.unsqueeze(1)}, t)
+                all_of_them = Cohort(0, Shared(alike[0].group, rates.unsqueeze(1)), t)
                 evaluated += [(alike, skipped, update(all_of_them, skipped)) for skipped in range(variants)]
+                if rates._version:
+                    raise TypeError("a formula has written to the learning rates")
             chains = self.view([structure(u) for *_, u in evaluated])
-        except Exception:  # a formula of a user's, written for Python's numbers alone
+        except Exception:  # a formula of a user's, written for Python's numbers, or for each group alone
             self.joins = False
             return None
         rows = np.empty((len(cohorts), variants, chains.width))

@@ -93,9 +93,32 @@ class RoundedLR(fusedopt.Adam):
         return math.exp(math.log(group["lr"]))
 
 
-def test_formulas_for_numbers_only(device):
-    optimizer = stepped(RoundedLR, {}, device)
+class InPlaceLR(fusedopt.Adam):
+    """Right for numbers, which nobody can write to."""
+
+    def lr(self, group, t):
+        lr = group["lr"]
+        lr *= 0.5
+        return 2 * lr
+
+
+class InitialLR(fusedopt.Adam):
+    """Reads what schedulers keep in a group."""
+
+    def lr(self, group, t):
+        return group["initial_lr"] * (group["lr"] / group.get("initial_lr", 1.0))
+
+
+@pytest.mark.parametrize("cls", [RoundedLR, InPlaceLR, InitialLR])
+def test_formulas_for_one_group_at_a_time(cls, device, monkeypatch):
+    monkeypatch.setattr(cls, "add_param_group", with_initial_lr)
+    optimizer = stepped(cls, {}, device)
     rates = [group["lr"] for group in optimizer.param_groups[: COUNT // 2]]
     rows = optimizer._engine.executors[0].rows
     assert not rows.joins
     assert rows.table[:, 0].tolist() == pytest.approx(rates)
+
+
+def with_initial_lr(self, group):
+    """As schedulers do."""
+    super(type(self), self).add_param_group(group | {"initial_lr": group["lr"]})
