@@ -183,7 +183,8 @@ def test_what_is_planned_counts_as_old(enabled, frozen, monkeypatch):
     for p in params:
         p.grad = torch.ones_like(p)
     optimizer = fusedopt.AdamW(params, backend="torch")
-    was_enabled = gc.isenabled()
+    was_enabled, was_frozen = gc.isenabled(), gc.get_freeze_count()
+    gc.unfreeze()
     try:
         (gc.enable if enabled else gc.disable)()
         if frozen:
@@ -195,4 +196,6 @@ def test_what_is_planned_counts_as_old(enabled, frozen, monkeypatch):
         assert old is (enabled and not frozen)
     finally:
         gc.unfreeze()
+        if was_frozen:
+            gc.freeze()
         (gc.enable if was_enabled else gc.disable)()
