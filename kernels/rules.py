@@ -110,7 +110,13 @@ def rmsprop_centered(g, state, h):
     weight, eps, mu = h
     v = ema_of_squares(v, g, weight)
     a = ema(a, g, weight)
-    return divide(g, sqrt(v - a * a) + eps), (v, a)
+    return divide(g, sqrt(variance(v, a)) + eps), (v, a)
+
+
+@triton.jit
+def variance(v, a):
+    """v - a^2; where v overflowed, a^2 may have too, and v stays"""
+    return tl.where(v < float("inf"), v - a * a, v)
 
 
 @triton.jit
@@ -284,7 +290,7 @@ def rmsprop_centered_eps_inside(g, state, h):
     """rmsprop_centered with u = g / sqrt(v - a^2 + eps)"""
     _, state = rmsprop_centered(g, state, h)
     v, a = state
-    return divide(g, sqrt(v - a * a + h[1])), state
+    return divide(g, sqrt(variance(v, a) + h[1])), state
 
 
 @triton.jit

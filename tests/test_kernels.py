@@ -28,7 +28,6 @@ from rule_cases import (
     twin_step,
 )
 
-import fusedopt
 from fusedopt import kernels, means, torch_stages, triton_backend
 
 # The warnings are numpy's, in the interpreter, where numbers overflow on purpose.
@@ -121,32 +120,6 @@ def test_groups_and_step_counts_have_rows_of_their_own(case, device):
     assert_as_twin(made, expected)
 
 
-@pytest.mark.parametrize("case", IN_TORCH)
-def test_fifty_steps_are_as_accurate_as_torch(case, device, monkeypatch):
-    """Many roundings add up, in torch too: compare the root mean square of both errors against float64.
-    1.05: the two differ by chance, each by 1 / sqrt(2 * 8192) = 0.8 %."""
-    size = 8192
-    if device.type == "cpu":
-        # One program instead of eight: the interpreter's time goes by programs.
-        monkeypatch.setitem(kernels.tuning.TABLE, "interpreter", kernels.tuning.Tuning(block=size))
-    (start,) = tensors([size], device)
-    name, options = CASES[case]
-    options = accepted(name, {"lr": 0.01, "weight_decay": 0.01} | options)
-
-    def trajectory(make, dtype, **more):
-        p = torch.nn.Parameter(start.to(dtype, copy=True))
-        made = make([p], **options, **more)
-        for t in range(50):
-            p.grad = tensors([size], device, seed=t)[0].to(dtype)
-            made.step()
-        return p.detach().double()
-
-    exact = trajectory(oracle_class(name), torch.float64)
-    theirs = (trajectory(oracle_class(name), torch.float32) - exact).square().mean().sqrt()
-    ours = (trajectory(fusedopt.registry[name], torch.float32, backend="triton") - exact).square().mean().sqrt()
-    assert ours <= 1.05 * theirs
-
-
 def test_float32_arithmetic_is_ieee(device):
     """Bit for bit what numpy computes in the same order: no fused multiply-add, division and root correctly rounded."""
     (p,) = params = parameters([4097], device)
@@ -172,13 +145,13 @@ def test_float32_arithmetic_is_ieee(device):
 @pytest.mark.parametrize("case", IN_TORCH)
 def test_overflow_and_nan_as_in_torch(case, device):
     """An average of squares that once overflowed stays infinite, NaN stays NaN, and neighbours see nothing of it."""
-    steps = torch.tensor([[1e21, 1.0, 1.0, 0.5], [1.0, math.nan, math.inf, -1.0], [1.0, 1.0, 1.0, 2.0]], device=device)
+    steps = [[1e21, 1e25, 1.0, 1.0, 0.5], [1.0, 1.0, math.nan, math.inf, -1.0], [1.0, 1.0, 1.0, 1.0, 2.0]]
     name, options = CASES[case]
-    ours, theirs = (torch.nn.Parameter(torch.ones(4, device=device)) for _ in range(2))
+    ours, theirs = (torch.nn.Parameter(torch.ones(5, device=device)) for _ in range(2))
     made = optimizer(case, [ours], lr=0.01)
     options = accepted(name, {"weight_decay": 0.0} | options | {"lr": 0.01})
     reference = oracle_class(name)([theirs], **options)
-    for g in steps:
+    for g in torch.tensor(steps, device=device):
         ours.grad, theirs.grad = g.clone(), g.clone()
         made.step()
         reference.step()
