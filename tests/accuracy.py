@@ -31,12 +31,12 @@ def rate(step):
 
 
 @functools.cache
-def problem(dtype, seed=0):
+def problem(dtype, seed=0, steps=STEPS):
     """(start, gradients) in that dtype: noise around a mean, of sizes that differ."""
     generator = torch.Generator().manual_seed(seed)
     start, size, mean = (torch.randn(SIZE, generator=generator) for _ in range(3))
     size = torch.exp(0.5 * size)
-    grads = [size * (0.5 * mean + torch.randn(SIZE, generator=generator)) for _ in range(STEPS)]
+    grads = [size * (0.5 * mean + torch.randn(SIZE, generator=generator)) for _ in range(steps)]
     return start.to(dtype), [g.to(dtype) for g in grads]
 
 

@@ -4,6 +4,7 @@ Cautious steps jump where a number changes its sign: test_kernels.py compares th
 """
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -118,6 +119,13 @@ def test_norm(dtype, scale, device):
         # One rounding of the result and one of each row of 1024, in float32 of sums of 16-bit squares too.
         bound = 1e-14 if dtype is torch.float64 else 3e-7
         assert abs(optimizer.grad_norm.item() / wanted - 1) <= bound, sizes
+
+
+@every_optimizer
+def test_the_documentation_shows_the_errors_of(name):
+    page = (Path(__file__).parent.parent / "docs" / "precision.md").read_text()
+    table = page[page.index("<!-- made by bench/precision.py") : page.index("<!-- end -->")]
+    assert f"\n| {name} |" in table or f"\n| {name}(" in table
 
 
 FORGETFUL = {
