@@ -160,3 +160,16 @@ def test_averages_that_forget(name, beta, backend, device):
     for move, wanted in zip(found, moves(oracle_class(name), torch.float64), strict=True):
         # A dozen roundings, 1 - beta in float32, and what cancels in Adan: 4.6e-6 measured. Without: 1e-2 and more.
         torch.testing.assert_close(move, wanted, rtol=1e-5, atol=0)
+
+
+def test_infinite_parameters_of_asgd(backend, device):
+    """As with torch's foreach: its for-loop keeps them, and is off by more where all is finite."""
+    params = [torch.nn.Parameter(torch.ones(3, device=device)) for _ in range(2)]
+    optimizers = fusedopt.ASGD(params[:1], lr=0.1, backend=backend), torch.optim.ASGD(params[1:], lr=0.1, foreach=True)
+    for first in (math.inf, 1.0):
+        for p, optimizer in zip(params, optimizers):
+            p.grad = torch.tensor([first, -1.0, math.nan], device=device)
+            optimizer.step()
+        # Two steps' roundings.
+        torch.testing.assert_close(*params, rtol=1e-6, atol=0, equal_nan=True)
+    assert params[1][0].isnan()
