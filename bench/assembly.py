@@ -38,6 +38,13 @@ class Instruction(NamedTuple):
         """NVIDIA's conditions stand in front of the name (``@P0 BRA``) or among the operands (``BRA.U UP0, ...``)."""
         return self.leaves and not re.match(r"@|s_cbranch|BRA\S*\s+!?U?P\d", self.text)
 
+    @property
+    def stores_elements(self) -> bool:
+        """Whether every thread with elements comes here: NVIDIA's stores of vectors evict first, others do not."""
+        return bool(re.search(r"\bSTG\.\S*EF\S*\.(64|128)\b", self.text)) or (
+            "global_store_dwordx" in self.text or "buffer_store_dwordx" in self.text
+        )
+
     def width(self, what: str) -> int:
         """Bits per thread, if this loads from or stores to global memory."""
         nvidia, amd = {"load": ("LDG", "load"), "store": ("STG", "store")}[what]
@@ -119,7 +126,11 @@ def _graph(program: list[Instruction]) -> tuple[list[range], list[list[int]]]:
         last = program[block[-1]]
         after = [number + 1] if number + 1 < len(blocks) and not last.always_leaves else []
         if targets[block[-1]] is not None:
-            after.append(number_of[targets[block[-1]]])
+            target = number_of[targets[block[-1]]]
+            # Threads without elements, which a whole tile has none of, jump over their stores.
+            over = range(number + 1, target) if after else ()
+            if not any(program[n].stores_elements for skipped in over for n in blocks[skipped]):
+                after.append(target)
         following.append(after)
     return blocks, following
 

@@ -203,8 +203,8 @@ class Executor:
             "launch_cooperative_grid": True,
         }  # fmt: skip
         if tables.max_registers is not None:
-            # Sums take some: with 80 for all, those of bfloat16 would go to memory.
-            constants["maxnreg"] = tables.max_registers + (0 if places is None else 16)
+            # Sums take some: with 80 for all, those of bfloat16 would go to memory. Up to 128 two programs fit.
+            constants["maxnreg"] = tables.max_registers + (0 if places is None else 32)
         try:
             if variant not in self.programs:
                 self.programs[variant] = self._grid(clipped.clipped_step, *args, **constants)

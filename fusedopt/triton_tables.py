@@ -33,11 +33,14 @@ class Tiles:
     """The parts of at most ``block`` elements into which tensors are cut, on the device: see kernels/address.py."""
 
     def __init__(self, sizes: Sequence[int], block: int, device: torch.device):
-        self.of_tensors = -(-np.asarray(sizes) // block)
-        starts = _ranges(self.of_tensors) * (block // address.GRAIN.value)
-        tiles = np.stack([np.repeat(np.arange(len(sizes)), self.of_tensors), starts], axis=1)
-        self.count = len(tiles)
-        self.table = torch.from_numpy(tiles.astype(np.int32)).to(device)
+        sizes = np.asarray(sizes)
+        self.of_tensors = -(-sizes // block)
+        tensors, starts = np.repeat(np.arange(len(sizes)), self.of_tensors), _ranges(self.of_tensors) * block
+        elements = np.minimum(sizes[tensors] - starts, block)
+        self.count = len(tensors)
+        table = np.zeros((self.count, address.TILE_FIELDS.value), dtype=np.int32)
+        table[:, :3] = np.stack([tensors, starts // address.GRAIN.value, elements], axis=1)
+        self.table = torch.from_numpy(table).to(device)
 
 
 class Tables:

@@ -8,8 +8,9 @@ A role is stored in one part or more, as its form needs (rounding.py); each part
 always are addresses, since autograd owns them. With ``scattered`` every other part is an address too; with ``flat``
 the parameter's field holds the position in flat buffers, one per part.
 
-Tensors are cut into tiles. Their table has two int32 numbers for each: the tensor, and the tile's first element in it
-by GRAIN.
+Tensors are cut into tiles. Their table has TILE_FIELDS int32 numbers for each: the tensor, the tile's first element in
+it by GRAIN, how many elements it has, and one that nobody reads: a tile's place is then a multiple of a power of two,
+which takes fewer instructions.
 """
 
 from typing import NamedTuple
@@ -24,6 +25,8 @@ DRAW = tl.constexpr(3)
 GRAD = tl.constexpr(4)
 PARAM = tl.constexpr(5)
 
+
+TILE_FIELDS = tl.constexpr(4)
 
 GRAIN = tl.constexpr(256)
 """Every tile begins at a multiple of so many elements, and every tensor in a flat buffer."""
@@ -53,9 +56,10 @@ class Base(NamedTuple):
 
 @triton.jit
 def tile_at(tiles, number, BLOCK: tl.constexpr):
-    """(tensor, first element) of a tile of BLOCK elements"""
-    tensor = tl.load(tiles + 2 * number).to(tl.int64)
-    return tensor, tl.multiple_of(tl.load(tiles + 2 * number + 1).to(tl.int64) * GRAIN, BLOCK)
+    """(tensor, first element, elements) of a tile, which has BLOCK of them unless it is the tensor's last"""
+    tile = tiles + TILE_FIELDS * tl.cast(number, tl.int64)
+    tensor, start = tl.load(tile).to(tl.int64), tl.load(tile + 1).to(tl.int64) * GRAIN
+    return tensor, tl.multiple_of(start, BLOCK), tl.load(tile + 2)
 
 
 @triton.jit

@@ -18,7 +18,7 @@ from .tally import SUMS, nothing, store_sums
 @triton.jit(repr=named("clipped"), do_not_specialize=["tile_count", "known_skips", "variants", "seed"])
 def clipped_step(
     table,
-    tiles,  # int32 [tile_count, 2]: those of the norm
+    tiles,  # int32 [tile_count, TILE_FIELDS]: those of the norm
     tile_count: tl.int32,
     rows,
     slots,  # float64 [SLOTS]
@@ -75,20 +75,22 @@ def clipped_step(
                 sums = ()
                 if tally is not None:
                     sums = nothing(LANES, COMPUTE)
-                parts = parts_of(table, tiles, number, FIELDS, BLOCK, NORM_BLOCK)
+                parts = tl.cdiv(tile_at(tiles, number, NORM_BLOCK)[2], BLOCK)
                 while parts > 0:
                     parts -= 1
                     # Read again, to keep nothing. The first program writes what was there, since nothing is skipped.
                     late = late_skips(tl.load(verdict + SKIPPED), known_skips, variants)
-                    tensor, first = tile_at(tiles, number, NORM_BLOCK)
+                    tensor, first, of_norm = tile_at(tiles, number, NORM_BLOCK)
                     start = tl.multiple_of(first + parts * BLOCK, BLOCK)
+                    # Not from of_norm, which takes ptxas more registers.
+                    valid = tl.minimum(tl.load(table + tensor * FIELDS + NUMEL) - start, BLOCK).to(tl.int32)
                     sums = update_tiles(
-                        table, tensor, start, 1, rows, None, factor.to(COMPUTE), units, late, variants, seed, roles,
-                        forms, h, on_grad, on_update, averages, sums,
+                        table, tensor, start, valid, rows, None, factor.to(COMPUTE), units, late, variants, seed,
+                        roles, forms, h, on_grad, on_update, averages, sums,
                         RULE, ADDRESS, COMPUTE, FIELDS, 0, WIDTH, GRANULE, DRAWS, BLOCK, LANES, True,
                     )  # fmt: skip
                 if tally is not None:
-                    tensor, first = tile_at(tiles, number, NORM_BLOCK)
+                    tensor, first, of_norm = tile_at(tiles, number, NORM_BLOCK)
                     late = late_skips(tl.load(verdict + SKIPPED), known_skips, variants)
                     row = row_of(table + tensor * FIELDS, rows, late, variants, WIDTH)
                     store_sums(sums, tally + number * SUMS, row, loss_scale)
@@ -98,23 +100,14 @@ def clipped_step(
     else:
         for slot in tl.range(program, SLOTS, programs):
             for number in tl.range(slot, tile_count, SLOTS):
-                tensor, first = tile_at(tiles, number, NORM_BLOCK)
+                tensor, first, of_norm = tile_at(tiles, number, NORM_BLOCK)
                 sums = ()
                 if tally is not None:
                     sums = nothing(LANES, COMPUTE)
-                parts = parts_of(table, tiles, number, FIELDS, BLOCK, NORM_BLOCK)
-                sums = look_at_tiles(table, tensor, first, parts, roles, forms, sums, ADDRESS, COMPUTE, FIELDS, BLOCK)
+                sums = look_at_tiles(table, tensor, first, of_norm, roles, forms, sums, ADDRESS, COMPUTE, FIELDS, BLOCK)
                 if tally is not None:
                     row = row_of(table + tensor * FIELDS, rows, 0, variants, WIDTH)
                     store_sums(sums, tally + number * SUMS, row, loss_scale)
-
-
-@triton.jit
-def parts_of(table, tiles, number, FIELDS: tl.constexpr, BLOCK: tl.constexpr, NORM_BLOCK: tl.constexpr):
-    """How many tiles of the update one of the norm's has."""
-    tensor, first = tile_at(tiles, number, NORM_BLOCK)
-    numel = tl.load(table + tensor * FIELDS + NUMEL)
-    return tl.cdiv(tl.minimum(numel - first, NORM_BLOCK), BLOCK).to(tl.int32)
 
 
 @triton.jit

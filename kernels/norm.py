@@ -10,7 +10,7 @@ float64 holds the square of every float32: finite gradients never look infinite.
 import triton
 import triton.language as tl
 
-from .address import IS_ALIGNED, NUMEL, at, tile_at
+from .address import IS_ALIGNED, at, tile_at
 
 # The verdict, float64 [4]: the norm before clipping, the factor for every gradient, whether this step
 # is skipped, and how many steps have been skipped so far.
@@ -23,7 +23,7 @@ SKIPPED = tl.constexpr(3)
 @triton.jit(do_not_specialize=["tile_count", "first_slot", "slot_count"])
 def sum_of_squares(
     table,  # int64 [tensors, FIELDS]: see address.py
-    tiles,  # int32 [tile_count, 2]: see address.py
+    tiles,  # int32 [tile_count, TILE_FIELDS]: see address.py
     tile_count: tl.int32,
     grad,  # Role
     slots,  # float64 [slot_count]
@@ -61,12 +61,11 @@ def squares_of(
     lanes = tl.arange(0, BLOCK)
     squares = tl.zeros((BLOCK,), tl.float64)
     for tile in tl.range(slot, tile_count, SLOTS):
-        tensor, start = tile_at(tiles, tile, BLOCK)
+        tensor, start, valid = tile_at(tiles, tile, BLOCK)
         record = table + tensor * FIELDS
-        valid = tl.minimum(tl.load(record + NUMEL) - start, BLOCK).to(tl.int32)
         if tl.load(record + IS_ALIGNED) != 0:
             pointer = at(record, grad, True) + start
-            whole = tl.multiple_of(valid // 8 * 8, 8)
+            whole = tl.multiple_of(valid & -8, 8)
             g = tl.load(pointer + lanes, mask=lanes < whole, other=0.0).to(tl.float64)
             squares += g * g
             if whole < valid:

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import triton
 import triton.language as tl
+from triton.language.target_info import is_hip
 
 from .philox import sixteen_bits
 
@@ -69,6 +70,18 @@ def span_of(first, count, N: tl.constexpr):
 @triton.jit
 def read(pointer, span):
     return tl.load(pointer + (span.first + span.lanes), mask=span.mask, other=0, eviction_policy="evict_first")
+
+
+@triton.jit
+def widened(x, COMPUTE: tl.constexpr):
+    """x in a dtype of arithmetic. For what is soon used up: ptxas widens early, and each takes a register then."""
+    if x.dtype == tl.bfloat16:
+        # The upper half of float32's bits. For two neighbours in one register the plain conversion takes three
+        # instructions on NVIDIA, this two.
+        bits = x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16
+        return bits.to(tl.float32, bitcast=True).to(COMPUTE)
+    else:
+        return x.to(COMPUTE)
 
 
 @triton.jit
@@ -239,7 +252,8 @@ def quantized(x, STEPS: tl.constexpr, scales, span):
 @triton.jit
 def largest_of_eights(x):
     """The largest size among every eight neighbours; NaN if one of them is."""
-    x = tl.abs(x)
+    # AMD has no maximum that keeps NaN; but as integers NaN is the largest.
+    x = x.to(tl.int32, bitcast=True) & 0x7FFFFFFF if is_hip() else tl.abs(x)
     for _ in tl.static_range(3):
         a, b = tl.split(tl.reshape(x, (x.shape[0] // 2, 2)))
         x = tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)

@@ -10,10 +10,10 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from .address import DRAW, IS_ALIGNED, NUMEL, ROW, tile_at
+from .address import DRAW, IS_ALIGNED, ROW, at, tile_at
 from .norm import FACTOR, NONFINITE, SKIPPED
 from .philox import Draw
-from .rounding import read, span_of, whole_span
+from .rounding import read, span_of, whole_span, widened
 from .stages import arguments_of, columns, loaded, through, through_with_means
 from .tally import added
 from .units import of_tensor, scaled
@@ -37,7 +37,7 @@ def named(kernel):
 @triton.jit(repr=named("step"), do_not_specialize=["known_skips", "variants", "seed"])
 def step(
     table,  # int64 [tensors, FIELDS]: see address.py
-    tiles,  # int32 [programs, 2]: see address.py
+    tiles,  # int32 [programs, TILE_FIELDS]: see address.py
     rows,  # COMPUTE [cohorts, variants, WIDTH]
     means,  # float64 [tensors, MEANS] of means.py, or None: no stage needs one
     verdict,  # float64 [4] of norm.judge, or None: nothing scales or skips
@@ -61,20 +61,20 @@ def step(
     DRAWS: tl.constexpr,  # whether a form needs random bits; the row's last number is then the step
     BLOCK: tl.constexpr,
 ):
-    program = tl.program_id(0).to(tl.int64)
+    program = tl.program_id(0)
     skip, late = heed(verdict, known_skips, variants)
     if skip != 0:
-        tensor, start = tile_at(tiles, program, BLOCK)
-        look_at_tiles(table, tensor, start, 1, roles, forms, (), ADDRESS, COMPUTE, FIELDS, BLOCK)
+        tensor, start, length = tile_at(tiles, program, BLOCK)
+        look_at_tiles(table, tensor, start, length, roles, forms, (), ADDRESS, COMPUTE, FIELDS, BLOCK)
         return
     factor = None
     if verdict is not None:
         factor = tl.load(verdict + FACTOR).to(COMPUTE)
         # The gradients that the norm was told last still lie in the second-level cache.
         program = tl.num_programs(0) - 1 - program
-    tensor, start = tile_at(tiles, program, BLOCK)
+    tensor, start, length = tile_at(tiles, program, BLOCK)
     update_tiles(
-        table, tensor, start, 1, rows, means, factor, units, late, variants, seed, roles, forms, h, on_grad,
+        table, tensor, start, length, rows, means, factor, units, late, variants, seed, roles, forms, h, on_grad,
         on_update, averages, (), RULE, ADDRESS, COMPUTE, FIELDS, MEANS, WIDTH, GRANULE, DRAWS, BLOCK, 0, True,
     )  # fmt: skip
 
@@ -98,13 +98,13 @@ def late_skips(skipped, known_skips, variants):
 
 @triton.jit
 def update_tiles(
-    table, tensor, start, count, rows, means, factor, units, late, variants, seed, roles, forms, h, on_grad, on_update,
+    table, tensor, start, length, rows, means, factor, units, late, variants, seed, roles, forms, h, on_grad, on_update,
     averages, sums, RULE: tl.constexpr, ADDRESS: tl.constexpr, COMPUTE: tl.constexpr, FIELDS: tl.constexpr,
     MEANS: tl.constexpr, WIDTH: tl.constexpr, GRANULE: tl.constexpr, DRAWS: tl.constexpr, BLOCK: tl.constexpr,
     LANES: tl.constexpr, ONE: tl.constexpr,
 ):  # fmt: skip
-    """``count`` tiles, the last first, or ONE, from the element ``start``, in each of which the tensor must have one.
-    Returns ``sums``, of LANES lanes or none, with their squares: see tally.py."""
+    """The tiles of the ``length`` elements from ``start`` on, the last first; or ONE tile. Returns ``sums``, of LANES
+    lanes or none, with their squares: see tally.py."""
     record = table + tensor * FIELDS
     row = row_of(record, rows, late, variants, WIDTH)
     if means is not None:
@@ -116,80 +116,78 @@ def update_tiles(
         draw = Draw(seed, tl.load(row + WIDTH - 1).to(tl.int32), tl.load(record + DRAW))
     if ONE:
         sums = update_tile(
-            record, start, row, None, None, means, factor, units, draw, roles, forms, h, on_grad, on_update, averages,
+            record, start, length, row, None, means, factor, units, draw, roles, forms, h, on_grad, on_update, averages,
             sums, RULE, ADDRESS, COMPUTE, GRANULE, BLOCK, LANES,
         )  # fmt: skip
     else:
         # No compiler takes loads out of a loop that stores. Where threads take fewer than eight elements, these loads
-        # cost less than the registers.
-        aligned = ADDRESS(record, roles, True)
+        # cost less than the registers; those of addresses always do.
         numbers = None
-        t = None
-        if aligned.grad.dtype.element_ty.primitive_bitwidth == 16:
-            numbers, t = all_loaded(numbers_of(row, h, on_grad, on_update, averages)), aligned
-        for k in tl.range(0, count):
-            at = tl.multiple_of(start + (count - 1 - k) * BLOCK, BLOCK)
+        if at(record, roles.grad, True).dtype.element_ty.primitive_bitwidth == 16:
+            numbers = all_loaded(numbers_of(row, h, on_grad, on_update, averages))
+        while length > 0:
+            first = (length - 1) & -BLOCK
+            at_tile = tl.multiple_of(start + first, BLOCK)
             sums = update_tile(
-                record, at, row, numbers, t, means, factor, units, draw, roles, forms, h, on_grad, on_update, averages,
-                sums, RULE, ADDRESS, COMPUTE, GRANULE, BLOCK, LANES,
+                record, at_tile, length - first, row, numbers, means, factor, units, draw, roles, forms, h, on_grad,
+                on_update, averages, sums, RULE, ADDRESS, COMPUTE, GRANULE, BLOCK, LANES,
             )  # fmt: skip
+            length = first
     return sums
 
 
 @triton.jit
 def update_tile(
-    record, start, row, numbers, t, means, factor, units, draw, roles, forms, h, on_grad, on_update, averages, sums,
-    RULE: tl.constexpr, ADDRESS: tl.constexpr, COMPUTE: tl.constexpr, GRANULE: tl.constexpr, BLOCK: tl.constexpr,
-    LANES: tl.constexpr,
+    record, start, valid, row, numbers, means, factor, units, draw, roles, forms, h, on_grad, on_update, averages, sums,
+    RULE: tl.constexpr, ADDRESS: tl.constexpr, COMPUTE: tl.constexpr, GRANULE: tl.constexpr,
+    BLOCK: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """``numbers`` and ``t``: the row's, and the aligned tensors; None if they are wanted here only."""
-    valid = tl.minimum(tl.load(record + NUMEL) - start, BLOCK).to(tl.int32)
+    """``valid`` elements. ``numbers`` are the row's; None if they are wanted here only."""
     # Only whole groups of GRANULE elements of aligned tensors can be loaded as vectors: a mask at an
     # arbitrary element, or an address that is no multiple of 16 bytes, would make every load scalar.
     # The rest goes one element per thread, which at least keeps neighbours together.
     is_aligned = tl.load(record + IS_ALIGNED).to(tl.int32) != 0
     vectors = tl.multiple_of(tl.where(is_aligned, valid & -GRANULE, 0), GRANULE)
-    # The rest first: what it needs does not have to be kept while the vectors take the registers.
+    # Where nothing was stored yet, AMD's compiler knows that all threads load the same addresses.
+    aligned = ADDRESS(record, roles, True)
+    # The rest first: what else it needs does not have to be kept while the vectors take the registers.
     if vectors < valid:
         tensors, own = ADDRESS(record, roles, False), numbers_of(row, h, on_grad, on_update, averages)
         SMALL: tl.constexpr = max(max(BLOCK // 8, LANES), GRANULE)
-        for at in tl.range(vectors, valid, SMALL):
-            span = span_of(start + at, valid - at, SMALL)
+        for first in tl.range(vectors, valid, SMALL):
+            span = span_of(start + first, valid - first, SMALL)
             sums = update(
                 tensors, span, own, factor, units, means, draw, forms, on_grad, on_update, sums, RULE, COMPUTE
             )
     if vectors > 0:
         own = numbers_of(row, h, on_grad, on_update, averages) if numbers is None else numbers
-        tensors = ADDRESS(record, roles, True) if t is None else t
         span = whole_span(start, vectors, GRANULE, BLOCK)
-        sums = update(tensors, span, own, factor, units, means, draw, forms, on_grad, on_update, sums, RULE, COMPUTE)
+        sums = update(aligned, span, own, factor, units, means, draw, forms, on_grad, on_update, sums, RULE, COMPUTE)
     return sums
 
 
 @triton.jit
 def look_at_tiles(
-    table, tensor, start, count, roles, forms, sums,
+    table, tensor, start, length, roles, forms, sums,
     ADDRESS: tl.constexpr, COMPUTE: tl.constexpr, FIELDS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """``update_tiles`` of a step that is skipped."""
-    record = table + tensor * FIELDS
-    numel = tl.load(record + NUMEL)
-    t = ADDRESS(record, roles, False)
-    for k in tl.range(0, count):
-        at = start + (count - 1 - k) * BLOCK
-        valid = tl.minimum(numel - at, BLOCK).to(tl.int32)
-        span = span_of(at, valid, BLOCK)
+    t = ADDRESS(table + tensor * FIELDS, roles, False)
+    while length > 0:
+        first = (length - 1) & -BLOCK
+        span = span_of(start + first, length - first, BLOCK)
         p = forms.param.load(t.param, span, COMPUTE)
         sums = added(sums, read(t.grad, span).to(COMPUTE), tl.zeros_like(p), p, span)
         forms.grad(t.grad, span)
+        length = first
     return sums
 
 
 @triton.jit
 def row_of(record, rows, late, variants, WIDTH: tl.constexpr):
     """The row of the tensor's cohort for the number of skipped steps that the device knows of."""
-    # In 64 bits numbers take three times as many instructions.
-    return rows + (tl.load(record + ROW).to(tl.int32) * variants + late) * WIDTH
+    # Only the last product in 64 bits: each further one takes three instructions.
+    return rows + (tl.load(record + ROW).to(tl.int32) * variants + late).to(tl.int64) * WIDTH
 
 
 @triton.jit
@@ -213,7 +211,7 @@ def all_loaded(numbers):
 @triton.jit
 def direction(t, span, numbers, factor, units, forms, on_grad, RULE: tl.constexpr, COMPUTE: tl.constexpr):
     """What the rule makes of one tile: (u, p, g, new states, g as it was read); nothing is stored."""
-    raw = read(t.grad, span).to(COMPUTE)
+    raw = widened(read(t.grad, span), COMPUTE)
     p = forms.param.load(t.param, span, COMPUTE)
     state = ()
     for k in tl.static_range(len(t.states)):

@@ -7,6 +7,7 @@ step is skipped, only the squares are taken.
 import triton
 import triton.language as tl
 
+from .address import NUMEL
 from .means import CHUNK_FIELDS
 from .norm import FACTOR
 from .step import heed, look_at_tiles, named, row_of, update_tiles
@@ -54,14 +55,14 @@ def tracked_step(
     tensor = tl.load(chunk).to(tl.int64)
     sums = nothing(LANES, COMPUTE)
     start = tl.multiple_of(tl.load(chunk + 1).to(tl.int64) * BLOCK, BLOCK)
-    count = tl.load(chunk + 2)
+    length = tl.minimum(tl.load(table + tensor * FIELDS + NUMEL) - start, tl.load(chunk + 2) * BLOCK).to(tl.int32)
     if skip == 0:
         sums = update_tiles(
-            table, tensor, start, count, rows, means, factor, units, late, variants, seed, roles, forms, h, on_grad,
+            table, tensor, start, length, rows, means, factor, units, late, variants, seed, roles, forms, h, on_grad,
             on_update, averages, sums, RULE, ADDRESS, COMPUTE, FIELDS, MEANS, WIDTH, GRANULE, DRAWS, BLOCK, LANES,
             False,
         )  # fmt: skip
     else:
-        sums = look_at_tiles(table, tensor, start, count, roles, forms, sums, ADDRESS, COMPUTE, FIELDS, BLOCK)
+        sums = look_at_tiles(table, tensor, start, length, roles, forms, sums, ADDRESS, COMPUTE, FIELDS, BLOCK)
     row = row_of(table + tensor * FIELDS, rows, late, variants, WIDTH)
     store_sums(sums, tally + program * SUMS, row, loss_scale)

@@ -39,8 +39,8 @@ class Tuning(NamedTuple):
 DEFAULT = Tuning()
 
 TABLE = {
-    # Half as many threads per multiprocessor as later ones.
-    "sm_75": Tuning(programs=2),
+    # Half as many threads per multiprocessor as later ones: two programs fit with more registers too.
+    "sm_75": Tuning(programs=2, max_registers=96),
     "sm_80": Tuning(),
     "sm_86": Tuning(programs=3),
     "sm_89": Tuning(programs=3),

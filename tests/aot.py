@@ -230,6 +230,18 @@ def instructions_per_element(dtype):
     return found
 
 
+def stored_instructions():
+    """The same by form, of AdamW with 8-bit states, everything counted that a thread does."""
+    found = {}
+    for form in ("nearest + 8bit", "split8 + 8bit"):
+        gpu = NoGPU("sm_90", f"{form} instructions")
+        driver.set_active(gpu)
+        step_stored("adam", "scattered", form, max_grad_norm=1.0, weight_decay=0.1, decoupled=True)
+        (kernel,) = (k for k in gpu.compiled() if k.metadata.name == "step_adam")
+        found[form] = whole_tiles(disassemble(kernel)).instructions / per_thread(kernel)
+    return found
+
+
 def facts(kernel):
     """What assembly and metadata say of a kernel."""
     found = {"name": kernel.metadata.name, "shared": kernel.metadata.shared}
@@ -289,6 +301,8 @@ def main(jobs):
     for job in jobs:
         if job == "instructions":
             report[job] = {dtype: instructions_per_element(dtype) for dtype in ("float32", "mixed", "bfloat16")}
+        elif job == "stored instructions":
+            report[job] = stored_instructions()
         elif job == "launches":
             launched = compiled_rules("sm_80", "float32", EXTENT)
             report[job] = {

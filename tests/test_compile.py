@@ -121,8 +121,9 @@ def test_registers_suffice(target, report):
         much = kernel["means"] or kernel["tracked"] or kernel["name"].startswith(MUCH)
         budget = (MAX_REGISTERS_OF_MUCH if much else MAX_REGISTERS)[kernel["dtype"]]
         if kernel["name"].startswith("clipped_"):
-            # At 80 an NVIDIA multiprocessor holds three programs of 256 threads, at 96 two; on AMD one has them all.
-            budget = (96 if kernel["tracked"] else 80) if target in NVIDIA else 512
+            # At 80 an NVIDIA multiprocessor holds three programs of 256 threads, at 128 two, and sm_75's never more; on
+            # AMD one has them all.
+            budget = (128 if kernel["tracked"] else 96 if target == "sm_75" else 80) if target in NVIDIA else 512
         elif kernel["name"] == "sum_of_squares" and target not in NVIDIA:
             budget = 128  # four waves on each of a multiprocessor's four units
         assert kernel["registers"] <= budget, f"{label(kernel)}: {kernel['registers']}"
