@@ -91,22 +91,25 @@ def _amd(text: str) -> list[Instruction]:
     return found
 
 
-def whole_tiles(program: list[Instruction]) -> Way:
-    """The way of a thread whose tiles are whole and aligned: the shortest from the start through the first wide load
-    to the last wide store or, where that load stands in a loop, once around the loop. Around blocks that call a
-    subroutine where possible: division and square root do for numbers near the ends of the range only."""
+def whole_tiles(program: list[Instruction], updates: bool = True) -> Way:
+    """The way of a thread whose tiles are whole and aligned: the shortest from the start through the first store of
+    elements, or wide load if the kernel updates none, to the last wide store or, where that stands in a loop, once
+    around the loop. Around blocks that call a subroutine where possible: division and square root do for numbers near
+    the ends of the range only."""
     load_bits = max(instruction.width("load") for instruction in program)
     blocks, following = _graph(program)
     lengths = [len(block) + CALL * any("CALL" in program[n].text for n in block) for block in blocks]
+    storing = (number for number, block in enumerate(blocks) if any(program[n].stores_elements for n in block))
     widths = [[program[n].width("load") for n in block] for block in blocks]
-    loading = next(number for number, found in enumerate(widths) if load_bits in found)
-    way = _shortest(lengths, following, loading, loading)
+    # In updates not every wide load is one of elements: AMD's compiler loads a row's numbers so.
+    anchor = next(storing if updates else (number for number, found in enumerate(widths) if load_bits in found))
+    way = _shortest(lengths, following, anchor, anchor)
     # _shortest leaves out the block that it starts from, and would go around to come back to it.
-    there = [0, *_shortest(lengths, following, 0, loading)] if loading else [0]
+    there = [0, *_shortest(lengths, following, 0, anchor)] if anchor else [0]
     before = sum(len(blocks[number]) for number in there if number not in way)
     if not way:
         stores = [number for number, block in enumerate(blocks) if any(program[n].width("store") >= 64 for n in block)]
-        way = there if stores[-1] == loading else [*there, *_shortest(lengths, following, loading, stores[-1])]
+        way = there if stores[-1] == anchor else [*there, *_shortest(lengths, following, anchor, stores[-1])]
         before = 0
     taken = [n for number in way for n in blocks[number]]
     loads = sum(instruction.width("load") == load_bits for instruction in program)

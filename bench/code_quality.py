@@ -133,10 +133,10 @@ def bytes_per_element(optimizer: Any) -> dict[str, float]:
 
 def describe(kernel: Any, target: str, address: str, dtype: str, bytes_moved: dict[str, float]) -> Kernel:
     facts = aot.facts(kernel)
-    way = whole_tiles(disassemble(kernel))
     name = kernel.metadata.name
-    per_thread = aot.per_thread(kernel)
     updates = name.startswith("step_")
+    way = whole_tiles(disassemble(kernel), updates)
+    per_thread = aot.per_thread(kernel)
     if updates:
         moved = bytes_moved["step"]
     elif name == NORM_KERNEL:
