@@ -105,8 +105,8 @@ def terms(optimizer: Any, scaling: Scaling | None) -> Terms:
     if scaling is not None:
         looks = settings.skip_nonfinite or scaling.found_inf is None
         return Terms(settings.clip, looks, scaling.loss_scale, scaling.found_inf)
-    loss_scale, found_inf = getattr(optimizer, "grad_scale", None), getattr(optimizer, "found_inf", None)
-    return Terms(settings.clip, settings.skip_nonfinite, loss_scale, found_inf)
+    given = vars(optimizer)
+    return Terms(settings.clip, settings.skip_nonfinite, given.get("grad_scale"), given.get("found_inf"))
 
 
 class Deferred:

@@ -23,8 +23,8 @@ class _Unequal(TorchFunctionMode):
 _UNEQUAL = _Unequal()
 
 
-def same_tensors(a: list[Any], b: list[Any]) -> bool:
-    """``same`` for lists of tensors, or of dicts that hold the same tensors under the same keys, several times faster:
+def same_tensors(a: Any, b: Any) -> bool:
+    """``same`` for lists of tensors, of dicts that hold the same tensors under the same keys, and so on, much faster:
     Python's == of lists and dicts asks objects only where they are not identical."""
     with _UNEQUAL:
         return a == b

@@ -147,12 +147,12 @@ class Plan:
             self.lasts >= 0
             and optimizer._settings.layout == self.settings
             and same(ways(optimizer), self.ways)
-            and same_tensors(params, self.params)
+            and self._objects_hold(params, list(optimizer.state.values()))
             and list(map(len, map(get_params, optimizer.param_groups))) == self.group_sizes
             and list(map(Tensor.data_ptr, self.pinned)) == self.addresses
             and (self.param_layouts.hold(active) or self._layouts_hold())
             and (self.as_planned or self._sizes_hold(active_grads))
-            and self._states_hold(list(optimizer.state.values()))
+            and self.uses == [space.uses() for space in self.spaces]
             and (self.shards is None or self.shards.hold())
             and all(map(torch.equal, self.numbers, self.values))
         )
@@ -170,17 +170,16 @@ class Plan:
             and list(map(get_kind, active)) == self.kinds
         )
 
-    def _states_hold(self, states: list[dict]) -> bool:
-        """Whether every state is the view that it was, in the memory where it was."""
-        if not same_tensors(states, self.contents):
-            # What somebody else keeps there may change.
-            try:
-                kept = (same(list(map(get, dicts)), values) for get, dicts, values in self.views)
-                if not (same(states, self.states) and all(kept)):
-                    return False
-            except KeyError:  # a state was deleted
-                return False
-        return self.uses == [space.uses() for space in self.spaces]
+    def _objects_hold(self, params: list[Tensor], states: list[dict]) -> bool:
+        """Whether every parameter, and every state, is the tensor that it was."""
+        if same_tensors((params, states), (self.params, self.contents)):
+            return True
+        # What somebody else keeps among the states may change.
+        try:
+            kept = (same(list(map(get, dicts)), values) for get, dicts, values in self.views)
+            return same(params, self.params) and same(states, self.states) and all(kept)
+        except KeyError:  # a state was deleted
+            return False
 
     def note_memory(self, executors: Sequence[Any]) -> None:
         """Remember where the executors, now that they are made, expect parameters, and how often the spaces' buffers
