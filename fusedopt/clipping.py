@@ -98,6 +98,9 @@ class Terms(NamedTuple):
         return self.needs_norm or self.loss_scale is not None or self.found_inf is not None
 
 
+NONE = Terms()
+
+
 def terms(optimizer: Any, scaling: Scaling | None) -> Terms:
     """The settings of an optimizer, and what a scaler asks of it: ours through ``scaling``, torch's through
     attributes, as it does where an optimizer was made with ``fused=True``."""
@@ -106,7 +109,10 @@ def terms(optimizer: Any, scaling: Scaling | None) -> Terms:
         looks = settings.skip_nonfinite or scaling.found_inf is None
         return Terms(settings.clip, looks, scaling.loss_scale, scaling.found_inf)
     given = vars(optimizer)
-    return Terms(settings.clip, settings.skip_nonfinite, given.get("grad_scale"), given.get("found_inf"))
+    loss_scale, found_inf = given.get("grad_scale"), given.get("found_inf")
+    if loss_scale is None and found_inf is None and not settings.needs_norm:
+        return NONE
+    return Terms(settings.clip, settings.skip_nonfinite, loss_scale, found_inf)
 
 
 class Deferred:

@@ -203,7 +203,9 @@ class Engine:
         elif is_deferred:
             self.verdict = self._deferred_verdict(terms)
         else:
-            self.verdict = clipping.judge(self.executors, terms, self.skips, reduction)
+            self.verdict = (
+                clipping.judge(self.executors, terms, self.skips, reduction) if terms.any else clipping.UNJUDGED
+            )
         self.deferred = None
         if self.tracker is not None:
             self.verdict = self.verdict._replace(loss_scale=terms.loss_scale)

@@ -6,6 +6,7 @@ from collections.abc import Collection
 from operator import is_
 from typing import Any
 
+import torch
 from torch.overrides import TorchFunctionMode
 
 
@@ -26,5 +27,8 @@ _UNEQUAL = _Unequal()
 def same_tensors(a: Any, b: Any) -> bool:
     """``same`` for lists of tensors, of dicts that hold the same tensors under the same keys, and so on, much faster:
     Python's == of lists and dicts asks objects only where they are not identical."""
-    with _UNEQUAL:
+    torch._C._push_on_torch_function_stack(_UNEQUAL)  # as ``with`` does, in a tenth of the time
+    try:
         return a == b
+    finally:
+        torch._C._pop_torch_function_stack()

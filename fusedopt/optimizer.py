@@ -87,15 +87,6 @@ class FusedOptimizer(Formula, torch.optim.Optimizer):
             RuntimeError: before anything is changed, for gradients or states that do not fit their
                 parameters, and for settings that these parameters cannot honour.
         """
-        # Opaque to torch.compile: one graph break. The wrapper that does it costs microseconds, so an uncompiled
-        # step goes without.
-        return self._opaque_step(closure) if torch.compiler.is_compiling() else self._eager_step(closure)
-
-    @torch._disable_dynamo
-    def _opaque_step(self, closure: Any) -> Any:
-        return self._eager_step(closure)
-
-    def _eager_step(self, closure: Any) -> Any:
         loss = None
         if closure is not None:
             with torch.enable_grad():

@@ -200,7 +200,8 @@ class Plan:
             slots.write()
         for steps, stepped in zip(self.steps, self.stepped):
             steps.add_(stepped, alpha=by)
-        self.note_steps()
+        if self.numbers:
+            self.note_steps()
 
 
 def _views(optimizer: Any, bucket: Bucket) -> Iterator[tuple[Callable[[dict], Tensor], list[dict], list[Tensor]]]:

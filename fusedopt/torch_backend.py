@@ -127,7 +127,8 @@ class Executor:
         """Take this step's gradients, the direct ones in their parameters' layout. ``as_planned``: whether they are
         laid out as at the first step; ``owes_zeros``: whether zeros shall take their place."""
         self.owes_zeros = owes_zeros
-        self.gather(grads)
+        if self.scratch:
+            self.gather(grads)
         direct = self.pick(grads)
         if not (as_planned and self.in_layout):
             direct = each_once(direct)
