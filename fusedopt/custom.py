@@ -3,8 +3,8 @@
     from fusedopt.custom import jit, tl
 
 ``jit`` is ``triton.jit``, ``tl`` is ``triton.language``, and ``divide``, ``sqrt``, ``sign``, ``ema``,
-``ema_of_squares`` are the functions that the rules of ``kernels/rules.py`` are made of. Without Triton ``jit`` returns
-the function as it is, and the others are None: nothing will call them there.
+``ema_of_squares`` are the functions of ``kernels/arithmetic.py``, of which the package's rules are made. Without Triton
+``jit`` returns the function as it is, and the others are None: nothing will call them there.
 """
 
 from __future__ import annotations

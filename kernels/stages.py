@@ -12,7 +12,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from .rules import divide, sqrt
+from .arithmetic import divide, sqrt
 
 LEAST_AGREEMENT = tl.constexpr(1e-3)
 

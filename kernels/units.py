@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 
 from .address import NUMEL
-from .rules import divide
+from .arithmetic import divide
 
 # The fields of a program: tensor, unit within the tensor, part of the unit, how many parts it has.
 PART_FIELDS = tl.constexpr(4)
