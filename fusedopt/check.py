@@ -132,7 +132,7 @@ def _subject(rule: Any, h: Numbers | None, options: dict[str, Any]) -> tuple[Rul
     if not (isinstance(rule, type) and issubclass(rule, FusedOptimizer)):
         raise TypeError(f"check_rule takes a fusedopt.Rule or a subclass of fusedopt.FusedOptimizer, got {rule!r}")
     if h is not None:
-        raise TypeError(f"{rule.__name__} computes its numbers itself: leave h away, and give options instead")
+        raise TypeError(f"{rule.__name__} computes its numbers itself: leave h out, and give options instead")
     optimizer = rule([torch.nn.Parameter(torch.zeros(1))], **options)
     group = optimizer.param_groups[0]
     found = optimizer.rule(group)

@@ -163,7 +163,7 @@ def _groups_of(clip_group: Any) -> list[Any]:
     if not (dist.is_available() and dist.is_initialized()):
         raise RuntimeError(
             f"clip_group={clip_group!r} needs a process group: call torch.distributed.init_process_group() first, "
-            "or leave it away"
+            "or leave it out"
         )
     if clip_group == "world":
         return [dist.group.WORLD]

@@ -87,11 +87,11 @@ class Engine:
             terms = clipping.terms(optimizer, self.scaling)
             if terms.clip is not None:
                 raise RuntimeError(
-                    f"the step clips to max_grad_norm={terms.clip[0]} by itself: leave clip_grad_norm_() away, or set "
+                    f"the step clips to max_grad_norm={terms.clip[0]} by itself: leave clip_grad_norm_() out, or set "
                     "optimizer.max_grad_norm = None"
                 )
             if self.deferred is not None and self.deferred.is_of(grads):
-                raise RuntimeError("clip_grad_norm_() was called twice for one step()")
+                raise RuntimeError("clip_grad_norm_() was called twice for one step(): call it once, after backward()")
             terms = terms._replace(clip=(max_norm, *CLIP))
             self.verdict = clipping.judge(self.executors, terms, self.skips, self.plan.reduction)
             self.skips.count_in(self.verdict, -1)

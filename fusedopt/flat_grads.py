@@ -99,7 +99,7 @@ class FlatGrads:
         if any(is_distributed(p) or hasattr(p, "_fsdp_flattened") for p in params):
             raise RuntimeError(
                 "flat_grads=True cannot keep the gradients of distributed parameters, which belong to their engine: "
-                "leave it away"
+                "leave it out"
             )
         kept = {p: self.given[p] for p in params if p in self.given and self.given[p].fits(p)}
         if not kept:

@@ -110,7 +110,7 @@ class FusedOptimizer(Formula, torch.optim.Optimizer):
         active = self._settings.active()
         if active:
             raise RuntimeError(
-                f"{', '.join(active)} cannot be combined with {reason}; leave the setting away, "
+                f"{', '.join(active)} cannot be combined with {reason}; leave the setting out, "
                 "or make the parameters and gradients plain dense real tensors"
             ) from None
         scaling = self._engine.scaling
@@ -254,7 +254,7 @@ class FusedOptimizer(Formula, torch.optim.Optimizer):
             self._engine.deferred = None
             raise RuntimeError(
                 f"The total norm of order {norm_type} for gradients from the optimizer's parameters is non-finite "
-                f"({float(norm)}), so it cannot be clipped; leave error_if_nonfinite away to scale by it anyway"
+                f"({float(norm)}), so it cannot be clipped; leave error_if_nonfinite out to scale by it anyway"
             )
         return norm
 

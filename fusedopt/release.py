@@ -100,7 +100,7 @@ def _refuse_settings(optimizer: FusedOptimizer) -> None:
     if names:
         raise RuntimeError(
             f"gradient release updates each parameter before the others' gradients are there, which {', '.join(names)} "
-            "would need; leave it away (max_grad_value may stay)"
+            "would need; leave it out (max_grad_value may stay)"
         )
 
 

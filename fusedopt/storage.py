@@ -287,7 +287,7 @@ def check(settings: Settings, params: list[Tensor]) -> None:
         dtypes = ", ".join(sorted({str(p.dtype).removeprefix("torch.") for p in params}))
         raise ValueError(
             f"master={settings.master!r} is for bfloat16 and float16 parameters, and these are {dtypes}: "
-            "leave it away, they lose nothing"
+            "leave it out, they lose nothing"
         )
 
 

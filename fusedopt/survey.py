@@ -182,7 +182,7 @@ def _refuse_capture(group: dict[str, Any], choice: Backend, where: Where) -> Non
         raise NotFusable(f"capturable=True without our kernels ({where})")
     raise RuntimeError(
         f"capturable=True keeps the step count on a GPU, and the backend of {where} is torch ({choice.reason}); "
-        "leave it away"
+        "leave it out"
     )
 
 
@@ -191,7 +191,7 @@ def _refuse_means(optimizer: Any, group: dict[str, Any], where: Where) -> None:
         raise RuntimeError(
             f"{' and '.join(needy)} of {type(optimizer).__name__} needs a mean over each whole parameter, and {where} "
             "is a piece of FullyShardedDataParallel's flat parameter, which does not say what of it other ranks hold; "
-            "use fully_shard (FSDP2), or leave it away"
+            "use fully_shard (FSDP2), or leave it out"
         )
 
 

@@ -252,7 +252,7 @@ def test_numbers_that_float32_cannot_hold(needs_triton):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((fusedopt.Adam, (0.1,)), "leave h away"),
+        ((fusedopt.Adam, (0.1,)), "leave h out"),
         ((fusedopt.Rule("mean", ("m",), twin, kernel=kernel),), "checked with its numbers"),
         (("adam",), "got 'adam'"),
     ],

@@ -74,7 +74,7 @@ class Use:
             optimizer.step()
 
     def step_with_a_bad_gradient(self):
-        """Which ours skips, and torch's user leaves away."""
+        """Which ours skips, and torch's user leaves out."""
         pair = self.pair
         give_gradients(pair.ours, pair.number, plain=True)
         p = next(p for p in pair.ours if p.grad is not None and p.numel())
