@@ -1,6 +1,6 @@
 """Host time of ``step()``: everything before and around the launches, which do nothing here.
 
-    python bench/host.py [--counts 300 1000] [--groups 465] [--optimizers AdamW SGD ...] [--rounds 12]
+    python bench/host.py [--counts 300 1000] [--groups 465] [--optimizers AdamW SGD ...] [--rounds 8]
                          [--save] [--note TEXT]
 
 Ours: the Triton backend on CPU tensors, with Triton's own binder and handles over a driver that launches nothing.
@@ -36,7 +36,7 @@ from fusedopt import backends
 BUDGET = {300: 170, 1000: 550}
 """Microseconds for plain parameters, all checks and clipping included."""
 
-IN_A_ROW = 6
+IN_A_ROW = 20
 """Steps that an implementation takes before the next one's turn."""
 
 IMPLEMENTATIONS = {
@@ -192,7 +192,7 @@ def main() -> None:
     parser.add_argument("--counts", nargs="+", type=int, default=[300, 1000], help="numbers of parameters")
     parser.add_argument("--groups", nargs="*", type=int, default=[465], help="numbers of groups of one tensor each")
     parser.add_argument("--optimizers", nargs="+", choices=sorted(fusedopt.registry), default=sorted(fusedopt.registry))
-    parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--save", action="store_true", help="append rows to history.csv")
     parser.add_argument("--note", default="", help="what the rows shall say besides")
     options = parser.parse_args()

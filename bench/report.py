@@ -45,17 +45,19 @@ def machines(rows: Iterable[Row]) -> dict[str, list[Row]]:
 
 
 def ratio_table(rows: list[Row]) -> str:
-    """Optimizers by models, float32: our time over that of torch's best, without and with clipping."""
+    """Optimizers that torch has by models, float32: our time over that of torch's best, without and with clipping."""
     ours = [r for r in rows if r.implementation == "fusedopt" and r.dtype == "float32" and not r.amp]
     models = [model for model in TITLES if any(row.model == model for row in ours)]
     labels = list(dict.fromkeys(row.optimizer for row in ours))
     cells = {(row.optimizer, row.model, row.clip): row for row in ours}
     lines = [f"| optimizer | {' | '.join(TITLES[model] for model in models)} |", "|---|" + "---|" * len(models)]
     for label in labels:
-        pairs = (
+        pairs = [
             " / ".join(_ratio(cells.get((label, model, clip))) for clip in (False, True)).replace("– / –", "–")
             for model in models
-        )
+        ]
+        if set(pairs) == {"–"}:
+            continue  # torch has no such optimizer
         lines.append(f"| {label} | {' | '.join(pairs)} |")
     return "\n".join(lines)
 
