@@ -141,7 +141,7 @@ class Engine:
             warnings.warn(
                 "no parameter of this optimizer has a gradient at its first step. Was it built before fully_shard(), "
                 "which replaces a model's parameters? Build it afterwards, or it will never change anything.",
-                stacklevel=6,  # the line that called optimizer.step()
+                stacklevel=5,  # the line that called optimizer.step()
             )
 
     @torch.inference_mode(False)  # states made in inference mode could not be written to outside it

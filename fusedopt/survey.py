@@ -49,7 +49,7 @@ def left_to_torch(optimizer: Any, devices: Iterable[torch.device]) -> NotFusable
 
 @functools.cache
 def _say_once(reason: str) -> None:
-    warnings.warn(reason, stacklevel=12)  # the line that called optimizer.step()
+    warnings.warn(reason, stacklevel=11)  # the line that called optimizer.step()
 
 
 def is_differentiable(group: dict[str, Any]) -> bool:

@@ -58,11 +58,11 @@ def test_steps_of_every_size_are_measured(tmp_path):
     for count in (20, 40):
         found = {part: rows[part, f"{count} tensors", "triton"] for part in growth.STEPS}
         first, same, moved, other = found.values()
-        # Records of 8 numbers; a tile of the update and one of the norm, 8 bytes each; a row of hyperparameters.
-        assert first.bytes == count * (64 + 16) + same.bytes
+        # Records of 8 numbers; a tile of the update and one of the norm, 16 bytes each; a row of hyperparameters.
+        assert first.bytes == count * (64 + 32) + same.bytes
         assert same.bytes == 7 * 4
         assert moved.bytes == count * 64 + same.bytes
-        assert other.bytes >= count * 3 / 4 * (64 + 16) + same.bytes
+        assert other.bytes >= count * 3 / 4 * (64 + 32) + same.bytes
         assert all(row.launches == 2 for row in found.values())
         assert rows["same gradients", f"{count} tensors", "torch"].rival_us > 0
         assert 0 < rows["plan", f"{count} tensors", "triton"].host_us < first.host_us

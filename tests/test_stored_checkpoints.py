@@ -81,7 +81,7 @@ parameter was rounded the other way."""
 
 
 @pytest.mark.parametrize("compact", [False, True])
-@pytest.mark.parametrize(("master", "other_master"), itertools.permutations(PRECISION, 2))
+@pytest.mark.parametrize(("master", "other_master"), list(itertools.permutations(PRECISION, 2)))
 def test_a_parameter_that_was_rounded_the_other_way_keeps_its_master(master, other_master, compact):
     """Forms round numbers half way between two parameters, or near to that, to different ones. Every lower half of a
     float32, between parameters of even and of odd bits."""
