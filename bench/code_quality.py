@@ -27,6 +27,7 @@ os.environ.pop("TRITON_INTERPRET", None)  # it compiles nothing
 TESTS = Path(__file__).resolve().parent.parent / "tests"
 sys.path.insert(0, str(TESTS))
 
+import absent_gpu  # noqa: E402
 import aot  # noqa: E402
 import triton  # noqa: E402
 from assembly import disassemble, whole_tiles  # noqa: E402
@@ -39,7 +40,7 @@ from triton.runtime import driver  # noqa: E402
 from fusedopt import backends  # noqa: E402
 
 REPORT = Path(__file__).with_name("code_quality.csv")
-TARGETS = {name: aot.TARGETS[name] for name in ("sm_80", "sm_90", "sm_100", "gfx942")}
+TARGETS = {name: absent_gpu.TARGETS[name] for name in ("sm_80", "sm_90", "sm_100", "gfx942")}
 STORED = "float32", "bfloat16", "mixed", *FORMS
 MANY = 20
 """Changes to name; more come with another Triton, or when the report is first written."""
@@ -105,7 +106,7 @@ def report(targets: list[str], dtypes: list[str], cases: list[str], addresses: l
     backends._device_problem = lambda device, requested: None
     for target in targets:
         for dtype in dtypes:
-            gpu = aot.NoGPU(target, f"{dtype} report")
+            gpu = absent_gpu.NoGPU(target, f"{dtype} report")
             driver.set_active(gpu)
             seen: set[str] = set()
             for address in addresses:
@@ -132,11 +133,11 @@ def bytes_per_element(optimizer: Any) -> dict[str, float]:
 
 
 def describe(kernel: Any, target: str, address: str, dtype: str, bytes_moved: dict[str, float]) -> Kernel:
-    facts = aot.facts(kernel)
+    facts = absent_gpu.facts(kernel)
     name = kernel.metadata.name
     updates = name.startswith("step_")
     way = whole_tiles(disassemble(kernel), updates)
-    per_thread = aot.per_thread(kernel)
+    per_thread = absent_gpu.per_thread(kernel)
     if updates:
         moved = bytes_moved["step"]
     elif name == NORM_KERNEL:
@@ -146,7 +147,7 @@ def describe(kernel: Any, target: str, address: str, dtype: str, bytes_moved: di
     made = Kernel(
         triton.__version__, target, name, address if updates else "", dtype, facts["registers"], facts["stack"],
         facts["shared"], way.load_bits, way.store_bits,
-        round((way.instructions + way.before / aot.tiles_at_once(kernel)) / per_thread, 1), round(moved, 2),
+        round((way.instructions + way.before / absent_gpu.tiles_at_once(kernel)) / per_thread, 1), round(moved, 2),
     )  # fmt: skip
     for label, gpu in GPUS.items():
         if gpu.target == target:
