@@ -7,6 +7,7 @@ then, and what the step of a graph used must outlive the plan that it belonged t
 from __future__ import annotations
 
 import dataclasses
+import functools
 import warnings
 from collections.abc import Iterable
 from typing import Any
@@ -36,7 +37,7 @@ class CapturableSettings(Settings):
         there is read by the step itself, and a CUDA graph may hold the step.""",
     )
 
-    @property
+    @functools.cached_property
     def layout(self) -> tuple:
         return *super().layout, self.capturable
 

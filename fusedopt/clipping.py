@@ -146,9 +146,26 @@ class Deferred:
             )
         return True
 
+    def verdict_of_step(self, terms: Terms, scaling: Scaling | None) -> Verdict:
+        """What the step that now applies it, and has these terms of its own, does with the gradients.
+
+        Raises:
+            RuntimeError: if the terms contradict what was judged.
+        """
+        if terms.clip is not None:
+            raise RuntimeError(f"max_grad_norm={terms.clip[0]} was set between clip_grad_norm_() and step()")
+        if terms.loss_scale is not None and not self.scaled:
+            raise RuntimeError(
+                "clip_grad_norm_() was given gradients that are still multiplied by the loss scale: call "
+                "fusedopt.GradScaler's clip_grad_norm_(optimizer, max_norm) instead, or unscale_(optimizer) before it"
+            )
+        if self.scaled and scaling is None:
+            raise RuntimeError("the gradients are still multiplied by the loss scale: call scaler.step(optimizer)")
+        return self.verdict if terms.found_inf is None else self.verdict.or_skip(terms.found_inf)
+
 
 def judge(executors: Sequence[Any], terms: Terms, skips: Skips, reduction: Reduction) -> Verdict:
-    """Judge this step's gradients: norm (if a term needs it), unscaling, clip factor, skipping.
+    """Judge this step's gradients on the host: norm (if a term needs it), unscaling, clip factor, skipping.
 
     Args:
         executors: one per bucket, each holding its gradients.
@@ -156,16 +173,6 @@ def judge(executors: Sequence[Any], terms: Terms, skips: Skips, reduction: Reduc
         skips: where a skipped step is counted.
         reduction: what makes the norm over this rank's gradients one over all.
     """
-    if not terms.any:
-        return UNJUDGED
-    if terms.needs_norm:
-        reduction.check()
-    backends = {(executor.bucket.backend.name, executor.bucket.device) for executor in executors}
-    if len(backends) == 1 and executors[0].bucket.backend.name == "triton":
-        from . import triton_backend
-
-        return triton_backend.judge(executors, terms, skips, reduction)
-
     scale = 1.0 if terms.loss_scale is None else terms.loss_scale.item()
     norm, skip = _norm_and_found_inf(executors, terms, reduction)
     factor = 1 / scale

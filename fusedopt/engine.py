@@ -14,7 +14,7 @@ from torch import Tensor
 from . import capture, clipping
 from .arguments import check_rates
 from .cohorts import StepNumbers
-from .executors import executor, prefer_one_launch, problem_with_one_launch
+from .executors import executor, judge_of, prefer_one_launch, problem_with_one_launch
 from .metrics import Metrics, Tracker
 from .places import Place
 from .plan import Plan, without_collection
@@ -38,6 +38,7 @@ class Engine:
         self.unlisted: Plan | None = None
         """The latest plan, if it is not from the roster and not in it."""
         self.executors: list[Any] = []
+        self.judge = clipping.judge
         self.prefers_one_launch = False
         self.captured: list[Any] = []
         """What CUDA graphs go on using."""
@@ -93,7 +94,7 @@ class Engine:
             if self.deferred is not None and self.deferred.is_of(grads):
                 raise RuntimeError("clip_grad_norm_() was called twice for one step(): call it once, after backward()")
             terms = terms._replace(clip=(max_norm, *CLIP))
-            self.verdict = clipping.judge(self.executors, terms, self.skips, self.plan.reduction)
+            self.verdict = self._judge(terms)
             self.skips.count_in(self.verdict, -1)
             self.deferred = clipping.Deferred(self.verdict, grads, self.scaling)
 
@@ -180,7 +181,7 @@ class Engine:
     def _follow(self, optimizer: Any, plan: Plan) -> None:
         self.plan, self.tracker, self.verdict = None, None, clipping.UNJUDGED
         self.executors = [executor(bucket, optimizer._settings) for bucket in plan.buckets]
-        self.prefers_one_launch = prefer_one_launch(self.executors)
+        self.judge, self.prefers_one_launch = judge_of(self.executors), prefer_one_launch(self.executors)
         tracks = optimizer._settings.track is not None
         self.tracker = Tracker(plan.params, self.executors, plan.reduction) if tracks else None
         plan.note_memory(self.executors)
@@ -201,11 +202,10 @@ class Engine:
         if at_once is not None:
             self.verdict, waiting = at_once, []
         elif is_deferred:
-            self.verdict = self._deferred_verdict(terms)
+            self.verdict = self.deferred.verdict_of_step(terms, self.scaling)
+            self.skips.count_in(self.verdict)
         else:
-            self.verdict = (
-                clipping.judge(self.executors, terms, self.skips, reduction) if terms.any else clipping.UNJUDGED
-            )
+            self.verdict = self._judge(terms)
         self.deferred = None
         if self.tracker is not None:
             self.verdict = self.verdict._replace(loss_scale=terms.loss_scale)
@@ -238,6 +238,13 @@ class Engine:
                 self.skips.listen()
             self._hear(optimizer, wait=False)
 
+    def _judge(self, terms: clipping.Terms) -> clipping.Verdict:
+        if not terms.any:
+            return clipping.UNJUDGED
+        if terms.needs_norm:
+            self.plan.reduction.check()
+        return self.judge(self.executors, terms, self.skips, self.plan.reduction)
+
     def _takes_one_launch(self, optimizer: Any, terms: clipping.Terms, is_deferred: bool) -> bool:
         """Whether norm and update run as one launch. RuntimeError if that was asked for and cannot be."""
         launches = optimizer._settings.launches
@@ -248,22 +255,6 @@ class Engine:
             raise RuntimeError(clipping.IMPOSSIBLE.format(problem))
         # Without a verdict the update is one launch by itself.
         return problem is None and terms.any
-
-    def _deferred_verdict(self, terms: clipping.Terms) -> clipping.Verdict:
-        if terms.clip is not None:
-            raise RuntimeError(f"max_grad_norm={terms.clip[0]} was set between clip_grad_norm_() and step()")
-        if terms.loss_scale is not None and not self.deferred.scaled:
-            raise RuntimeError(
-                "clip_grad_norm_() was given gradients that are still multiplied by the loss scale: call "
-                "fusedopt.GradScaler's clip_grad_norm_(optimizer, max_norm) instead, or unscale_(optimizer) before it"
-            )
-        if self.deferred.scaled and self.scaling is None:
-            raise RuntimeError("the gradients are still multiplied by the loss scale: call scaler.step(optimizer)")
-        verdict = self.deferred.verdict
-        if terms.found_inf is not None:
-            verdict = verdict.or_skip(terms.found_inf)
-        self.skips.count_in(verdict)
-        return verdict
 
     def settle(self, optimizer: Any) -> None:
         """Wait for what the device has not told yet, so that ``optimizer.state`` is exact."""

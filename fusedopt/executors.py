@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from . import clipping, torch_backend, torch_forms
@@ -17,6 +18,15 @@ def executor(bucket: Bucket, settings: Settings) -> Any:
     from . import triton_backend
 
     return triton_backend.Executor(bucket, settings)
+
+
+def judge_of(executors: list[Any]) -> Callable[..., clipping.Verdict]:
+    """What judges the gradients of these, with ``clipping.judge``'s arguments: the one device that holds them all by
+    itself, or the host."""
+    devices = {(executor.bucket.backend.name, executor.bucket.device) for executor in executors}
+    if len(devices) == 1 and executors[0].bucket.backend.name == "triton":
+        return executors[0].judge
+    return clipping.judge
 
 
 def prefer_one_launch(executors: list[Any]) -> bool:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Collection
 from typing import Any
@@ -147,9 +148,11 @@ class Settings:
     def __setattr__(self, name: str, value: Any) -> None:
         fields = self.fields()
         value = fields[name].metadata["check"](name, value)
-        if len(vars(self)) == len(fields):  # in the constructor, which sets one after the other, some are missing
+        if fields.keys() <= vars(self).keys():  # in the constructor, which sets one after the other, some are missing
             self._check_together(vars(self) | {name: value})
         super().__setattr__(name, value)
+        for derived in vars(self).keys() - fields.keys():
+            delattr(self, derived)
 
     @staticmethod
     def _check_together(values: dict[str, Any]) -> None:
@@ -174,25 +177,27 @@ class Settings:
                     f"group, and give it as {name}={group[name]!r} beside the parameters"
                 )
 
-    @property
+    # What follows from the settings is read at every step, and kept until one of them changes.
+
+    @functools.cached_property
     def value_limits(self) -> tuple[float, float]:
         """The lower and the upper limit of each gradient component."""
         limit = self.max_grad_value
         low, high = limit if isinstance(limit, tuple) else (None if limit is None else -limit, limit)
         return -math.inf if low is None else low, math.inf if high is None else high
 
-    @property
+    @functools.cached_property
     def clip(self) -> tuple[float, float, float] | None:
         """S, epsilon and the largest factor of g <- g min(largest, S / (norm + epsilon))."""
         if self.max_grad_norm is None:
             return None
         return (self.max_grad_norm, *(CLIP if self.grad_norm_mode == "clip" else NORMALIZE))
 
-    @property
+    @functools.cached_property
     def needs_norm(self) -> bool:
         return self.max_grad_norm is not None or self.skip_nonfinite
 
-    @property
+    @functools.cached_property
     def layout(self) -> tuple:
         """What decides where tensors are put: a plan holds as long as it stays the same."""
         where = self.flatten, self.backend, self.needs_norm, self.ema_decay is None, self.cautious, self.clip_group
@@ -201,7 +206,7 @@ class Settings:
     def active(self) -> list[str]:
         """The names of the settings that ask for more than torch.optim does."""
         plain = {name: field.default for name, field in self.fields().items()} | {"backend": "torch"}
-        return [name for name, value in vars(self).items() if value is not None and value != plain[name]]
+        return [name for name in self.fields() if getattr(self, name) not in (None, plain[name])]
 
     @classmethod
     def documentation(cls) -> str:

@@ -6,7 +6,8 @@ Only this module and its parts, ``triton_*.py``, import ``fusedopt.kernels``.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -33,15 +34,14 @@ from .triton_tables import TYPES, Tables
 from .triton_tally import Tally
 from .triton_units import Limits
 
-__all__ = ["Executor", "judge", "rule_kernel"]
-
-
 REFUSALS = "cooperative", "not supported"
 """What drivers say of a cooperative launch that they cannot make; nothing has been launched then."""
 
 
 class Executor:
     """Runs one bucket."""
+
+    judge = staticmethod(judge)
 
     def __init__(self, bucket: Bucket, settings: Settings):
         self.bucket = bucket
@@ -64,6 +64,8 @@ class Executor:
         self.launch = Launches(bucket.device)
         self.tables = Tables(bucket, self.params)
         self.norms = Norm(self.tables, bucket.device, self.launch)
+        self.constants: dict[int, Mapping[str, Any]] = {}
+        """Of kernels, by the width of a row."""
         self.compute_dtype = torch.promote_types(bucket.dtype, torch.float32)
         self.rows = (Columns if bucket.capturable else Rows)(bucket, self.compute_dtype)
         self.chunks: Chunks | None = None
@@ -143,7 +145,7 @@ class Executor:
         variant = chains.used, heeding[0] is None, forms is tables.forms
         numbers = self.rows.table, found, *heeding, self.settings.seed, self._limits()
         formulas = tables.roles, forms, chains.h, chains.on_grad, chains.on_update, chains.averages
-        shared |= {"DRAWS": self.tables.draws, "MEANS": len(chains.terms)}
+        shared = shared | {"DRAWS": self.tables.draws, "MEANS": len(chains.terms)}
         if self.settings.track is None:
             tiles = tables.tiles
             self.launch(
@@ -182,7 +184,7 @@ class Executor:
         verdict = skips.verdict(self.bucket.device)
         known, variants = self._variants(skips)
         chains, shared = self._prepare(update, variants)
-        slots, (_, barrier) = self.norms.workspace(1)
+        slots, _, barrier = self.norms.workspace(1)
         judging, constants, variant = on_device(self.bucket.device, terms)
         tables, tiles = self.tables, self.tables.norm_tiles
         lanes, places = 0, None
@@ -196,7 +198,7 @@ class Executor:
             *judging, known, variants, self.settings.seed, self._limits(), places,
             tables.roles, forms, chains.h, chains.on_grad, chains.on_update, chains.averages,
         )  # fmt: skip
-        constants |= shared | {
+        constants = constants | shared | {
             "DRAWS": tables.draws, "NORM_BLOCK": tables.norm_block, "SLOTS": triton_norm.SLOTS,
             # As many warps as the norm kernel has: its sums are added in an order that depends on them.
             "BLOCK": tables.wide_block, "LANES": lanes, "num_warps": tables.tuning.norm_warps,
@@ -255,11 +257,15 @@ class Executor:
         chains = self.rows.write(update, variants)
         for member, copy in self.copied:
             copy.copy_(member.param)
-        return chains, {
-            "RULE": self.kernel, "ADDRESS": self.tables.address, "COMPUTE": TYPES[self.compute_dtype],
-            "FIELDS": self.tables.fields, "WIDTH": chains.width, "GRANULE": self.tables.granule, **self.tables.bounds,
-            "BLOCK": self.tables.tuning.block, "num_warps": self.tables.num_warps, "enable_fp_fusion": False,
-        }  # fmt: skip
+        shared = self.constants.get(chains.width)
+        if shared is None:
+            tables = self.tables
+            shared = self.constants[chains.width] = MappingProxyType({
+                "RULE": self.kernel, "ADDRESS": tables.address, "COMPUTE": TYPES[self.compute_dtype],
+                "FIELDS": tables.fields, "WIDTH": chains.width, "GRANULE": tables.granule, **tables.bounds,
+                "BLOCK": tables.tuning.block, "num_warps": tables.num_warps, "enable_fp_fusion": False,
+            })  # fmt: skip
+        return chains, shared
 
     def _prepare_after(
         self, update: Callable[..., Update], verdict: Verdict, skips: Skips

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -27,18 +29,18 @@ class Norm:
         self.device = device
         self.launch = launch
         self.slots: dict[int, Tensor] = {}
-        self.counters: Tensor | None = None
+        self.counters: tuple[Tensor, Tensor] | None = None
 
-    def workspace(self, buckets: int) -> tuple[Tensor, Tensor]:
-        """Slots, and the ticket or barrier. Zeroed once: every step writes the same slots, and leaves the other as
-        the next one needs it."""
+    def workspace(self, buckets: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Slots, the ticket and the barrier. Zeroed once: every step writes the same slots, and leaves the others as
+        the next one needs them."""
         if self.counters is None:
-            self.counters = torch.zeros(2, 1, dtype=torch.int32, device=self.device)
+            self.counters = torch.zeros(2, 1, dtype=torch.int32, device=self.device).unbind()
         slots = self.slots.get(buckets)
         if slots is None:
             # Others stay: a CUDA graph may go on using them.
             slots = self.slots[buckets] = torch.zeros(buckets * SLOTS, dtype=torch.float64, device=self.device)
-        return slots, self.counters
+        return slots, *self.counters
 
     def wait(self) -> float:
         """The norm, waited for: only for buckets on several devices or backends."""
@@ -75,7 +77,7 @@ def judge(executors: Sequence[Any], terms: Terms, skips: Skips, reduction: Reduc
         _judge_with_other_ranks(executors, terms, verdict, reduction)
         return terms.left_to(verdict)
     filled = [executor.norms for executor in executors if executor.tables.tiles.count] if terms.needs_norm else []
-    slots, (ticket, _) = last.workspace(max(len(filled), 1))
+    slots, ticket, _ = last.workspace(max(len(filled), 1))
     for i, norms in enumerate(filled):
         norms.add_squares(slots, i * SLOTS, ticket if norms is filled[-1] else None, verdict, terms)
     if not filled:
@@ -91,7 +93,7 @@ def _judge_with_other_ranks(executors: Sequence[Any], terms: Terms, verdict: Ten
     longest = max(map(len, alike)) if terms.needs_norm else 0
     squares = torch.zeros(len(keys), dtype=torch.float64, device=device)
     if longest:
-        slots, _ = last.workspace(len(keys) * longest)
+        slots, *_ = last.workspace(len(keys) * longest)
         for i, row in enumerate(alike):
             for k, executor in enumerate(row):
                 if executor.tables.tiles.count:
@@ -103,12 +105,19 @@ def _judge_with_other_ranks(executors: Sequence[Any], terms: Terms, verdict: Ten
     last.judge(torch.nn.functional.pad(total[:1], (0, SLOTS - 1)), verdict, terms)
 
 
-def on_device(device: torch.device, terms: Terms) -> tuple[tuple, dict[str, bool], tuple]:
+def on_device(device: torch.device, terms: Terms) -> tuple[tuple, Mapping[str, bool], tuple]:
     """The kernels' last arguments, the constants that go with them, and which variant of a kernel they are."""
-    scaler, aligned = zip(*(scaler_argument(x, device) for x in (terms.loss_scale, terms.found_inf)))
-    constants = {"CLIP": terms.clip is not None, "SKIP": terms.skip_nonfinite}
-    variant = *constants.values(), *aligned
-    return (*(terms.clip or (math.inf, 0.0, 1.0)), *scaler), constants, variant
+    scale, scale_aligned = scaler_argument(terms.loss_scale, device)
+    found_inf, found_inf_aligned = scaler_argument(terms.found_inf, device)
+    limits, constants = _of_settings(terms.clip, terms.skip_nonfinite)
+    variant = terms.clip is not None, terms.skip_nonfinite, scale_aligned, found_inf_aligned
+    return (*limits, scale, found_inf), constants, variant
+
+
+@functools.lru_cache
+def _of_settings(clip: tuple[float, float, float] | None, skip_nonfinite: bool) -> tuple[tuple, Mapping[str, bool]]:
+    """What follows from the settings alone, mostly the same at every step."""
+    return clip or (math.inf, 0.0, 1.0), MappingProxyType({"CLIP": clip is not None, "SKIP": skip_nonfinite})
 
 
 def scaler_argument(number: Tensor | None, device: torch.device) -> tuple[Tensor | None, bool | None]:

@@ -81,7 +81,7 @@ class Tables:
             dense = [param + i for i, part in enumerate(parts.values()) if part.per == 1]
         self.in_line = np.bitwise_or.reduce(self.records[:, dense], axis=1) & 15 == 0
         self.upload = Upload(bucket.device)
-        self.addresses: list[int] | None = None
+        self.addresses = b""
         """The gradients', as the device knows them."""
 
         self.tuning = tuned(bucket.device)
@@ -117,11 +117,12 @@ class Tables:
 
     def point_to(self, grads: Sequence[Tensor]) -> None:
         """Tell the device where the gradients are, if it does not know. A graph has a table of its own."""
-        addresses = list(map(Tensor.data_ptr, grads))
+        found = np.fromiter(map(Tensor.data_ptr, grads), np.int64, len(grads))
+        addresses = found.tobytes()
         if addresses != self.addresses or not self.upload.holds():
             self.addresses = addresses
-            self.records[:, address.GRAD.value] = addresses
-            self.records[:, address.IS_ALIGNED.value] = (self.records[:, address.GRAD.value] & 15 == 0) & self.in_line
+            self.records[:, address.GRAD.value] = found
+            self.records[:, address.IS_ALIGNED.value] = (found & 15 == 0) & self.in_line
             self.upload.send(self.records)
 
 
