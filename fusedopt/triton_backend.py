@@ -15,27 +15,23 @@ from torch import Tensor
 from triton.runtime.interpreter import InterpretedFunction
 from triton.runtime.jit import JITFunction
 
-from . import occupancy, triton_norm
-from .backends import interpreting
 from .buckets import Bucket, Member
-from .clipping import IMPOSSIBLE, Skips, Terms, Verdict
+from .clipping import Skips, Terms, Verdict
 from .flat import is_dense
 from .gather import picker
-from .kernels import clipped, means, rules, tracked
+from .kernels import means, rules, tracked
 from .kernels import step as step_kernel
 from .launch import Launches
 from .means import Chunks, stages_of
 from .rule import Rule, Update
 from .settings import Settings
+from .triton_at_once import AtOnce
 from .triton_columns import Columns
-from .triton_norm import Norm, judge, on_device, scaler_argument
+from .triton_norm import Norm, judge, scaler_argument
 from .triton_rows import Chains, Rows
 from .triton_tables import TYPES, Tables
 from .triton_tally import Tally
 from .triton_units import Limits
-
-REFUSALS = "cooperative", "not supported"
-"""What drivers say of a cooperative launch that they cannot make; nothing has been launched then."""
 
 
 class Executor:
@@ -74,10 +70,7 @@ class Executor:
         if settings.adaptive_grad_clip is not None:
             self.units = Limits(self.params, self.compute_dtype, self.tables, self.launch)
         self.tally = Tally([m.position for m in members], self.tables, bucket.device)
-        self.refusal: str | None = None
-        """Why there can be no cooperative launch, once that was tried."""
-        self.programs: dict[Any, int] = {}
-        """The grid of each variant of the cooperative kernel."""
+        self.at_once = AtOnce()
 
     def take(self, grads: Sequence[Tensor | None], as_planned: bool, owes_zeros: bool) -> None:
         """Take this step's gradients, in their parameters' layout, and tell the device where they are. ``as_planned``:
@@ -129,7 +122,7 @@ class Executor:
 
     def step(self, update: Callable[..., Update], verdict: Verdict, skips: Skips, found: Tensor | None = None) -> None:
         """Launch the update; ``found`` are the means, where ranks have joined theirs."""
-        forms = self._forms()
+        forms = self.forms()
         if self.tables.tiles.count == 0:
             if self.bucket.capturable:
                 self.rows.look()
@@ -143,7 +136,7 @@ class Executor:
             found = torch.stack([found[:, k] for k in chains.means], dim=1)
         tables = self.tables
         variant = chains.used, heeding[0] is None, forms is tables.forms
-        numbers = self.rows.table, found, *heeding, self.settings.seed, self._limits()
+        numbers = self.rows.table, found, *heeding, self.settings.seed, self.limits()
         formulas = tables.roles, forms, chains.h, chains.on_grad, chains.on_update, chains.averages
         shared = shared | {"DRAWS": self.tables.draws, "MEANS": len(chains.terms)}
         if self.settings.track is None:
@@ -153,9 +146,9 @@ class Executor:
             )  # fmt: skip
         else:
             self._launch_tracked(variant, numbers, formulas, shared, verdict.loss_scale)
-        self._finish()
+        self.finish()
 
-    def _forms(self) -> Any:
+    def forms(self) -> Any:
         """The forms that this step's kernel stores in."""
         # Zeros belong in the gradients themselves, not in copies of them.
         if not (self.owes_zeros and all(g is m.owner.grad for g, m in zip(self.grads, self.bucket.members))):
@@ -163,7 +156,7 @@ class Executor:
         self.owes_zeros = False
         return self.tables.zeroing_forms
 
-    def _limits(self) -> Any:
+    def limits(self) -> Any:
         """What gradients are clipped to by units, if they are."""
         return self.units and self.units.of_step(self.settings.adaptive_grad_clip)
 
@@ -181,52 +174,13 @@ class Executor:
     def step_at_once(self, update: Callable[..., Update], terms: Terms, skips: Skips) -> Verdict | None:
         """Launch norm, verdict and update as one cooperative kernel. None if the driver refuses that, which it will do
         at every step; RuntimeError if nothing else will do."""
-        verdict = skips.verdict(self.bucket.device)
-        known, variants = self._variants(skips)
-        chains, shared = self._prepare(update, variants)
-        slots, _, barrier = self.norms.workspace(1)
-        judging, constants, variant = on_device(self.bucket.device, terms)
-        tables, tiles = self.tables, self.tables.norm_tiles
-        lanes, places = 0, None
-        if self.settings.track is not None:
-            lanes, self.tally.latest = tables.wide_block // tables.vector, self.tally.of_norm_tiles
-            places = self.tally.latest.sums
-        forms = self._forms()
-        variant = chains.used, variant, forms is tables.forms
-        args = (
-            tables.device_copy, tiles.table, tiles.count, self.rows.table, slots, barrier, verdict,
-            *judging, known, variants, self.settings.seed, self._limits(), places,
-            tables.roles, forms, chains.h, chains.on_grad, chains.on_update, chains.averages,
-        )  # fmt: skip
-        constants = constants | shared | {
-            "DRAWS": tables.draws, "NORM_BLOCK": tables.norm_block, "SLOTS": triton_norm.SLOTS,
-            # As many warps as the norm kernel has: its sums are added in an order that depends on them.
-            "BLOCK": tables.wide_block, "LANES": lanes, "num_warps": tables.tuning.norm_warps,
-            "launch_cooperative_grid": True,
-        }  # fmt: skip
-        if tables.max_registers is not None:
-            # Sums take some: with 80 for all, those of bfloat16 would go to memory. Up to 128 two programs fit.
-            constants["maxnreg"] = tables.max_registers + (0 if places is None else 32)
-        try:
-            if variant not in self.programs:
-                self.programs[variant] = self._grid(clipped.clipped_step, *args, **constants)
-            self.launch(clipped.clipped_step, variant, self.programs[variant], *args, **constants)
-        except (RuntimeError, AssertionError) as error:
-            if not any(words in str(error).lower() for words in REFUSALS):
-                raise
-            self.owes_zeros = forms is not tables.forms
-            self.refusal = f"the driver refuses a cooperative launch ({error})"
-            if self.settings.launches == 1:
-                raise RuntimeError(IMPOSSIBLE.format(self.refusal)) from error
-            return None
-        self._finish()
-        return terms.left_to(verdict)
+        return self.at_once.step(self, update, terms, skips)
 
     def advance(self, optimizer: Any, verdict: Verdict) -> None:
         """Let the device count the step, unless the verdict skips it: after ``step``, for what is capturable."""
         self.rows.advance(optimizer, None if verdict.device is None else verdict.device[2])
 
-    def _variants(self, skips: Skips) -> tuple[int, int]:
+    def variants(self, skips: Skips) -> tuple[int, int]:
         """Of how many skipped steps the rows know, and how many rows there are for further ones."""
         # A device that counts knows of all.
         return (0, 1) if self.bucket.capturable else (skips.known, skips.variants)
@@ -239,20 +193,13 @@ class Executor:
             self.needs_means = bool(stages_of(optimizer.first_update(self.bucket.cohorts[0].group)))
         if self.needs_means:
             return "cautious=True, or another setting that needs means over tensors, takes a launch between"
-        return self.refusal
+        return self.at_once.refusal
 
     @property
     def prefers_one_launch(self) -> bool:
         return self.tables.tuning.launches == 1
 
-    def _grid(self, kernel: Any, *args: Any, **constants: Any) -> int:
-        """As many programs as surely run at the same time."""
-        if interpreting():
-            return 1
-        compiled = self.launch.compiled(kernel, *args, **constants)
-        return occupancy.largest_grid(compiled, self.bucket.device, triton_norm.SLOTS, self.tables.tuning.programs)
-
-    def _prepare(self, update: Callable[..., Update], variants: int) -> tuple[Chains, dict[str, Any]]:
+    def prepare(self, update: Callable[..., Update], variants: int) -> tuple[Chains, dict[str, Any]]:
         """Write this step's rows; what the update kernels have in common."""
         chains = self.rows.write(update, variants)
         for member, copy in self.copied:
@@ -271,8 +218,8 @@ class Executor:
         self, update: Callable[..., Update], verdict: Verdict, skips: Skips
     ) -> tuple[Chains, dict[str, Any], tuple]:
         """The same, and the arguments by which a kernel heeds the verdict that was passed before it."""
-        known, variants = self._variants(skips) if verdict.device is not None else (0, 1)
-        return *self._prepare(update, variants), (verdict.on(self.bucket.device), known, variants)
+        known, variants = self.variants(skips) if verdict.device is not None else (0, 1)
+        return *self.prepare(update, variants), (verdict.on(self.bucket.device), known, variants)
 
     def _means(self, chains: Chains, shared: dict[str, Any], *heeding: Any) -> Tensor:
         """Launch the kernel of the means over each tensor."""
@@ -283,12 +230,12 @@ class Executor:
         self.launch(
             means.means_of_terms, (chains.used, heeding[0] is None), chunks.programs,
             tables.device_copy, chunks.table, self.rows.table, chunks.partials, chunks.tickets, chunks.means, *heeding,
-            self._limits(), tables.roles, tables.forms, chains.h, chains.on_grad, chains.terms,
+            self.limits(), tables.roles, tables.forms, chains.h, chains.on_grad, chains.terms,
             VECTOR=tables.vector, **shared,
         )  # fmt: skip
         return chunks.means
 
-    def _finish(self) -> None:
+    def finish(self) -> None:
         for member, copy in self.copied:
             member.param.copy_(copy)
         # In-place writes that autograd does not see by itself.

@@ -1,0 +1,80 @@
+"""Norm, verdict and update of one bucket as a single cooperative launch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from . import occupancy, triton_norm
+from .backends import interpreting
+from .clipping import IMPOSSIBLE, Skips, Terms, Verdict
+from .kernels.clipped import clipped_step
+from .rule import Update
+from .triton_norm import on_device
+
+REFUSALS = "cooperative", "not supported"
+"""What drivers say of a cooperative launch that they cannot make; nothing has been launched then."""
+
+
+class AtOnce:
+    """What one bucket's cooperative launches are known to need."""
+
+    def __init__(self) -> None:
+        self.refusal: str | None = None
+        """Why there can be none, once that was tried."""
+        self.programs: dict[Any, int] = {}
+        """The grid of each variant of the kernel."""
+
+    def step(self, executor: Any, update: Callable[..., Update], terms: Terms, skips: Skips) -> Verdict | None:
+        """Launch it for a bucket's ``triton_backend.Executor``. None if the driver refuses, RuntimeError if nothing
+        else will do."""
+        device, settings, tables = executor.bucket.device, executor.settings, executor.tables
+        verdict = skips.verdict(device)
+        known, variants = executor.variants(skips)
+        chains, shared = executor.prepare(update, variants)
+        slots, _, barrier = executor.norms.workspace(1)
+        judging, constants, variant = on_device(device, terms)
+        tiles = tables.norm_tiles
+        lanes, places = 0, None
+        if settings.track is not None:
+            tally = executor.tally
+            lanes, tally.latest = tables.wide_block // tables.vector, tally.of_norm_tiles
+            places = tally.latest.sums
+        forms = executor.forms()
+        variant = chains.used, variant, forms is tables.forms
+        args = (
+            tables.device_copy, tiles.table, tiles.count, executor.rows.table, slots, barrier, verdict,
+            *judging, known, variants, settings.seed, executor.limits(), places,
+            tables.roles, forms, chains.h, chains.on_grad, chains.on_update, chains.averages,
+        )  # fmt: skip
+        constants = constants | shared | {
+            "DRAWS": tables.draws, "NORM_BLOCK": tables.norm_block, "SLOTS": triton_norm.SLOTS,
+            # As many warps as the norm kernel has: its sums are added in an order that depends on them.
+            "BLOCK": tables.wide_block, "LANES": lanes, "num_warps": tables.tuning.norm_warps,
+            "launch_cooperative_grid": True,
+        }  # fmt: skip
+        if tables.max_registers is not None:
+            # Sums take some: with 80 for all, those of bfloat16 would go to memory. Up to 128 two programs fit.
+            constants["maxnreg"] = tables.max_registers + (0 if places is None else 32)
+        try:
+            if variant not in self.programs:
+                self.programs[variant] = _grid(executor, *args, **constants)
+            executor.launch(clipped_step, variant, self.programs[variant], *args, **constants)
+        except (RuntimeError, AssertionError) as error:
+            if not any(words in str(error).lower() for words in REFUSALS):
+                raise
+            executor.owes_zeros = forms is not tables.forms
+            self.refusal = f"the driver refuses a cooperative launch ({error})"
+            if settings.launches == 1:
+                raise RuntimeError(IMPOSSIBLE.format(self.refusal)) from error
+            return None
+        executor.finish()
+        return terms.left_to(verdict)
+
+
+def _grid(executor: Any, *args: Any, **constants: Any) -> int:
+    """As many programs as surely run at the same time."""
+    if interpreting():
+        return 1
+    compiled = executor.launch.compiled(clipped_step, *args, **constants)
+    return occupancy.largest_grid(compiled, executor.bucket.device, triton_norm.SLOTS, executor.tables.tuning.programs)
