@@ -14,23 +14,12 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import _get_scalar_dtype
 
+from .encodings import converted, decode, decode_master, encode, encode_master, found, is_rounded, wide
 from .flat import is_dense
 from .forms import Form
 from .rule import Rule
 from .shards import is_distributed, like, local
-from .storage import (
-    MASTER_KEYS,
-    converted,
-    decode,
-    decode_master,
-    encode,
-    encode_master,
-    found,
-    is_rounded,
-    part_key,
-    storage,
-    wide,
-)
+from .storage import MASTER_KEYS, part_key, storage
 
 MASTER = "master"
 

@@ -16,11 +16,12 @@ import torch
 from torch import Tensor
 
 from .cohorts import Scalar
+from .encodings import beginning, begins_alike, converted, superseded
 from .flat import Space, is_dense
 from .rule import Rule
 from .settings import Settings
 from .shards import local
-from .storage import Part, Storage, beginning, begins_alike, converted, superseded
+from .storage import Part, Storage
 
 
 @dataclasses.dataclass(slots=True, eq=False)

@@ -7,7 +7,7 @@ import torch
 from rule_cases import CASES, bits, declared_rules, optimizer, same_bits, set_gradients, tensors
 
 import fusedopt
-from fusedopt import forms, philox, storage
+from fusedopt import encodings, forms, philox, storage
 
 pytestmark = pytest.mark.filterwarnings("ignore:(overflow|invalid value|divide):RuntimeWarning:triton")
 
@@ -36,8 +36,9 @@ def values(made, p):
     """What one parameter's roles hold, as float64, by role."""
     state = made.state[p]
     names = ["", *(key for key, form in made._engine.plan.buckets[0].stored.kept)]
-    there = {name: storage.found(name, state, p) or (forms.nearest(p.dtype), [p.detach()]) for name in names}
-    return {name: storage.decode(*x, torch.promote_types(p.dtype, torch.float32)).double() for name, x in there.items()}
+    there = {name: encodings.found(name, state, p) or (forms.nearest(p.dtype), [p.detach()]) for name in names}
+    wide = encodings.wide(p)
+    return {name: encodings.decode(*x, wide).double() for name, x in there.items()}
 
 
 def steps_of(form, x, scale):
@@ -248,10 +249,10 @@ def test_eight_bits_are_off_by_half_a_step_at_most(spread):
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(1000, generator=generator) * torch.exp(spread * torch.randn(1000, generator=generator))
     x[300:310] = 0.0
-    back = storage.decode(forms.SIGNED8, storage.encode(forms.SIGNED8, x, (1,)), torch.float32)
+    back = encodings.decode(forms.SIGNED8, encodings.encode(forms.SIGNED8, x, (1,)), torch.float32)
     assert ((back - x).abs() <= 1.00001 * largest_of_blocks(x) / 254).all()
     squares = x.square()
-    back = storage.decode(forms.ROOT8, storage.encode(forms.ROOT8, squares, (1,)), torch.float32)
+    back = encodings.decode(forms.ROOT8, encodings.encode(forms.ROOT8, squares, (1,)), torch.float32)
     step = largest_of_blocks(squares).sqrt() / 255
     error = (back.sqrt() - x.abs()).abs()
     assert (error <= 1.00001 * step * torch.where(x.abs() < step, 1.0, 0.5)).all()
@@ -263,7 +264,7 @@ def test_eight_bits_are_off_by_half_a_step_at_most(spread):
 def test_nan_and_inf_fill_their_block_and_no_other(form, bad):
     x = torch.ones(1000)
     x[300] = bad
-    back = storage.decode(form, storage.encode(form, x, (1,)), torch.float32)
+    back = encodings.decode(form, encodings.encode(form, x, (1,)), torch.float32)
     assert back[256:512].isnan().all()
     torch.testing.assert_close(back[:256], x[:256])
     torch.testing.assert_close(back[512:], x[512:])
