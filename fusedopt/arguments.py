@@ -12,13 +12,18 @@ import torch
 NAMES = {"lr": "learning rate", "eps": "epsilon value"}
 
 
+def is_number(value: Any) -> bool:
+    """Whether it is a number of Python's or NumPy's, or an array of NumPy's with no dimensions."""
+    return isinstance(value, numbers.Real) or (getattr(value, "shape", None) == () and hasattr(value, "__float__"))
+
+
 def check_nonnegative(**arguments: Any) -> None:
     """ValueError that names the first one which is negative or NaN, or TypeError where it is no number."""
     for name, value in arguments.items():
         if isinstance(value, torch.Tensor) and name == "lr":
             if value.numel() != 1:
                 raise ValueError("Tensor lr must be 1-element")
-        elif not isinstance(value, numbers.Real):
+        elif not isinstance(value, numbers.Real) and not (name == "lr" and is_number(value)):
             raise TypeError(f"{name} must be a number, got {value!r}")
         if not value >= 0:
             raise ValueError(f"Invalid {NAMES.get(name, name + ' value')}: {value}")
@@ -52,7 +57,7 @@ def check_rates(optimizer: Any, groups: Sequence[dict[str, Any]]) -> None:
 def _host_rate(optimizer: Any, number: int, group: dict[str, Any], lr: Any) -> float:
     """A learning rate that is no Python float, as one; 0 if nobody may wait for it."""
     if not isinstance(lr, torch.Tensor):
-        if not isinstance(lr, numbers.Real):
+        if not is_number(lr):
             raise TypeError(f"the learning rate of group {number} must be a number, got {lr!r}")
         return float(lr)
     if lr.numel() != 1:

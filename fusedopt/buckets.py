@@ -16,7 +16,7 @@ from .backends import Backend
 from .cohorts import Cohort, Scalar
 from .distributed import Groups
 from .flat import Space, is_dense
-from .places import Place, adopt_states, begin_states, count_aside, flatten, has_shared_state, terms, write
+from .places import Change, Place, adopt_states, begin_states, count_aside, flatten, has_shared_state, terms, write
 from .rule import Rule
 from .storage import Storage, counts_steps, state_keys
 from .survey import Entry, NotFusable
@@ -134,7 +134,7 @@ def settle(optimizer: Any, key: tuple, entries: list[Entry], places: dict[Tensor
 
     flattened = flatten(homes, params, settings.flatten and not distributed)
     cohorts: dict[tuple, Cohort] = {}
-    members, writes, unsettled = [], [], []
+    members, writes, changes, unsettled = [], [], [], []
     beginners: dict[int, tuple[dict, dict[str, Scalar], list[tuple[Tensor, Tensor, Place]]]] = {}
     """By group."""
     agreed, keys = terms(rule, settings, capturable), tuple(state_keys(optimizer, rule, stored))
@@ -151,21 +151,29 @@ def settle(optimizer: Any, key: tuple, entries: list[Entry], places: dict[Tensor
             unsettled.append(place)
             if state and keys:
                 numbers = _numbers(taken, rule, scalars, count_dtype)
-                writes += adopt_states(optimizer, owner, group, place, stored, numbers)
+                fills, change = adopt_states(optimizer, owner, group, place, stored, numbers)
+                writes += fills
+                changes.append(change)
             elif keys:
                 if number not in beginners:
                     beginners[number] = group, _numbers(taken, rule, scalars, count_dtype), []
                 beginners[number][2].append((owner, p, place))
         if settings.ema_decay is not None:
-            writes += ema.adopt(optimizer._ema, owner, place)
+            fills, new = ema.adopt(optimizer._ema, owner, place)
+            writes += fills
+            changes.append(Change(optimizer._ema, new))
         member = Member(owner, p, position, cohort.number, place, first_draw)
         cohort.members.append(member)
         members.append(member)
     for group, numbers, some in beginners.values():
-        writes += begin_states(optimizer, group, some, stored, numbers)
+        fills, begun = begin_states(optimizer, group, some, stored, numbers)
+        writes += fills
+        changes += begun
+    write(optimizer, writes)
+    for change in changes:
+        change.make()
     for place in unsettled:
         place.settle(agreed, keys)
-    write(optimizer, writes)
     averages = rule.averages if settings.ema_decay is None else (*rule.averages, ema.ROLE)
     return Bucket(
         rule, device, dtype, grad_dtype, choice, flattened, stored, averages, fused, listed, spread or (),

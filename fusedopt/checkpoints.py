@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from . import conversion
+from .arguments import check_rates
 from .shards import is_distributed, local
 from .storage import MASTER_KEYS, NARROW, quantization_problem
 
@@ -53,6 +54,7 @@ def check(optimizer: Any, state_dict: Mapping[str, Any]) -> None:
     _load_on_trial(optimizer, groups, {})
     for number, group in enumerate(groups):
         _check_numbers(optimizer, group, f"state_dict['param_groups'][{number}]")
+    check_rates(optimizer, groups)
     if not isinstance(states, Mapping):
         raise TypeError(f"state_dict['state'] must be a dict, got {type(states).__name__}")
     for number, group in enumerate(groups):
@@ -83,6 +85,8 @@ def _check_sizes(optimizer: Any, saved: Any) -> None:
         if "params" not in group:
             raise KeyError(f"{where} has no 'params', only {_listed(group)}")
         keys, params = group["params"], mine["params"]
+        if not isinstance(keys, (list, tuple)):
+            raise TypeError(f"{where}['params'] must be a list, got {type(keys).__name__}")
         if len(keys) != len(params):
             raise ValueError(
                 "loaded state dict contains a parameter group that doesn't match the size of optimizer's group: "
@@ -130,11 +134,16 @@ def _check_numbers(optimizer: Any, group: dict[str, Any], where: str) -> None:
             group[key]
         for key in optimizer.rule(group).keys:
             optimizer.initial_value(group, key)
-        optimizer.update(group, 1, *optimizer.initial_scalars(group))
+        scalars = optimizer.initial_scalars(group)
+        optimizer.update(group, 1, *scalars)
+        if scalars:
+            optimizer.next_scalars(group, 1, *scalars)
     except KeyError as error:
         raise ValueError(f"{where} has no {error}, only {_listed(group)}; {ANOTHER}") from None
     except (TypeError, ValueError) as error:
         raise type(error)(f"{where}: {error}") from error
+    except (ArithmeticError, AttributeError, IndexError, RuntimeError) as error:
+        raise ValueError(f"{where} is of no use to {type(optimizer).__name__}: {error}") from error
 
 
 def _check_entry(optimizer: Any, group: dict[str, Any], p: Tensor, entry: Any, where: str) -> None:
@@ -145,6 +154,8 @@ def _check_entry(optimizer: Any, group: dict[str, Any], p: Tensor, entry: Any, w
     if optimizer.counts_steps:
         if "step" not in entry:
             raise ValueError(f"{where} has no 'step', only {_listed(entry)}; {ANOTHER}")
+        _check_step(entry["step"], where)
+    elif "step" in entry and (optimizer.master or optimizer.state_dtype):  # random bits depend on it
         _check_step(entry["step"], where)
     for key in optimizer.rule(group).scalars:
         if key not in entry:

@@ -24,13 +24,15 @@ def dtype_of(p: Tensor) -> torch.dtype:
     return torch.promote_types(p.dtype, torch.float32)
 
 
-def adopt(averages: dict[Tensor, Tensor], p: Tensor, place: Any) -> list[tuple[Tensor, Tensor]]:
-    """Make ``averages[p]`` a view of the place. Returns what has to be written into it."""
+def adopt(
+    averages: dict[Tensor, Tensor], p: Tensor, place: Any
+) -> tuple[list[tuple[Tensor, Tensor]], dict[Tensor, Tensor]]:
+    """Let ``averages[p]`` be a view of the place. Returns what has to be written into it, and the view."""
     value = averages.get(p)
     if place.holds(ROLE, value):
-        return []
-    view = averages[p] = place.open(ROLE, dtype_of(p))
-    return [(local(view), local(p).detach() if value is None else local(value))]
+        return [], {}
+    view = place.open(ROLE, dtype_of(p))
+    return [(local(view), local(p).detach() if value is None else local(value))], {p: view}
 
 
 class EmaParameters(list):

@@ -27,8 +27,8 @@ _UNEQUAL = _Unequal()
 def same_tensors(a: Any, b: Any) -> bool:
     """``same`` for lists of tensors, of dicts that hold the same tensors under the same keys, and so on, much faster:
     Python's == of lists and dicts asks objects only where they are not identical."""
-    torch._C._push_on_torch_function_stack(_UNEQUAL)  # as ``with`` does, in a tenth of the time
     try:
+        torch._C._push_on_torch_function_stack(_UNEQUAL)  # as ``with`` does, in a tenth of the time
         return a == b
     finally:
         torch._C._pop_torch_function_stack()

@@ -94,8 +94,8 @@ class FusedOptimizer(Formula, torch.optim.Optimizer):
         reason = None
         # What torch.no_grad() does, without the microsecond that its object costs.
         grad_mode = torch.is_grad_enabled()
-        torch._C._set_grad_enabled(False)
         try:
+            torch._C._set_grad_enabled(False)
             (self._flat_grads if self._settings.flat_grads == "zeroed" else self._engine).step(self)
         except NotFusable as error:
             reason = error

@@ -6,11 +6,12 @@ tensor of their own) is copied in; only memory shared between processes is used 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cache, partial
 from operator import is_
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -56,13 +57,13 @@ class Place:
             whole = torch.zeros_like(self.like, dtype=dtype)
             self.keep(key, local(whole))
             return whole
-        if key not in self.space.buffers:
+        if key not in self.space.unclaimed:
             self.space.allocate(key, dtype, per)
         return self.keep(key, self.space.claim(key, self.index))
 
     def open_number(self, key: str, dtype: torch.dtype) -> Tensor:
         """A view of this parameter's number among those of ``key``, with storage of its own."""
-        if key not in self.space.numbers:
+        if key not in self.space.unclaimed:
             self.space.allocate_numbers(key, dtype)
         return self.keep(key, self.space.claim(key, self.index))
 
@@ -112,6 +113,17 @@ class Place:
         return all(map(is_, values, held)) and list(map(Tensor.data_ptr, held)) == at
 
 
+@contextlib.contextmanager
+def finished(places: dict[Tensor, Place]) -> Iterator[None]:
+    """Drop the places that are not finished where something interrupts the planning."""
+    try:
+        yield
+    except BaseException:
+        for p in [p for p, place in places.items() if place.terms is None]:
+            del places[p]
+        raise
+
+
 def terms(rule: Rule, settings: Settings, capturable: bool) -> tuple:
     """What decides how a state is adopted, besides the parameter and the state themselves."""
     return rule, settings.layout, capturable
@@ -134,21 +146,34 @@ Write = tuple[Tensor, Tensor | float]
 """A view, and what it is to be filled with."""
 
 
+class Change(NamedTuple):
+    """What becomes of a dict of tensors once its new ones are filled: an interrupt before that loses nothing."""
+
+    entries: dict[Any, Any]
+    new: dict[Any, Tensor]
+    gone: Sequence[str] = ()
+
+    def make(self) -> None:
+        self.entries.update(self.new)
+        for key in self.gone:
+            del self.entries[key]
+
+
 def begin_states(
     optimizer: Any,
     group: dict,
     beginners: Sequence[tuple[Tensor, Tensor, Place]],
     stored: Storage,
     numbers: dict[str, Scalar],
-) -> list[Write]:
-    """Give every empty ``optimizer.state[p]`` views of its place. Returns what has to be written into them: new memory
-    holds zeros.
+) -> tuple[list[Write], list[Change]]:
+    """Give every empty ``optimizer.state[p]`` views of its place. Returns what has to be written into them, where new
+    memory holds zeros, and who gets them then.
 
     Args:
         beginners: parameters of one group as the optimizer holds them, what this rank updates of them, and places.
         numbers: what stands beside the states: the step count, where there is one, and the rule's scalars.
     """
-    states = [optimizer.state[owner] for owner, _, _ in beginners]
+    states: list[dict[str, Tensor]] = [{} for _ in beginners]
     writes = []
     for key, number in numbers.items():
         for state, (_, _, place) in zip(states, beginners):
@@ -166,19 +191,19 @@ def begin_states(
                 view = state[key] = place.open(key, part.dtype, part.per)
                 if place.terms is not None or isinstance(value, Tensor) or value:
                     writes.append((local(view), value))
-    return writes
+    return writes, [Change(optimizer.state[owner], state) for (owner, _, _), state in zip(beginners, states)]
 
 
 def adopt_states(
     optimizer: Any, p: Tensor, group: dict, place: Place, stored: Storage, numbers: dict[str, Scalar]
-) -> list[Write]:
+) -> tuple[list[Write], Change]:
     """The same for one parameter, where something is there already: the views get its values."""
-    state = optimizer.state[p]
-    here = {key: local(value) for key, value in state.items()}
+    change = Change(optimizer.state[p], {}, [])
+    here = {key: local(value) for key, value in change.entries.items()}
     writes: list[Write] = []
     for key, number in numbers.items():
         if not place.holds(key, here.get(key)):
-            view = state[key] = place.open_number(key, number.dtype)
+            view = change.new[key] = place.open_number(key, number.dtype)
             writes.append((view, number.value))
     for role, form, parts in stored.kept_parts:
         if parts and all([place.holds(key, here.get(key)) for key in parts]):
@@ -190,11 +215,10 @@ def adopt_states(
         initial = partial(optimizer.initial_value, group, role)
         values = converted(role, form, here, local(p), place.strides, initial) if parts else []
         for (key, part), value in zip(parts.items(), values):
-            state[key] = place.open(key, part.dtype, part.per)
-            writes.append((local(state[key]), value))
-        for key in superseded(role, form, here, local(p)):
-            del state[key]
-    return writes
+            view = change.new[key] = place.open(key, part.dtype, part.per)
+            writes.append((local(view), value))
+        change.gone.extend(superseded(role, form, here, local(p)))
+    return writes, change
 
 
 def count_aside(optimizer: Any, p: Tensor, place: Place, stored: Storage, taken: int) -> list[Write]:

@@ -26,7 +26,7 @@ from .distributed import Reduction, Wholes
 from .flat import Space
 from .identity import same, same_tensors
 from .layouts import Layouts
-from .places import Place
+from .places import Place, finished
 from .shards import Shards, is_distributed, local
 from .storage import state_keys
 from .survey import survey
@@ -44,8 +44,8 @@ def without_collection() -> Iterator[None]:
     """Planning makes objects by the million and drops next to none: Python's search for garbage among them would take
     half as long again."""
     enabled = gc.isenabled()
-    gc.disable()
     try:
+        gc.disable()
         yield
     finally:
         if enabled:
@@ -78,7 +78,8 @@ class Plan:
         for kept in (places, optimizer._ema):
             for stale in [p for p in kept if id(p) not in known]:
                 del kept[stale]
-        self.buckets = [settle(optimizer, key, entries, places) for key, entries in newcomers.items()]
+        with finished(places):
+            self.buckets = [settle(optimizer, key, entries, places) for key, entries in newcomers.items()]
 
         self.active = list(map(local, compress(self.params, self.present)))
         present_grads = list(compress(grads, self.present))

@@ -86,6 +86,8 @@ def track(name: str, value: Any) -> str | None:
 
 
 def state_dtype(name: str, value: Any) -> Any:
+    if value in ("float32", "bfloat16"):
+        return getattr(torch, value)
     if value is None or value in (torch.float32, torch.bfloat16) or value == "8bit":
         return value
     raise ValueError(f"Invalid {name}: {value!r}; choose torch.float32, torch.bfloat16, '8bit' or None")

@@ -123,8 +123,8 @@ class Settings:
     state_dtype: Any = setting(
         None,
         setting_checks.state_dtype,
-        """(torch.float32 | torch.bfloat16 | "8bit" | None): how states are stored; arithmetic is float32 all the
-        same. None is the parameter's dtype, as in torch; torch.float32 is better for 16-bit parameters.
+        """(torch.float32 | torch.bfloat16, or their names | "8bit" | None): how states are stored; arithmetic is
+        float32 all the same. None is the parameter's dtype, as in torch; torch.float32 is better for 16-bit parameters.
         torch.bfloat16 is rounded stochastically. "8bit" keeps 256 elements of a state to a float32 scale, the roots
         of averages of squares, and in float32 states of fewer than 4096 elements and those that codes would break.""",
     )

@@ -36,7 +36,11 @@ class NotFusable(Exception):
 def left_to_torch(optimizer: Any, devices: Iterable[torch.device]) -> NotFusable | None:
     """Why the whole step is torch's own: on a GPU without kernels, unless more is asked for than torch.optim can do.
     The fallback is made for CPUs; torch's calls for lists of tensors are faster there."""
-    if optimizer.step_of_torch is None or optimizer._settings.active():
+    if optimizer.step_of_torch is None:
+        return None
+    if own := own_init_group(type(optimizer)):
+        return NotFusable(f"{own.__name__}'s own _init_group, which torch's step alone calls")
+    if optimizer._settings.active():
         return None
     for device in devices:
         choice = backend(device, optimizer.backend)
@@ -45,6 +49,13 @@ def left_to_torch(optimizer: Any, devices: Iterable[torch.device]) -> NotFusable
                 _say_once(f"{choice.reason}: torch.optim's own step runs on {device}")
             return NotFusable(f"parameters on {device}, where {choice.reason}")
     return None
+
+
+@functools.cache
+def own_init_group(cls: type) -> type | None:
+    """The class of a user's, if there is one, that prepares states in its own way."""
+    found = next((c for c in cls.__mro__ if "_init_group" in vars(c)), None)
+    return None if found is None or found.__module__.startswith("torch.") else found
 
 
 @functools.cache
@@ -209,6 +220,8 @@ def _look_at_state(owner: Tensor, rule: Rule, state: dict[str, Any], where: Wher
                 "parameters with torch.distributed.checkpoint.state_dict.set_optimizer_state_dict"
             )
         value = local(value)
+        if value.layout is not torch.strided:
+            raise RuntimeError(f"the state {key!r} of {where} is sparse, its gradient is not")
         if value.shape != p.shape:
             raise RuntimeError(f"the state {key!r} of {where} has shape {tuple(value.shape)}")
         if value.device != p.device:

@@ -126,7 +126,7 @@ class Executor:
     def take(self, grads: Sequence[Tensor | None], as_planned: bool, owes_zeros: bool) -> None:
         """Take this step's gradients, the direct ones in their parameters' layout. ``as_planned``: whether they are
         laid out as at the first step; ``owes_zeros``: whether zeros shall take their place."""
-        self.owes_zeros = owes_zeros
+        self.owes_zeros, self.begun = owes_zeros, False
         if self.scratch:
             self.gather(grads)
         direct = self.pick(grads)
@@ -143,7 +143,6 @@ class Executor:
         """Forget the gradients: the next backward pass must not hold two sets of them."""
         for run in self.runs:
             run.grads = []
-        self.begun = False
 
     def norm(self) -> float:
         """The norm of the gradients; not finite if and only if one of them is not."""

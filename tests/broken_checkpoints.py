@@ -71,6 +71,21 @@ def lr_without_end(saved):
     return ValueError, r"\['param_groups'\]\[1\]\['lr'\] is inf"
 
 
+def lr_tensor_not_a_number(saved):
+    saved["param_groups"][1]["lr"] = torch.tensor(math.nan)
+    return ValueError, "learning rate: nan in group 1"
+
+
+def lr_of_two(saved):
+    saved["param_groups"][1]["lr"] = torch.ones(2)
+    return ValueError, r"lr must be 1-element|group 1|\['param_groups'\]\[1\]"
+
+
+def parameters_as_number(saved):
+    saved["param_groups"][1]["params"] = torch.tensor(2)
+    return TypeError, r"\['param_groups'\]\[1\]\['params'\] must be a list, got Tensor"
+
+
 def repeated_parameter(saved):
     saved["param_groups"][1]["params"][0] = 1
     return ValueError, r"\['param_groups'\]\[1\]\['params'\] lists 1"
@@ -143,7 +158,8 @@ def step_below_zero(saved):
 
 OF_GROUPS = [
     no_groups, no_state, another_group, one_group, short_group, group_without_params, group_without_lr, group_of_text,
-    groups_as_dict, lr_of_text, lr_of_none, lr_not_a_number, lr_without_end, repeated_parameter,
+    groups_as_dict, lr_of_text, lr_of_none, lr_not_a_number, lr_without_end, lr_tensor_not_a_number,
+    lr_of_two, parameters_as_number, repeated_parameter,
 ]  # fmt: skip
 OF_STATES = [
     state_as_list, entry_of_text, missing_tensor, wrong_shape, right_size_wrong_shape, number_for_a_tensor,

@@ -253,3 +253,27 @@ def test_settings_that_look_odd_and_are_right():
     assert optimizer.max_grad_value is None
     optimizer.max_grad_norm = math.inf
     assert optimizer.max_grad_norm == math.inf
+    optimizer = fusedopt.Adam(model(), state_dtype="bfloat16")
+    assert optimizer.state_dtype is torch.bfloat16
+
+
+@pytest.mark.parametrize("name", ["SGD", "Adam", "Lion"])
+@pytest.mark.parametrize("rate", [1, "array", "float32", "Fraction"])
+def test_learning_rates_of_every_kind(name, rate, device):
+    import fractions
+
+    import numpy as np
+
+    kinds = {"array": np.array(0.25), "float32": np.float32(0.25), "Fraction": fractions.Fraction(1, 4)}
+    rate = kinds.get(rate, rate)
+    found = []
+    for lr in (rate, float(rate)):
+        params = model("tiny", device=device)
+        optimizer = fusedopt.registry[name](params, lr=lr)
+        give_gradients(params, 5)
+        optimizer.step()
+        found.append(params)
+    assert all(map(torch.equal, *found))
+    with pytest.raises(TypeError, match="group 0 must be a number, got array"):
+        optimizer.param_groups[0]["lr"] = np.ones(2)
+        optimizer.step()

@@ -1,14 +1,19 @@
 """Steps that cannot be taken: the error says what and how, and nothing has changed."""
 
+import copy
 import math
+import os
+import sys
 
 import pytest
 import torch
 from cases import clip_settings, every_kind_and_backend, give_gradients, model
+from options import LR, STATEFUL
 from oracles import oracle_class
 from pairs import Pair, assert_same, raised, snapshot
 
 import fusedopt
+from fusedopt.engine import Engine
 
 ACTIVE = [
     {"max_grad_norm": 1.0},
@@ -131,6 +136,77 @@ def test_a_step_that_fails_changes_nothing(name, breakage, settings, backend, de
             pair.opt.state[pair.ours[1]]["step"].copy_(pair.oracle.state[pair.theirs[1]]["step"])
         pair.step(2)
         pair.check()
+
+
+def test_a_sparse_state_beside_a_dense_gradient():
+    params = model("tiny")
+    optimizer = fusedopt.Adam(params)
+    for _ in range(2):
+        give_gradients(params, 5, plain=True)
+        optimizer.step()
+    before = [p.detach().clone() for p in params]
+    optimizer.state[params[1]]["exp_avg"] = optimizer.state[params[1]]["exp_avg"].to_sparse()
+    with pytest.raises(RuntimeError, match=r"state 'exp_avg' of parameter 1 .* is sparse"):
+        optimizer.step()
+    assert all(map(torch.equal, params, before))
+
+
+class Interrupt(BaseException):
+    """As KeyboardInterrupt, which pytest takes for its own."""
+
+
+def interrupt(step, line):
+    """Take a step, and interrupt it at that line of the package's code, or where the update begins. Returns the
+    number of lines before, or None where the step came to its end."""
+    package, lines = os.path.dirname(fusedopt.__file__), 0
+
+    def trace(frame, event, arg):
+        nonlocal lines
+        if not frame.f_code.co_filename.startswith(package):
+            return None
+        lines += event == "line"
+        if lines == line or frame.f_code is Engine._run.__code__:
+            sys.settrace(None)
+            raise Interrupt
+        return trace
+
+    sys.settrace(trace)
+    try:
+        step()
+    except Interrupt:
+        return lines
+    finally:
+        sys.settrace(None)
+
+
+@pytest.mark.parametrize("begins", ["without states", "with loaded states"])
+@pytest.mark.parametrize("settings", [{"ema_decay": 0.9}, {"flatten": True}, {"state_dtype": torch.float32}], ids=str)
+@pytest.mark.parametrize("name", ["Adagrad", "ASGD", "SGD"])
+def test_an_interrupt_before_the_update_loses_nothing(name, settings, begins):
+    """Ctrl-C while a step is planned: the next one does what that one would have done."""
+
+    def build():
+        params = model("small", torch.float32)
+        optimizer = fusedopt.registry[name](params, **{"lr": LR, **STATEFUL[name]}, **settings)
+        if begins == "with loaded states":
+            for number in (4, 5):
+                give_gradients(params, number)
+                optimizer.step()
+            optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+            optimizer.load_ema_state_dict({k: x.clone() for k, x in optimizer.ema_state_dict().items()})
+        give_gradients(params, 6)
+        return optimizer
+
+    expected = build()
+    lines = interrupt(build().step, math.inf)
+    expected.step()
+    for line in range(lines % 89, lines, max(1, lines // 12)):
+        optimizer = build()
+        assert interrupt(optimizer.step, line) is not None
+        assert torch.is_grad_enabled()
+        optimizer.step()
+        assert_same(snapshot(optimizer), snapshot(expected))
+        assert all(map(torch.equal, optimizer._ema.values(), expected._ema.values()))
 
 
 def test_triton_without_a_gpu_or_the_interpreter(monkeypatch, device):

@@ -157,3 +157,30 @@ def test_parameters_without_memory(name):
         optimizer.step()
     for mine, its in zip(ours.state.values(), theirs.state.values(), strict=True):
         assert {k: (v.shape, v.device) for k, v in mine.items()} == {k: (v.shape, v.device) for k, v in its.items()}
+
+
+@every_torch_optimizer
+def test_states_that_a_subclass_prepares(name):
+    """What it overrides is called, as by torch, since nobody else calls it."""
+    calls = []
+
+    def subclass(base):
+        def _init_group(self, group, *args):
+            calls.append(base)
+            return super(cls, self)._init_group(group, *args)
+
+        cls = type(name, (base,), {"_init_group": _init_group})
+        return cls
+
+    options, bases = {"lr": LR, **STATEFUL[name]}, (fusedopt.registry[name], getattr(torch.optim, name))
+    params, optimizers = [model("tiny") for _ in bases], []
+    for its, base in zip(params, bases):
+        optimizers.append(subclass(base)(its, **options, foreach=False))
+        for number in range(3):
+            give_gradients(its, number, plain=True)
+            optimizers[-1].step()
+    assert calls.count(bases[0]) == calls.count(bases[1]) == 3
+    close(*params, 1e-12)
+    optimizers[0].max_grad_norm = 1.0
+    with pytest.raises(RuntimeError, match=f"max_grad_norm cannot be combined with {name}'s own _init_group"):
+        optimizers[0].step()
