@@ -46,7 +46,10 @@ def host_table(rows: list[Row]) -> str:
     found = {(r.part, r.optimizer, r.clip, r.model, r.implementation): r for r in latest(rows) if r.part in HOST}
     if not found:
         return UNMEASURED
-    models = list(dict.fromkeys(row.model for row in found.values()))
+    cases = dict.fromkeys((row.optimizer, row.clip) for row in found.values())
+    measured = dict.fromkeys(row.model for row in found.values())
+    # Some numbers of tensors are for the plot, and measured with one optimizer.
+    models = [model for model in measured if all((HOST[0], *case, model, HOSTS[0]) in found for case in cases)]
 
     def cells(case: tuple[str, bool]) -> list[str]:
         def numbers(model: str, name: str) -> str:
@@ -56,7 +59,6 @@ def host_table(rows: list[Row]) -> str:
         by_model = (" / ".join(numbers(model, name) for name in HOSTS) for model in models)
         return [case[0], "yes" if case[1] else "", *by_model]
 
-    cases = dict.fromkeys((row.optimizer, row.clip) for row in found.values())
     lead = f"{_lead(found.values())}; µs of fusedopt / with `flatten=True` / torch fused / torch foreach:"
     return f"{lead}\n\n{_table(['optimizer', 'clipping', *models], map(cells, cases))}"
 

@@ -1,4 +1,5 @@
-"""Plots of the rows of whole steps, one folder of SVG and PNG. Each says where, with what and when it was measured."""
+"""Plots of steps and of the host's part of them, one folder of SVG and PNG. Each says where, with what and when it was
+measured."""
 
 from __future__ import annotations
 
@@ -9,8 +10,9 @@ import matplotlib
 
 matplotlib.use("agg")
 
-from history import Row
+from history import Row, latest
 from matplotlib import pyplot as plt
+from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 from report import machines, origin
 from shapes import TITLES
 
@@ -25,12 +27,16 @@ COLORS = {
 }
 OTHER = "#b8b8b8"
 
+PARTS = "step", "host"
+"""Parts of the history that are drawn: on a CPU the host's time is a measurement of its own."""
+
 
 def draw(rows: list[Row], folder: pathlib.Path) -> list[pathlib.Path]:
     """Every plot that has data, per machine. Old files are overwritten, so that a plot always has its rows."""
     folder.mkdir(parents=True, exist_ok=True)
     made = []
-    for number, (machine, found) in enumerate(machines(rows).items(), 1):
+    drawn = [row for row in latest(rows) if row.part in PARTS]
+    for number, (machine, found) in enumerate(machines(drawn).items(), 1):
         plain = [row for row in found if row.status == "ok" and row.dtype == "float32" and not row.amp]
         for name, plot in PLOTS.items():
             figure = plot(plain)
@@ -48,13 +54,27 @@ def draw(rows: list[Row], folder: pathlib.Path) -> list[pathlib.Path]:
 
 
 def step_time(rows: list[Row]) -> plt.Figure | None:
-    """Bars of the wall time of one AdamW step, by model and implementation, without and with clipping."""
-    return _bars(
-        [row for row in rows if row.optimizer == "AdamW"],
-        lambda row: row.wall_us,
-        "AdamW: µs per step, log scale",
-        log=True,
-    )
+    """Bars of the wall time of one AdamW step by implementation, without and with clipping: one panel per model."""
+    found = [row for row in rows if row.optimizer == "AdamW" and row.wall_us is not None]
+    models = [model for model in TITLES if any(row.model == model for row in found)]
+    if not models:
+        return None
+    across = min(3, len(models))
+    down = -(-len(models) // across)
+    figure, axes = plt.subplots(down, across, figsize=(3.2 * across, 2.4 * down), squeeze=False, layout="constrained")
+    for ax in axes.flat[len(models) :]:
+        ax.set_axis_off()
+    names = _names(found)
+    for ax, model in zip(axes.flat, models):
+        _grouped(
+            ax, [row for row in found if row.model == model], lambda row: row.wall_us / 1e3,
+            by=lambda row: _title(row.clip), kinds=[_title(False), _title(True)], names=names,
+        )  # fmt: skip
+        ax.set_title(TITLES[model], fontsize=9)
+    for ax in axes[:, 0]:
+        ax.set_ylabel("ms per AdamW step", fontsize=8)
+    _legend(figure)
+    return figure
 
 
 def bandwidth(rows: list[Row]) -> plt.Figure | None:
@@ -73,21 +93,28 @@ def bandwidth(rows: list[Row]) -> plt.Figure | None:
 
 
 def host_time(rows: list[Row]) -> plt.Figure | None:
-    """Host time of one AdamW step against the number of tensors. (On a CPU the host's time is the wall time.)"""
-    found = [row for row in rows if row.optimizer == "AdamW" and row.host_us is not None]
+    """Host time of one AdamW step against the number of tensors."""
+    found = [row for row in rows if row.optimizer == "AdamW" and row.host_us is not None and "groups" not in row.model]
     if not found:
         return None
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.5), sharey=True)
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.5), sharey=True, layout="constrained")
     for ax, clip in zip(axes, (False, True)):
-        for name in dict.fromkeys(row.implementation for row in found):
+        for name in _names(found):
             points = sorted(
                 (row.tensors, row.host_us) for row in found if row.implementation == name and row.clip == clip
             )
             if points:
-                ax.plot(*zip(*points), marker="o", label=name, color=COLORS.get(name, OTHER))
-        ax.set(xscale="log", yscale="log", xlabel="tensors", title=_title(clip))
-    axes[0].set_ylabel("host µs per AdamW step")
-    axes[0].legend(fontsize=7)
+                ax.plot(*zip(*points), marker="o", markersize=3, label=name, color=COLORS.get(name, OTHER))
+        ax.set(xscale="log", yscale="log")
+        ax.set_xlabel("tensors", fontsize=8)
+        for axis in (ax.xaxis, ax.yaxis):
+            axis.set_major_locator(LogLocator(subs=(1, 3)))
+            axis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+            axis.set_minor_formatter(NullFormatter())
+        ax.set_title(_title(clip), fontsize=9)
+        ax.grid(alpha=0.3)
+    axes[0].set_ylabel("host µs per AdamW step", fontsize=8)
+    _legend(figure)
     return figure
 
 
@@ -99,38 +126,51 @@ def memory(rows: list[Row]) -> plt.Figure | None:
         return None
     return _bars(
         [row for row in found if row.model == model], lambda row: row.memory_bytes / row.elements,
-        "bytes per element above parameters and gradients", by=lambda row: row.optimizer, title=TITLES[model],
+        "bytes per element beside\nparameters and gradients", by=lambda row: row.optimizer, title=TITLES[model],
     )  # fmt: skip
 
 
 def _bars(
-    rows: list[Row],
-    value: Callable[[Row], float | None],
-    label: str,
-    by: Callable[[Row], str] = lambda row: TITLES.get(row.model, row.model),
-    log: bool = False,
-    title: str = "",
-) -> plt.Figure | None:
+    rows: list[Row], value: Callable[[Row], float | None], label: str, by: Callable[[Row], str], title: str
+) -> plt.Figure:
+    """Bars of ``value`` by implementation for each kind ``by`` of row: above without clipping, below with it."""
     rows = [row for row in rows if value(row) is not None]
-    if not rows:
-        return None
     kinds = list(dict.fromkeys(map(by, rows)))
-    names = [name for name in COLORS if any(row.implementation == name for row in rows)]
-    names += sorted({row.implementation for row in rows} - set(names))
-    figure, axes = plt.subplots(2, 1, figsize=(max(6, 1.2 * len(kinds)), 6), sharex=True, sharey=True)
-    width = 0.8 / len(names)
+    size = max(6, 1.2 * len(kinds)), 6
+    figure, axes = plt.subplots(2, 1, figsize=size, sharex=True, sharey=True, layout="constrained")
     for ax, clip in zip(axes, (False, True)):
-        for number, name in enumerate(names):
-            at = {by(row): value(row) for row in rows if row.implementation == name and row.clip == clip}
-            places = [kinds.index(kind) + width * (number - (len(names) - 1) / 2) for kind in at]
-            ax.bar(places, at.values(), width, label=name, color=COLORS.get(name, OTHER))
-        ax.set_title(f"{title}{', ' * bool(title)}{_title(clip)}", fontsize=9)
+        _grouped(ax, [row for row in rows if row.clip == clip], value, by, kinds, _names(rows))
+        ax.set_title(f"{title}, {_title(clip)}", fontsize=9)
         ax.set_ylabel(label, fontsize=8)
-        ax.set_xticks(range(len(kinds)), kinds, rotation=30, ha="right", fontsize=8)
-        if log:
-            ax.set_yscale("log")
-    axes[0].legend(fontsize=7, ncols=3)
+    _legend(figure)
     return figure
+
+
+def _grouped(
+    ax: plt.Axes, rows: list[Row], value: Callable[[Row], float], by: Callable[[Row], str], kinds: list[str],
+    names: list[str],
+) -> None:  # fmt: skip
+    """A group of bars for each kind, in it one for each implementation."""
+    width = 0.8 / len(names)
+    for number, name in enumerate(names):
+        at = {by(row): value(row) for row in rows if row.implementation == name}
+        places = [kinds.index(kind) + width * (number - (len(names) - 1) / 2) for kind in at]
+        ax.bar(places, at.values(), width, label=name, color=COLORS.get(name, OTHER))
+    turned = {"rotation": 30, "ha": "right"} if len(kinds) > 4 else {}
+    ax.set_xticks(range(len(kinds)), kinds, fontsize=8, **turned)
+    ax.tick_params(axis="y", labelsize=8)
+
+
+def _names(rows: list[Row]) -> list[str]:
+    """The implementations in an order that is the same everywhere."""
+    there = {row.implementation for row in rows}
+    return [*(name for name in COLORS if name in there), *sorted(there - COLORS.keys())]
+
+
+def _legend(figure: plt.Figure) -> None:
+    """One for all panels, below them."""
+    labelled = {label: handle for ax in figure.axes for handle, label in zip(*ax.get_legend_handles_labels())}
+    figure.legend(labelled.values(), labelled.keys(), fontsize=8, ncols=6, loc="outside lower center")
 
 
 def _title(clip: bool) -> str:

@@ -205,7 +205,7 @@ def write(
     readme.write_text(with_sections(readme.read_text(), rows))
     page.write_text(with_sections(page.read_text(), rows, PAGE_SECTIONS))
     (out / "results.md").write_text(results(rows))
-    for path in plots.draw(steps(rows), out / "plots"):
+    for path in plots.draw(rows, out / "plots"):
         print(path)
 
 
