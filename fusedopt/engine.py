@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from itertools import chain
-from operator import attrgetter, itemgetter
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from . import capture, clipping
 from .arguments import check_rates
 from .cohorts import StepNumbers
 from .executors import executor, judge_of, prefer_one_launch, problem_with_one_launch
+from .groups import get_params
 from .metrics import Metrics, Tracker
 from .places import Place
 from .plan import Plan, without_collection
@@ -23,7 +24,6 @@ from .settings import CLIP
 from .shards import any_distributed, local_grads
 from .survey import left_to_torch
 
-get_params = itemgetter("params")
 get_grad = attrgetter("grad")
 
 
@@ -113,7 +113,7 @@ class Engine:
         params = list(chain.from_iterable(map(get_params, optimizer.param_groups)))
         grads = list(map(get_grad, params))
         parts = local_grads(params, grads) if self.distributed else grads
-        if self.plan is None or not self.plan.holds(optimizer, params, parts):
+        if self.plan is None or not self.plan.holds(optimizer, parts):
             if not self.distributed and any_distributed(params):
                 self.distributed = True
                 parts = local_grads(params, grads)

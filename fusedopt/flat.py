@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -63,6 +64,8 @@ class Space:
         self.per: dict[str, int] = {}
         self.numbers: dict[str, Tensor] = {}
         """What is one number per tensor: step counts and their like."""
+        self.arrays: dict[str, np.ndarray] = {}
+        """The bytes of these, where they are on the host."""
         self.copies: dict[tuple[str, torch.dtype], Tensor] = {}
         self.copies_apart: dict[tuple[str, torch.dtype], list[Tensor]] = {}
         """The tensors in these."""
@@ -81,6 +84,8 @@ class Space:
 
     def allocate_numbers(self, role: str, dtype: torch.dtype) -> None:
         self.numbers[role] = torch.zeros(len(self.sizes), dtype=dtype, device=self.device if self.capturable else "cpu")
+        if not self.capturable:
+            self.arrays[role] = self.numbers[role].view(torch.uint8).numpy()
         self.unclaimed[role] = list(map(alias, self.numbers[role].unbind()))
 
     def claim(self, role: str, index: int) -> Tensor:
@@ -124,11 +129,11 @@ class Space:
         laid_out = zip(pieces, self.sizes, self.strides)
         return [x if strides == (1,) else x.as_strided(size, strides) for x, size, strides in laid_out]
 
-    def uses(self) -> list[int]:
-        """How many tensors hold on to each buffer. Every view given out is one of them, until it is freed or somebody
-        gives it other memory (``view.data = ...``): one number tells of all, without asking each for its address."""
-        buffers = (*self.buffers.values(), *self.numbers.values())
-        return [torch._C._storage_Use_Count(b.untyped_storage()._cdata) for b in buffers]
+    def storages(self) -> list[torch.UntypedStorage]:
+        """The buffers' memory. How many tensors use a buffer is in torch's own count: every view given out is one of
+        them, until it is freed or somebody gives it other memory (``view.data = ...``). One number tells of all,
+        without asking each for its address."""
+        return [b.untyped_storage() for b in (*self.buffers.values(), *self.numbers.values())]
 
     def end(self, index: int) -> int:
         return self.offsets[index] + self.sizes[index].numel()

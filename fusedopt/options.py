@@ -3,7 +3,7 @@ them: layer-wise learning rates make hundreds of groups."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from operator import itemgetter
 from typing import Any
 
@@ -29,10 +29,11 @@ class Shared(dict):
 
 
 class Options:
-    """The options of some groups, looked at at every step."""
+    """The options of some groups but for those aside, looked at at every step."""
 
-    def __init__(self, groups: Sequence[dict[str, Any]]):
+    def __init__(self, groups: Sequence[dict[str, Any]], aside: Set[str] = ASIDE):
         self.groups = groups
+        self.aside = aside
         self.lengths: list[int] = []
         self.read: Callable[[dict[str, Any]], tuple] | None = None
         self.values: list[tuple] = []
@@ -52,7 +53,7 @@ class Options:
         return self.alike
 
     def _reader(self) -> Callable[[dict[str, Any]], tuple]:
-        keys = sorted(frozenset().union(*self.groups) - ASIDE)
+        keys = sorted(frozenset().union(*self.groups) - self.aside)
         if len(keys) > 1 and all(group.keys() >= frozenset(keys) for group in self.groups):
             return itemgetter(*keys)
         return lambda group: tuple([group.get(key, NOTHING) for key in keys])

@@ -22,8 +22,10 @@ from torch import Tensor
 from . import means
 from .buckets import Bucket, Member, settle
 from .cohorts import Slots
+from .counts import Counts
 from .distributed import Reduction, Wholes
 from .flat import Space
+from .groups import Groups
 from .identity import same, same_tensors
 from .layouts import Layouts
 from .places import Place, finished
@@ -33,7 +35,7 @@ from .survey import survey
 
 get_dtype = attrgetter("dtype")
 get_kind = attrgetter("dtype", "device")
-get_params = itemgetter("params")
+use_count = torch._C._storage_Use_Count
 
 MANY = 100_000
 """Objects that have been made since the last search for garbage."""
@@ -62,7 +64,6 @@ class Plan:
     def __init__(self, optimizer: Any, places: dict[Tensor, Place], grads: list[Tensor | None]):
         groups = optimizer.param_groups
         self.params = [p for group in groups for p in group["params"]]
-        self.group_sizes = [len(group["params"]) for group in groups]
         rules = [optimizer.rule(group) for group in groups]
         self.present = [g is not None for g in grads]
         self.settings = optimizer._settings.layout
@@ -94,10 +95,9 @@ class Plan:
         members = [member for bucket in self.buckets for member in bucket.members]
         self.spaces = list({id(m.place.space): m.place.space for m in members}.values())
         counting = [space for space in self.spaces if not space.capturable]
-        self.steps = [space.numbers["step"] for space in counting if "step" in space.numbers]
-        self.stepped = _stepped(counting, [m for b in self.buckets if not b.capturable for m in b.members])
-        self.numbers = [numbers for space in counting for numbers in space.numbers.values()]
-        self.ways = ways(optimizer)
+        stepped = _stepped(counting, [m for b in self.buckets if not b.capturable for m in b.members])
+        self.counts = Counts(counting, stepped)
+        self.groups = Groups(optimizer, joins=any(bucket.backend.name == "torch" for bucket in self.buckets))
         self.states = list(optimizer.state.values())
         self.contents = [dict(state) if isinstance(state, dict) else state for state in self.states]
         self.views = [column for bucket in self.buckets for column in _views(optimizer, bucket)]
@@ -114,7 +114,6 @@ class Plan:
         distributed = [m.owner for b in self.buckets if is_distributed(b.members[0].owner) for m in b.members]
         states = (value for *_, views in self.views for value in views if is_distributed(value))
         self.shards = Shards(distributed, states) if distributed else None
-        self.note_steps()
 
     def among(self, **found: Any) -> Plan:
         """The plan for another set of gradients, with the attributes that the set decides, as others ``found`` them."""
@@ -125,10 +124,7 @@ class Plan:
         plan._note_buckets()
         return plan
 
-    def note_steps(self) -> None:
-        self.values = [numbers.clone() for numbers in self.numbers]
-
-    def holds(self, optimizer: Any, params: list[Tensor], grads: list[Tensor | None]) -> bool:
+    def holds(self, optimizer: Any, grads: list[Tensor | None]) -> bool:
         """Whether the same plan serves this step. Runs at every step (``bench/scale.py`` says how long).
 
         Each check is one pass in C over cached lists, and none makes an object per tensor, of which the garbage
@@ -147,15 +143,14 @@ class Plan:
         return (
             self.lasts >= 0
             and optimizer._settings.layout == self.settings
-            and same(ways(optimizer), self.ways)
-            and self._objects_hold(params, list(optimizer.state.values()))
-            and list(map(len, map(get_params, optimizer.param_groups))) == self.group_sizes
+            and self.groups.hold(optimizer)
+            and self._states_hold(list(optimizer.state.values()))
             and list(map(Tensor.data_ptr, self.pinned)) == self.addresses
             and (self.param_layouts.hold(active) or self._layouts_hold())
             and (self.as_planned or self._sizes_hold(active_grads))
-            and self.uses == [space.uses() for space in self.spaces]
+            and list(map(use_count, self.handles)) == self.uses
             and (self.shards is None or self.shards.hold())
-            and all(map(torch.equal, self.numbers, self.values))
+            and self.counts.hold()
         )
 
     def _sizes_hold(self, grads: Sequence[Tensor]) -> bool:
@@ -171,14 +166,14 @@ class Plan:
             and list(map(get_kind, active)) == self.kinds
         )
 
-    def _objects_hold(self, params: list[Tensor], states: list[dict]) -> bool:
-        """Whether every parameter, and every state, is the tensor that it was."""
-        if same_tensors((params, states), (self.params, self.contents)):
+    def _states_hold(self, states: list[dict]) -> bool:
+        """Whether every state is the tensor that it was."""
+        if same_tensors(states, self.contents):
             return True
         # What somebody else keeps among the states may change.
         try:
             kept = (same(list(map(get, dicts)), values) for get, dicts, values in self.views)
-            return same(params, self.params) and same(states, self.states) and all(kept)
+            return same(states, self.states) and all(kept)
         except KeyError:  # a state was deleted
             return False
 
@@ -187,7 +182,9 @@ class Plan:
         are in use."""
         self.pinned = [m.param for executor in executors for m in executor.pinned]
         self.addresses = list(map(Tensor.data_ptr, self.pinned))
-        self.uses = [space.uses() for space in self.spaces]
+        self.storages = [storage for space in self.spaces for storage in space.storages()]
+        self.handles = [storage._cdata for storage in self.storages]
+        self.uses = list(map(use_count, self.handles))
 
     def advance(self, optimizer: Any, by: int) -> None:
         """Count steps that were taken, or take back what turned out to be skipped: of a rule with scalars the latest
@@ -199,10 +196,7 @@ class Plan:
                 cohort.turn(optimizer, bucket.rule, by)
         for slots in self.slots:
             slots.write()
-        for steps, stepped in zip(self.steps, self.stepped):
-            steps.add_(stepped, alpha=by)
-        if self.numbers:
-            self.note_steps()
+        self.counts.advance(by)
 
 
 def _views(optimizer: Any, bucket: Bucket) -> Iterator[tuple[Callable[[dict], Tensor], list[dict], list[Tensor]]]:
@@ -213,13 +207,6 @@ def _views(optimizer: Any, bucket: Bucket) -> Iterator[tuple[Callable[[dict], Te
     for key in keys:
         get = itemgetter(key)
         yield get, states, list(map(get, states))
-
-
-def ways(optimizer: Any) -> list[Any]:
-    """Groups and what they ask for: objects that must stay the same ones."""
-    groups = optimizer.param_groups
-    options = [group.get(key) for key in ("capturable", "differentiable") for group in groups]
-    return [*groups, *map(optimizer.rule, groups), *options]
 
 
 def _stepped(spaces: list[Space], members: list[Member]) -> list[Tensor]:

@@ -25,12 +25,14 @@ from torch import Tensor
 
 from .buckets import Bucket, Member, sharing_memory
 from .cohorts import Cohort, Scalar
+from .counts import Counts
 from .ema import ROLE
 from .gather import picker
-from .identity import same, same_tensors
+from .groups import get_params
+from .identity import same
 from .layouts import Among, Layouts
 from .places import terms
-from .plan import Plan, get_dtype, get_kind, get_params, ways
+from .plan import Plan, get_dtype, get_kind
 from .shards import is_distributed, local
 
 get_position = attrgetter("position")
@@ -206,9 +208,9 @@ class Roster:
             param_layouts=Among(self.layouts, self.parts, here),
             grad_layouts=Among(self.grad_layouts, self.stand_ins, here),
             spaces=self.spaces,
-            steps=self.steps,
-            stepped=[torch.from_numpy(part).to(numbers.dtype) for part, numbers in zip(by_space, self.steps)],
-            numbers=[x for space in self.spaces if not space.capturable for x in space.numbers.values()],
+            counts=Counts(
+                self.spaces, [torch.from_numpy(part).to(numbers.dtype) for part, numbers in zip(by_space, self.steps)]
+            ),
             # The fallback would gather the gradients of a set that stays.
             lasts=TRIALS if any(bucket.fused for bucket in buckets) else math.inf,
         )
@@ -219,10 +221,8 @@ class Roster:
         return (
             settings.layout == whole.settings
             and torch.get_num_threads() == self.threads
-            and same(ways(optimizer), whole.ways)
-            and same_tensors(params, whole.params)
+            and whole.groups.hold(optimizer)
             and same(optimizer.state.values(), whole.states)
-            and list(map(len, map(get_params, optimizer.param_groups))) == whole.group_sizes
             and not (self.distributed and any(map(is_not, map(local, compress(params, self.known)), self.parts)))
             and list(map(Tensor.data_ptr, self.parts)) == self.addresses
             and self.layouts.hold(self.parts)
@@ -238,11 +238,9 @@ class Roster:
     def _serves(self, optimizer: Any, later: Roster) -> bool:
         """Whether what was found out then, was found out on the same terms."""
         return (
-            same(self.whole.ways, later.whole.ways)
-            and same(self.whole.params, later.whole.params)
+            self.whole.groups.same(later.whole.groups)
             and self.threads == later.threads
             and self.whole.settings == later.whole.settings
-            and self.whole.group_sizes == later.whole.group_sizes
         )
 
     def _others(self, optimizer: Any, plan: Plan) -> Iterator[tuple[Bucket, Member, int]]:

@@ -1,0 +1,74 @@
+"""Whether the parameter groups are as a plan found them, asked at every step."""
+
+from __future__ import annotations
+
+from operator import itemgetter
+from typing import Any
+
+from .identity import same, same_tensors
+from .options import Options
+
+get_params = itemgetter("params")
+
+
+class Groups:
+    """The parameter groups of an optimizer: which they are, their parameters, and what they ask for.
+
+    Args:
+        optimizer: whose groups they are.
+        joins: whether those with the same options are updated together, and so must go on having the same.
+    """
+
+    def __init__(self, optimizer: Any, joins: bool):
+        self.groups = list(optimizer.param_groups)
+        self.rules = list(map(optimizer.rule, self.groups))
+        self.kinds = list(map(_kind, self.groups))
+        self.params = list(map(list, map(get_params, self.groups)))
+        self.options = Options(self.groups, NOT_READ) if joins and len(self.groups) > 1 else None
+        self.alike = None if self.options is None else self.options.first_alike()
+        self.latest = list(map(_copy, self.groups))
+
+    def same(self, others: Groups) -> bool:
+        """Whether a plan for those serves these."""
+        return (
+            same(self.groups, others.groups)
+            and same(self.rules, others.rules)
+            and self.kinds == others.kinds
+            and same_tensors(self.params, others.params)
+        )
+
+    def hold(self, optimizer: Any) -> bool:
+        """Whether the same plan serves them. Most steps change nothing in a group, or its learning rate."""
+        groups = optimizer.param_groups
+        if not same(groups, self.groups):
+            return False
+        if same_tensors(groups, self.latest):
+            return True
+        if not same(list(map(optimizer.rule, groups)), self.rules):
+            return False
+        if self.options is not None and self.options.first_alike() != self.alike:
+            return False
+        for group, latest in zip(groups, self.latest):
+            if latest is not None and "lr" in group:
+                latest["lr"] = group["lr"]
+        if not same_tensors(groups, self.latest):
+            if list(map(_kind, groups)) != self.kinds or not same_tensors(list(map(get_params, groups)), self.params):
+                return False
+            self.latest = list(map(_copy, groups))
+        return True
+
+
+NOT_READ = frozenset(("params", "param_names", "foreach", "fused"))
+"""Keys that have no part in any formula."""
+
+
+def _copy(group: dict[str, Any]) -> dict[str, Any] | None:
+    """What is equal to the group until something in it changes; None of what is no plain dict."""
+    if type(group) is not dict:
+        return None
+    return {key: list(value) if type(value) is list else value for key, value in group.items()}
+
+
+def _kind(group: dict[str, Any]) -> tuple[bool, bool]:
+    """What a group asks for beside its rule."""
+    return bool(group.get("capturable")), bool(group.get("differentiable"))
