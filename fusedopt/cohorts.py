@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .flat import Space
+from .options import NOT_READ, Options
 from .rule import Rule, Update
 
 
@@ -60,6 +61,16 @@ class Cohort:
             self.scalars, self.earlier = tuple(rounded), self.scalars
         else:
             self.scalars = self.earlier
+
+
+def alike(cohorts: Sequence[Cohort]) -> list[list[Cohort]]:
+    """Cohorts whose groups have the same options, the learning rate among them: all their numbers are the same, for as
+    long as that stays so (``Groups``)."""
+    found: dict[tuple, list[Cohort]] = {}
+    for cohort, first in zip(cohorts, Options([cohort.group for cohort in cohorts], NOT_READ).first_alike()):
+        scalars = tuple([(x.item(), x.dtype) for x in cohort.scalars])
+        found.setdefault((first, cohort.t, scalars), []).append(cohort)
+    return list(found.values())
 
 
 class StepNumbers:

@@ -11,13 +11,12 @@ import torch
 from torch import Tensor
 
 from .buckets import Bucket, Member
-from .cohorts import Cohort
 from .flat import is_dense
 from .settings import Settings
 
 
 class Ways(NamedTuple):
-    """How a cohort's parameters come to the calls that update them."""
+    """How parameters come to the calls that update them."""
 
     joined: list[Member]
     """Side by side in buffers, gradients too; copied there, or there for good."""
@@ -27,11 +26,11 @@ class Ways(NamedTuple):
     """Where they are, with gradients where those are."""
 
 
-def find_ways(bucket: Bucket, cohort: Cohort, settings: Settings) -> Ways:
+def find_ways(bucket: Bucket, members: Sequence[Member], settings: Settings) -> Ways:
     ways = Ways([], [], [])
     lists = bucket.listed or (bucket.passing and bucket.fused)
     alone = ways.listed if settings.needs_norm and not bucket.passing else ways.direct
-    for m in cohort.members:
+    for m in members:
         if not m.place.packed:
             ways.direct.append(m)
         elif m.place.flattened is not None or not (lists and is_dense(m.param)):

@@ -6,7 +6,7 @@ from operator import itemgetter
 from typing import Any
 
 from .identity import same, same_tensors
-from .options import Options
+from .options import NOT_READ, Options
 
 get_params = itemgetter("params")
 
@@ -56,10 +56,6 @@ class Groups:
                 return False
             self.latest = list(map(_copy, groups))
         return True
-
-
-NOT_READ = frozenset(("params", "param_names", "foreach", "fused"))
-"""Keys that have no part in any formula."""
 
 
 def _copy(group: dict[str, Any]) -> dict[str, Any] | None:

@@ -9,11 +9,11 @@ from typing import Any
 
 from .identity import same_tensors
 
-ASIDE = frozenset((
-    "params", "param_names", "lr", "foreach", "fused",
-    # What schedulers keep there for themselves.
-    "initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum", "swa_lr",
-))  # fmt: skip
+NOT_READ = frozenset(("params", "param_names", "foreach", "fused"))
+"""Keys of a group that have no part in any formula."""
+
+# What schedulers keep there for themselves.
+ASIDE = NOT_READ | {"lr", "initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum", "swa_lr"}
 """Keys of a group that formulas do not read, and the learning rate."""
 
 

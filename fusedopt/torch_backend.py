@@ -18,7 +18,7 @@ from torch import Tensor
 from . import means, units
 from .buckets import Bucket, Member
 from .clipping import Skips, Verdict
-from .cohorts import Cohort, StepNumbers
+from .cohorts import Cohort, StepNumbers, alike
 from .flat import memory_order
 from .gather import Gather, Ways, each_once, find_ways, neighbours, picker
 from .rule import Stage, Update
@@ -33,9 +33,10 @@ BLOCK = 1 << 17
 
 @dataclasses.dataclass(slots=True)
 class Run:
-    """One cohort's tensors: pieces of gathered buffers first, then tensors used where they are."""
+    """The tensors of cohorts that are alike: pieces of gathered buffers first, then tensors used where they are."""
 
     cohort: Cohort
+    """One of them."""
     params: list[Tensor]
     states: list[list[Tensor]]
     averages: list[list[Tensor]]
@@ -64,7 +65,9 @@ class Executor:
         self.compute_dtype = torch.promote_types(bucket.dtype, torch.float32)
         self.computes_in_place = dtypes | {bucket.dtype} == {self.compute_dtype}
         self.block = BLOCK if bucket.device.type == "cpu" else max(m.param.numel() for m in bucket.members) or 1
-        ways = [find_ways(bucket, cohort, settings) for cohort in bucket.cohorts]
+        cohorts = alike(bucket.cohorts)
+        members = [[m for cohort in some for m in cohort.members] for some in cohorts]
+        ways = [find_ways(bucket, some, settings) for some in members]
         joined = [m for way in ways for m in way.joined]
         gathered = joined + [m for way in ways for m in way.listed]
         self.gather = Gather(gathered, bucket.grad_dtype)
@@ -77,7 +80,7 @@ class Executor:
             buffer.zero_()  # gradients of parameters that have none at this step
         in_copies = set(map(id, staged))
         self.in_place = [m.param for m in bucket.members if id(m) not in in_copies]
-        self.runs = list(map(self._run, bucket.cohorts, ways))
+        self.runs = [self._run(some[0], ms, way) for some, ms, way in zip(cohorts, members, ways)]
         self.direct = [m for run in self.runs for m in run.direct]
         self.pick = picker([m.position for m in self.direct])
         ends = list(itertools.accumulate((len(run.direct) for run in self.runs), initial=0))
@@ -94,7 +97,7 @@ class Executor:
         """Those whose memory must stay where it is: what is only ever taken from the parameter itself may be moved."""
         self.tally = None if settings.track is None else Tally(self.runs, self.block, bucket.device)
 
-    def _run(self, cohort: Cohort, ways: Ways) -> Run:
+    def _run(self, cohort: Cohort, members: list[Member], ways: Ways) -> Run:
         lists = [[] for _ in self.keys]
         count = len(self.bucket.rule.states)
         run = Run(cohort, [], lists[:count], lists[count:], [], ways.direct)

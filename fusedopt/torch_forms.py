@@ -41,12 +41,12 @@ class Executor(torch_backend.Executor):
         self.t = 0
         super().__init__(bucket, settings)
 
-    def _run(self, cohort: Cohort, ways: Ways) -> Run:
+    def _run(self, cohort: Cohort, members: list[Member], ways: Ways) -> Run:
         # Quantized elements that share a scale stay together.
         self.block = -(-self.block // QUANTIZED) * QUANTIZED
-        blocks = [self._blocks(m) for m in cohort.members]
-        sizes = [[m.param.numel()] for m in cohort.members]
-        return Run(cohort, [], [], [], [], cohort.members, blocks, cohort.members, sizes)
+        blocks = [self._blocks(m) for m in members]
+        sizes = [[m.param.numel()] for m in members]
+        return Run(cohort, [], [], [], [], members, blocks, members, sizes)
 
     def _blocks(self, member: Member) -> list[Block]:
         tensors = {"": self.copied.get(member.param, member.param), **member.place.views}

@@ -1,0 +1,92 @@
+"""Parameter groups between steps: those with the same options are updated together, for as long as they have them."""
+
+import torch
+from cases import every_kind
+from pairs import Pair
+
+import fusedopt
+
+
+def in_own_groups(name, **options):
+    """Every parameter in a group of its own."""
+    pair = Pair(name, groups=False, **options)
+    for attribute, cls, params in (("opt", type(pair.opt), pair.ours), ("oracle", type(pair.oracle), pair.theirs)):
+        defaults = getattr(pair, attribute).defaults
+        known = {key: value for key, value in defaults.items() if key not in ("foreach", "decoupled_weight_decay")}
+        extra = {} if cls in fusedopt.registry.values() else {"foreach": False}
+        setattr(pair, attribute, cls([{"params": [p]} for p in params], **known, **extra))
+    return pair
+
+
+def change(pair, changes):
+    for number, options in changes.items():
+        for optimizer in (pair.opt, pair.oracle):
+            optimizer.param_groups[number].update(options)
+
+
+def updated_together(optimizer):
+    return [len(run.members) for executor in optimizer._engine.executors for run in executor.runs]
+
+
+@every_kind
+def test_groups_part_and_meet_again(name):
+    pair = in_own_groups(name)
+    count = len(pair.ours)
+    pair.step(2)
+    assert updated_together(pair.opt) == [count]
+    usual = {key: pair.opt.param_groups[0][key] for key in ("lr", "weight_decay")}
+    steps = [
+        ({1: {"lr": 0.07}, 2: {"weight_decay": 0.3}}, 3),
+        # As a scheduler does: others, but the same where they were.
+        ({k: {"lr": 0.05 if k < 2 else 0.02} for k in range(count)}, 3),
+        ({k: usual for k in range(count)}, 1),
+    ]
+    for changes, runs in steps:
+        change(pair, changes)
+        pair.step()
+        # The numbers beside a step count follow their group's learning rates.
+        assert len(updated_together(pair.opt)) == runs or name == "ASGD"
+        pair.step()
+        pair.check()
+
+
+@every_kind
+def test_a_group_that_is_another_object(name):
+    """Equal to the one before, until somebody writes to it."""
+    pair = in_own_groups(name)
+    pair.step(2)
+    for optimizer in (pair.opt, pair.oracle):
+        optimizer.param_groups[0] = dict(optimizer.param_groups[0])
+    pair.step()
+    change(pair, {0: {"lr": 0.0}})
+    pair.step()
+    pair.check()
+
+
+@every_kind
+def test_a_parameter_that_moves_to_its_neighbours_group(name):
+    pair = Pair(name)
+    pair.step(2)
+    for optimizer in (pair.opt, pair.oracle):
+        first, second = optimizer.param_groups
+        first["weight_decay"] = 0.2
+        second["params"].insert(0, first["params"].pop())
+    pair.step(2)
+    pair.check()
+
+
+def test_formulas_are_asked_where_an_option_changes_in_place():
+    """A list that somebody writes to is the same object."""
+    params = [torch.nn.Parameter(torch.ones(3)) for _ in range(2)]
+
+    class Either(fusedopt.Adam):
+        def rule(self, group):
+            return super().rule({**group, "amsgrad": group["amsgrad"][0]})
+
+    optimizer = Either(params, lr=0.1, amsgrad=[False])
+    for amsgrad in (False, False, True):
+        optimizer.param_groups[0]["amsgrad"][0] = amsgrad
+        for p in params:
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+        assert ("max_exp_avg_sq" in optimizer.state[params[0]]) == amsgrad
