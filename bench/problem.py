@@ -147,6 +147,7 @@ def _limited(optimizer: Any, limits: Iterator[float]) -> Callable[[], None]:
 
     def limited() -> None:
         settings["max_grad_norm"] = next(limits)
+        settings.pop("clip", None)  # what was derived from it
         step()
 
     return limited

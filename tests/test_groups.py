@@ -1,5 +1,6 @@
 """Parameter groups between steps: those with the same options are updated together, for as long as they have them."""
 
+import numpy as np
 import torch
 from cases import every_kind
 from pairs import Pair
@@ -90,3 +91,13 @@ def test_formulas_are_asked_where_an_option_changes_in_place():
             p.grad = torch.ones_like(p)
         optimizer.step()
         assert ("max_exp_avg_sq" in optimizer.state[params[0]]) == amsgrad
+
+
+def test_arrays_in_a_group_are_nobodys_business():
+    p = torch.nn.Parameter(torch.ones(3))
+    optimizer = fusedopt.SGD([{"params": [p], "scales": np.ones(2)}], lr=0.1)
+    for _ in range(3):
+        p.grad = torch.ones(3)
+        optimizer.step()
+        optimizer.param_groups[0]["scales"] = np.ones(2)
+    assert torch.allclose(p, torch.full((3,), 0.7))
