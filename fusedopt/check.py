@@ -110,6 +110,7 @@ def check_file(path: Path) -> dict[str, str]:
     spec = importlib.util.spec_from_file_location(path.stem, path)
     if spec is None or not path.is_file():
         raise ValueError(f"{path} is not a Python file")
+    sys.path.insert(0, str(path.parent))  # what stands beside it can be imported, as from a script
     module = sys.modules[path.stem] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     report = {}
@@ -120,6 +121,8 @@ def check_file(path: Path) -> dict[str, str]:
                 report[name] = ""
             except AssertionError as difference:
                 report[name] = str(difference)
+            except Exception as error:  # the other classes shall be checked all the same
+                report[name] = f"{type(error).__name__}: {error}"
     return report
 
 
@@ -141,7 +144,10 @@ def _subject(rule: Any, h: Numbers | None, options: dict[str, Any]) -> tuple[Rul
         scalars = optimizer.initial_scalars(group)
         for earlier in range(1, t if scalars else 1):
             scalars = optimizer.next_scalars(group, earlier, *scalars)
-        return optimizer.hyper(group, t, *scalars)
+        h = optimizer.hyper(group, t, *scalars)
+        if not isinstance(h, (tuple, list)):
+            raise TypeError(f"hyper() of {rule.__name__} must return a tuple of numbers, got {h!r}")
+        return h
 
     initial = {key: optimizer.initial_value(group, key) for key in found.states}
     return found._replace(averages=(), scalars=()), numbers, initial  # both stand outside the formula
@@ -182,7 +188,11 @@ def _twin(rule: Rule, g: Tensor, states: list[Tensor], h: Numbers) -> list[Tenso
     """[u, *new states], the arguments left as they are."""
     g, states = g.clone(), [state.clone() for state in states]
     given, updated = g.clone(), list(states)
-    u = rule.twin(g, updated, h)
+    try:
+        u = rule.twin(g, updated, h)
+    except Exception as error:
+        message = f"the torch twin of {rule.name!r} does not run with h={h!r}: {type(error).__name__}: {error}"
+        raise AssertionError(message) from error
     promise = f"the torch twin of {rule.name!r} must"
     if not isinstance(u, Tensor) or u.shape != g.shape or u.dtype != g.dtype:
         found = f"{u.dtype} {tuple(u.shape)}" if isinstance(u, Tensor) else type(u).__name__

@@ -16,6 +16,7 @@ from options import NAMES, STATEFUL
 from pairs import assert_same, close, raised, snapshot
 
 import fusedopt
+from fusedopt.check import check_file
 from fusedopt.custom import ema, jit, tl
 
 ROOT = Path(__file__).parent.parent
@@ -241,6 +242,40 @@ def mixes_elements(g, state, h):
 def test_differences(kernel, twin, message, needs_triton):
     with pytest.raises(AssertionError, match=message):
         fusedopt.check_rule(fusedopt.Rule("mean", ("m",), twin, kernel=kernel), (0.1,), sizes=(5,))
+
+
+BROKEN = """
+import beside
+import fusedopt
+
+
+class OneNumber(fusedopt.FusedOptimizer):
+    RULE = fusedopt.Rule("one", (), lambda g, state, h: g * h[0])
+
+    def __init__(self, params, lr=0.1, **settings):
+        super().__init__(params, {"lr": lr}, **settings)
+
+    def rule(self, group):
+        return self.RULE
+
+    def hyper(self, group, t):
+        return 0.1
+
+
+class TwoNumbers(OneNumber):
+    def hyper(self, group, t):
+        return ()
+"""
+
+
+def test_a_file_of_broken_classes(needs_triton, tmp_path, monkeypatch):
+    """Each is reported, whatever it raises; the file may import what stands beside it."""
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    (tmp_path / "beside.py").write_text("")
+    (tmp_path / "broken_rules.py").write_text(BROKEN)
+    report = check_file(tmp_path / "broken_rules.py")
+    assert report["OneNumber"] == "TypeError: hyper() of OneNumber must return a tuple of numbers, got 0.1"
+    assert "the torch twin of 'one' does not run with h=(): IndexError" in report["TwoNumbers"]
 
 
 def test_numbers_that_float32_cannot_hold(needs_triton):
