@@ -1,7 +1,7 @@
 """Host time of ``step()``: everything before and around the launches, which do nothing here.
 
-    python bench/host.py [--counts 300 1000] [--groups 465] [--optimizers AdamW SGD ...] [--rounds 8]
-                         [--save] [--note TEXT]
+    python bench/host.py [--counts 300 1000] [--groups 465] [--dtensors 1000] [--optimizers AdamW SGD ...]
+                         [--rounds 8] [--save] [--note TEXT]
 
 Ours: the Triton backend on CPU tensors, with Triton's own binder and handles over a driver that launches nothing.
 torch's: ``fused`` and ``foreach``, with ``torch._fused_*`` and ``torch._foreach_*`` replaced by functions that do
@@ -9,7 +9,8 @@ nothing, and ``clip_grad_norm_`` before them where clipping is on. Gradients lie
 backward leaves them; setting them is not counted. Each implementation takes some steps in a row, then the next one's
 turn comes. Microseconds of the process, medians: of the steps that follow one of their own and, in brackets, of the
 first ones of a row, which find the processor's caches full of the others' tensors. A step of a training is somewhere
-between. ``--save`` appends rows to ``history.csv``.
+between. DTensors are shards of one rank of eight, without the others; torch's implementations, which do most of their
+work on them between the launches, are not measured then. ``--save`` appends rows to ``history.csv``.
 
 On a GPU, where the launches are real and nobody waits for them: ``python bench/gpu.py``.
 """
@@ -18,23 +19,26 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import random
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 from unittest import mock
 
 import history
 import torch
 from device import surroundings
+from torch.distributed.device_mesh import DeviceMesh
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 import fusedopt
 from fusedopt import backends
 
-BUDGET = {300: 170, 1000: 550}
-"""Microseconds for plain parameters, all checks and clipping included."""
+BUDGET = {"300 tensors": 170, "1000 tensors": 550, "1000 DTensors": 1500}
+"""Microseconds, all checks and clipping included."""
 
 IN_A_ROW = 20
 """Steps that an implementation takes before the next one's turn."""
@@ -113,21 +117,59 @@ def torch_launches_nothing(steps_on_host: bool) -> Iterator[None]:
         yield
 
 
+class Model(NamedTuple):
+    """That many tensors: "tensors" in one group, "groups" of one tensor with a learning rate of its own each, or
+    "DTensors"."""
+
+    count: int
+    kind: str
+
+    def __str__(self) -> str:
+        return f"{self.count} {self.kind}"
+
+
+@functools.cache
+def mesh() -> DeviceMesh:
+    """Eight ranks, of which this is the first and the others are not there."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=8)
+    return torch.distributed.init_device_mesh("cpu", (8,))
+
+
+def distributed(part: torch.Tensor) -> torch.Tensor:
+    from torch.distributed.tensor import DTensor, Shard
+
+    return DTensor.from_local(part, mesh(), [Shard(0)], run_check=False)
+
+
+def with_spec_of(p: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
+    """A gradient as fully_shard makes it: with its parameter's own spec."""
+    from torch.distributed.tensor import DTensor
+
+    return DTensor(part, p._spec, requires_grad=False)
+
+
 class Case:
     """One optimizer over tensors of its own, and its times."""
 
-    def __init__(self, name: str, count: int, in_groups: bool, clip: bool, **choice: object):
-        """``in_groups``: whether each tensor is a group of its own, with a learning rate of its own."""
+    def __init__(self, name: str, model: Model, clip: bool, **choice: object):
         self.ours, self.foreach = "backend" in choice, "foreach" in choice
         # Biases and weights of small layers: no parameter is aligned or sized like another.
-        shapes = [(16, 16) if k % 2 else (65,) for k in range(count)]
-        self.params = [torch.nn.Parameter(torch.ones(shape)) for shape in shapes]
+        shapes = [(16, 16) if k % 2 else (65,) for k in range(model.count)]
+        tensors = [torch.ones(shape) for shape in shapes]
+        if model.kind == "DTensors":
+            tensors = list(map(distributed, tensors))
+        self.params = list(map(torch.nn.Parameter, tensors))
         self.grads = [[torch.ones(shape) for shape in shapes] for _ in range(2)]
+        if model.kind == "DTensors":
+            self.grads = [list(map(with_spec_of, self.params, grads)) for grads in self.grads]
         self.max_norm = MAX_NORM if clip and not self.ours else None
         cls = getattr(fusedopt if self.ours else torch.optim, name)
         settings = {"max_grad_norm": MAX_NORM} if clip and self.ours else {}
-        groups = [{"params": [p], "lr": LR * (1 + k / count)} for k, p in enumerate(self.params)]
-        self.optimizer = cls(groups if in_groups else self.params, LR, **OPTIONS.get(name, {}), **settings, **choice)
+        groups = [{"params": [p], "lr": LR * (1 + k / model.count)} for k, p in enumerate(self.params)]
+        params = groups if model.kind == "groups" else self.params
+        self.optimizer = cls(params, LR, **OPTIONS.get(name, {}), **settings, **choice)
         self.first: list[float] = []
         """Microseconds of the first step of each turn."""
         self.later: list[float] = []
@@ -152,17 +194,19 @@ class Case:
         return f"{statistics.median(self.later):.0f} ({statistics.median(self.first):.0f})"
 
 
-def cases(name: str, count: int, in_groups: bool, clip: bool) -> dict[str, Case]:
+def cases(name: str, model: Model, clip: bool) -> dict[str, Case]:
     made = {}
     for label, choice in IMPLEMENTATIONS.items():
+        if model.kind == "DTensors" and "backend" not in choice:
+            continue
         # torch has no such class, or no such implementation of it.
         with contextlib.suppress(TypeError, AttributeError, RuntimeError):
-            made[label] = Case(name, count, in_groups, clip, **choice)
+            made[label] = Case(name, model, clip, **choice)
     return made
 
 
-def measure(name: str, count: int, in_groups: bool, clip: bool, rounds: int) -> dict[str, Case]:
-    made = cases(name, count, in_groups, clip)
+def measure(name: str, model: Model, clip: bool, rounds: int) -> dict[str, Case]:
+    made = cases(name, model, clip)
     for case in made.values():  # compiles, plans and makes states
         for number in range(IN_A_ROW):
             case.step(number)
@@ -174,14 +218,11 @@ def measure(name: str, count: int, in_groups: bool, clip: bool, rounds: int) -> 
     return made
 
 
-def rows_of(
-    name: str, count: int, in_groups: bool, clip: bool, made: dict[str, Case], note: str
-) -> Iterator[history.Row]:
+def rows_of(name: str, model: Model, clip: bool, made: dict[str, Case], note: str) -> Iterator[history.Row]:
     for label, case in made.items():
         for part, times in (("host", case.later), ("host, caches cold", case.first)):
             yield history.Row(
-                **surroundings(torch.device("cpu")), part=part, model=f"{count} {'groups' if in_groups else 'tensors'}",
-                tensors=count, optimizer=name,
+                **surroundings(torch.device("cpu")), part=part, model=str(model), tensors=model.count, optimizer=name,
                 dtype="float32", clip=clip, implementation=label, host_us=round(statistics.median(times), 1),
                 rounds=len(case.first), note=note,
             )  # fmt: skip
@@ -191,6 +232,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--counts", nargs="+", type=int, default=[300, 1000], help="numbers of parameters")
     parser.add_argument("--groups", nargs="*", type=int, default=[465], help="numbers of groups of one tensor each")
+    parser.add_argument("--dtensors", nargs="*", type=int, default=[1000], help="numbers of distributed parameters")
     parser.add_argument("--optimizers", nargs="+", choices=sorted(fusedopt.registry), default=sorted(fusedopt.registry))
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--save", action="store_true", help="append rows to history.csv")
@@ -199,17 +241,18 @@ def main() -> None:
     torch.set_num_threads(1)
     driver.set_active(NoGPU())
     backends._device_problem = lambda device, requested: None  # CPU tensors are taken for those of the GPU
-    print(f"{'optimizer':10} {'model':12}  clip  budget" + "".join(f"{k:>17}" for k in IMPLEMENTATIONS))
-    models = [(count, False) for count in options.counts] + [(count, True) for count in options.groups]
+    print(f"{'optimizer':10} {'model':13}  clip  budget" + "".join(f"{k:>17}" for k in IMPLEMENTATIONS))
+    counts = {"tensors": options.counts, "groups": options.groups, "DTensors": options.dtensors}
+    models = [Model(count, kind) for kind, numbers in counts.items() for count in numbers]
     for name in options.optimizers:
-        for count, in_groups in models:
+        for model in models:
             for clip in (False, True):
-                made = measure(name, count, in_groups, clip, options.rounds)
+                made = measure(name, model, clip, options.rounds)
                 times = "".join(f"{made[k].text() if k in made else '-':>17}" for k in IMPLEMENTATIONS)
-                what = f"{name:10} {count:5} {'groups ' if in_groups else 'tensors'}  {'yes' if clip else 'no':4}"
-                print(f"{what}  {'' if in_groups else BUDGET.get(count, ''):>5}{times}", flush=True)
+                what = f"{name:10} {model!s:13}  {'yes' if clip else 'no':4}"
+                print(f"{what}  {BUDGET.get(str(model), ''):>5}{times}", flush=True)
                 if options.save:
-                    history.append(rows_of(name, count, in_groups, clip, made, options.note))
+                    history.append(rows_of(name, model, clip, made, options.note))
 
 
 if __name__ == "__main__":

@@ -13,19 +13,21 @@ from fusedopt import backends
 
 @pytest.mark.skipif(backends.triton_problem() is not None, reason="measures the Triton backend")
 def test_every_case_is_measured(tmp_path):
-    options = ["--optimizers", "SGD", "--counts", "20", "--groups", "40", "--rounds", "2"]
+    options = ["--optimizers", "SGD", "--counts", "20", "--groups", "40", "--dtensors", "8", "--rounds", "2"]
     lines, _ = saved(tmp_path, "host.py", *options)
-    cases = [["SGD", *model.split(), clip] for model in ("20 tensors", "40 groups") for clip in ("no", "yes")]
+    cases = [
+        ["SGD", *model.split(), clip] for model in ("20 tensors", "40 groups", "8 DTensors") for clip in ("no", "yes")
+    ]
     assert [line.split()[:4] for line in lines[1:]] == cases
     rows, _ = history.read(tmp_path / "history.csv")
-    assert [row.clip for row in rows] == 2 * (8 * [False] + 8 * [True])
+    assert [row.clip for row in rows] == 2 * (8 * [False] + 8 * [True]) + 4 * [False] + 4 * [True]
     # Steps in a row and the first of a row, of two of ours, and of torch's fused and foreach.
     kinds = [(part, name) for name in growth.HOSTS for part in growth.HOST]
-    assert [(row.part, row.implementation) for row in rows] == 4 * kinds
+    assert [(row.part, row.implementation) for row in rows] == 4 * kinds + 2 * kinds[:4]
     assert all(1 < row.host_us < 10_000_000 for row in rows)
     table = growth.host_table(rows).splitlines()[2:]
-    assert table[0] == "| optimizer | clipping | 20 tensors | 40 groups |"
-    assert [line.count(" (") for line in table[2:]] == [8, 8]
+    assert table[0] == "| optimizer | clipping | 20 tensors | 40 groups | 8 DTensors |"
+    assert [line.count(" (") for line in table[2:]] == [10, 10]
 
 
 def saved(tmp_path, script, *options):
