@@ -19,6 +19,7 @@ from .groups import get_params
 from .metrics import Metrics, Tracker
 from .places import Place
 from .plan import Plan, without_collection
+from .refresh import Captured, captured
 from .roster import Roster
 from .settings import CLIP
 from .shards import any_distributed, local_grads
@@ -40,7 +41,7 @@ class Engine:
         self.executors: list[Any] = []
         self.judge = clipping.judge
         self.prefers_one_launch = False
-        self.captured: list[Any] = []
+        self.captured: list[Captured] = []
         """What CUDA graphs go on using."""
         self.began = False
         """Whether a step was taken."""
@@ -190,7 +191,7 @@ class Engine:
     def _run(self, optimizer: Any, grads: list[Tensor | None]) -> None:
         captures = self.plan.may_be_captured and capture.check(optimizer, self.plan)
         if captures:
-            self.captured.append((self.plan, self.executors))
+            self.captured.append(captured(self, optimizer))
         terms, reduction = clipping.terms(optimizer, self.scaling), self.plan.reduction
         update = StepNumbers(optimizer)
 

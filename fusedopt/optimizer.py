@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import appearance, checkpoints, conversion, ema, storage
+from . import appearance, checkpoints, conversion, ema, refresh, storage
 from .arguments import check_nonnegative
 from .ema import EmaParameters
 from .engine import Engine
@@ -257,6 +257,17 @@ class FusedOptimizer(Formula, torch.optim.Optimizer):
                 f"({float(norm)}), so it cannot be clipped; leave error_if_nonfinite out to scale by it anyway"
             )
         return norm
+
+    def refresh(self) -> None:
+        """Tell the CUDA graphs that hold steps of this optimizer what its options are now. A learning rate that is a
+        tensor on the GPU is read by every replay; numbers, among them a learning rate, are as they were at the capture
+        until this is called. Waits for the GPU. Without graphs nothing is frozen, and nothing happens.
+
+        Raises:
+            RuntimeError: before anything is changed, where a graph holds more of an option than numbers: with
+                ``capturable=True`` what bias corrections are made of, a formula, a clip norm. Capture again then.
+        """
+        refresh.refresh(self, self._engine.captured)
 
     def ema_parameters(self) -> EmaParameters:
         """The parameters' moving averages, if ``ema_decay`` is set: a list of tensors that later steps move on, and

@@ -7,18 +7,19 @@ which a CUDA graph can hold. There is a row per parameter: its count is its own,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from . import upload
+from . import refresh, upload
 from .buckets import Bucket
 from .cohorts import Cohort
 from .columns import is_column
 from .options import ASIDE, Options
+from .refresh import FrozenClass
 from .rule import Update
 from .triton_rows import Chains, Rows, structure
 from .upload import Upload
@@ -65,6 +66,8 @@ class Columns:
         """The step counts and scalars that the latest step began with."""
         self.evaluated: list[tuple[Class, Cohort]] = []
         """The classes and their part of these."""
+        self.graphs: list[tuple[Chains, list[FrozenClass]]] = []
+        """What CUDA graphs hold."""
 
     def write(self, update: Callable[[Cohort], Update], variants: int = 1) -> Chains:
         """Make the rows of the next step, of which there is one variant: the device knows which steps were skipped."""
@@ -80,7 +83,24 @@ class Columns:
             blocks.append(self._block(one, values))
         table = blocks[0] if len(blocks) == 1 else torch.cat(blocks).index_select(0, self.order)
         self.table = table.to(self.dtype)
+        if upload.capturing(self.bucket.device):
+            self.graphs.append((chains, [self._frozen(one) for one in self.classes]))
         return chains
+
+    def of_graphs(self, optimizer: Any) -> Iterator[tuple[Tensor, np.ndarray]]:
+        """The host's memory of numbers that CUDA graphs hold, and what belongs there now. RuntimeError where that is
+        not all that has changed."""
+        for chains, classes in self.graphs:
+            refresh.check_rule(optimizer, self.bucket.rule, [group for one in classes for group in one.groups])
+            found = [one.updates(optimizer, chains.columns) for one in classes]
+            refresh.check_stages(chains, self.view([structure(u) for u, _ in found]))
+            for _, told in found:
+                yield from told
+
+    def _frozen(self, one: Class) -> FrozenClass:
+        """What the graph that is being captured holds of a class: the host's memory, latest in its tables."""
+        is_live = "lr" not in one.groups[0] or is_column(self._option(one.groups[0]["lr"]))
+        return FrozenClass.of(one.groups, None if is_live else one.rates.frozen[-1][1], one.constants.frozen[-1][1])
 
     def look(self) -> None:
         """Take what the formulas need as it is now."""
@@ -149,10 +169,11 @@ class Columns:
 
     def _rate(self, one: Class) -> Any:
         rates = [self._option(group["lr"]) for group in one.groups]
-        if all(rate is rates[0] or (isinstance(rate, float) and rate == rates[0]) for rate in rates):
-            return rates[0]
         if is_column(rates[0]):
-            return torch.cat(rates).index_select(0, one.of_groups)
+            return rates[0] if len(rates) == 1 else torch.cat(rates).index_select(0, one.of_groups)
+        # For graphs always a column, from memory that refresh() can fill again.
+        if not upload.capturing(self.bucket.device) and all(rate == rates[0] for rate in rates):
+            return rates[0]
         values = np.array(rates, dtype=np.float64)[:, None]
         one.rates.tell(values)
         return one.rates.device_copy.index_select(0, one.of_groups)

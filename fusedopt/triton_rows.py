@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from operator import or_
 from typing import Any, NamedTuple
 
@@ -11,8 +11,9 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
+from . import refresh
 from .buckets import Bucket
-from .cohorts import Cohort
+from .cohorts import Cohort, StepNumbers
 from .kernels import stages
 from .options import Options, Shared
 from .rule import Stage, Update
@@ -58,6 +59,8 @@ class Rows:
         self.upload = Upload(bucket.device)
         self.chains: dict[tuple, Chains] = {}
         self.options = Options([cohort.group for cohort in bucket.cohorts])
+        self.graphs: list[tuple[Chains, int, Tensor]] = []
+        """What CUDA graphs hold: which chains, how many variants, and the host's memory of the rows."""
         self.joins = len(bucket.cohorts) >= SHARED and not bucket.rule.scalars
         """Whether one evaluation may serve several cohorts."""
 
@@ -74,7 +77,18 @@ class Rows:
             written = self._by_cohort(update, variants)
         chains, rows = written
         self.upload.send(rows.astype(self.dtype))
+        if self.upload.is_frozen:
+            self.graphs.append((chains, variants, self.upload.frozen[-1][1]))
         return chains
+
+    def of_graphs(self, optimizer: Any) -> Iterator[tuple[Tensor, np.ndarray]]:
+        """The host's memory of rows that CUDA graphs hold, and what belongs there now. RuntimeError where rows cannot
+        say it."""
+        for chains, variants, memory in self.graphs:
+            refresh.check_rule(optimizer, self.bucket.rule, [cohort.group for cohort in self.bucket.cohorts])
+            found, rows = self._by_cohort(StepNumbers(optimizer), variants)
+            refresh.check_stages(chains, found)
+            yield memory, rows.astype(self.dtype)
 
     def _by_cohort(self, update: Callable[..., Update], variants: int) -> tuple[Chains, np.ndarray]:
         numbered = [(cohort, skipped) for cohort in self.bucket.cohorts for skipped in range(variants)]

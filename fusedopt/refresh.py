@@ -1,0 +1,142 @@
+"""``optimizer.refresh()``: CUDA graphs are told of options that have changed since they were captured.
+
+A replay sends the numbers of its step to the GPU once more, from memory on the host that was filled at the capture.
+Here that memory is filled again. What the device computes from its own step counts, such as bias corrections, is part
+of the graph's operations: an option that goes into these cannot change without another capture.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .cohorts import Cohort, StepNumbers
+from .options import ASIDE, Options
+from .rule import Rule, Update
+
+AGAIN = "; undo it, or capture the graph again"
+IN_ROWS = {"max_grad_value"}
+"""Settings that are numbers of a row. Others are arguments of the kernels, or decide which there are."""
+COUNTS = (1.0, 2.0, 10.0, 1000.0)
+"""Step counts at which formulas are compared."""
+
+
+class Captured(NamedTuple):
+    """What one CUDA graph goes on using."""
+
+    plan: Any
+    executors: Sequence[Any]
+    settings: Any
+    """A copy, as they were."""
+
+
+def captured(engine: Any, optimizer: Any) -> Captured:
+    return Captured(engine.plan, engine.executors, copy.copy(optimizer._settings))
+
+
+def refresh(optimizer: Any, graphs: Sequence[Captured]) -> None:
+    """Fill the memory of these graphs with what the groups say now; RuntimeError, and no change, where that is not
+    all."""
+    told: list[tuple[Tensor, np.ndarray]] = []
+    for graph in graphs:
+        _check_settings(optimizer, graph.settings)
+        for executor in graph.executors:
+            told += executor.rows.of_graphs(optimizer)
+    for device in {device for graph in graphs for device in graph.plan.devices if device.type == "cuda"}:
+        torch.cuda.synchronize(device)  # replays that were launched may not have read it yet
+    for memory, values in told:
+        memory.copy_(torch.from_numpy(values))
+
+
+def _check_settings(optimizer: Any, before: Any) -> None:
+    for name in before.fields().keys() - IN_ROWS:
+        old, new = getattr(before, name), getattr(optimizer._settings, name)
+        if old != new:
+            raise RuntimeError(f"{name} was {old!r} when a CUDA graph was captured, and is {new!r}{AGAIN}")
+
+
+def check_rule(optimizer: Any, rule: Rule, groups: Sequence[dict[str, Any]]) -> None:
+    if any(optimizer.rule(group) is not rule for group in groups):
+        raise RuntimeError(f"options ask for another formula than {rule.name!r}, which a CUDA graph has{AGAIN}")
+
+
+def check_stages(before: Any, now: Any) -> None:
+    """Whether the kernel that was made for the numbers before serves those of now."""
+    if before is not now:
+        raise RuntimeError(
+            "options that were 0, or had no effect, when a CUDA graph was captured have one now, or the other way "
+            f"round, and its kernel is made for what there was{AGAIN}"
+        )
+
+
+class FrozenClass(NamedTuple):
+    """What a graph holds of groups with the same options, where the device counts: see triton_columns.py."""
+
+    groups: list[dict[str, Any]]
+    options: dict[str, Any]
+    """Those of all of them, at the capture."""
+    live: list[Tensor] | None
+    """Their learning rates, where these are tensors that replays read."""
+    rates: Tensor | None
+    """Otherwise the host's memory of them."""
+    constants: Tensor
+    """The host's memory of what the device does not compute."""
+
+    @classmethod
+    def of(cls, groups: list[dict[str, Any]], rates: Tensor | None, constants: Tensor) -> FrozenClass:
+        live = None if rates is not None or "lr" not in groups[0] else [group["lr"] for group in groups]
+        return cls(groups, _options(groups[0]), live, rates, constants)
+
+    def updates(self, optimizer: Any, columns: Callable[[Update], list]) -> tuple[Update, list]:
+        """The update as it is now, and what is to be written."""
+        rates = [group.get("lr") for group in self.groups]
+        if self.live is not None and any(a is not b for a, b in zip(rates, self.live)):
+            raise RuntimeError(f"a learning rate is not the tensor that a CUDA graph reads: write into that{AGAIN}")
+        if set(Options(self.groups).first_alike()) != {0}:
+            raise RuntimeError(f"groups had the same options when a CUDA graph was captured, and differ now{AGAIN}")
+        (_, before), (update, after) = (
+            _evaluated(optimizer, options, columns) for options in (self.options, _options(self.groups[0]))
+        )
+        for old, new in zip(before, after, strict=True):
+            if isinstance(old, Tensor) != isinstance(new, Tensor) or (isinstance(old, Tensor) and not _same(old, new)):
+                changed = [key for key, x in _options(self.groups[0]).items() if x != self.options.get(key)]
+                raise RuntimeError(
+                    f"{', '.join(changed)} changed, and goes into what a CUDA graph computes from its own step counts "
+                    f"(capturable=True){AGAIN}"
+                )
+        width = self.constants.shape[1]
+        known = [0.0 if isinstance(x, Tensor) else x for x in after[:width]]
+        found = [(self.constants, np.array([known + [0.0] * (width - len(known))]))]
+        if self.rates is not None:
+            found.append((self.rates, np.array(list(map(float, rates)))[:, None]))
+        return update, found
+
+
+def _options(group: dict[str, Any]) -> dict[str, Any]:
+    return {key: _on_host(value) for key, value in group.items() if key not in ASIDE}
+
+
+def _on_host(value: Any) -> Any:
+    if isinstance(value, (tuple, list)):
+        return tuple(map(_on_host, value))
+    return float(value) if isinstance(value, Tensor) and value.numel() == 1 else value
+
+
+def _evaluated(optimizer: Any, options: dict[str, Any], columns: Callable[[Update], list]) -> tuple[Update, list]:
+    """A step's numbers at some counts and one learning rate, as a capture sees them: those that the device computes
+    as columns. Behind a row's the scalars that come after it."""
+    t = torch.tensor(COUNTS, dtype=torch.float64, device="cpu").unsqueeze(1)
+    group = {**options, "lr": torch.full_like(t, 0.1)}
+    scalars = tuple(x.double().expand_as(t) for x in optimizer.initial_scalars({**options, "lr": 0.1}))
+    update = StepNumbers(optimizer)(Cohort(0, group, t - 1, scalars))
+    later = optimizer.next_scalars(group, t, *scalars) if scalars else ()
+    return update, [*columns(update), *later]
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return torch.allclose(a, b, rtol=0, atol=0, equal_nan=True)
