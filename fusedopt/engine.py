@@ -111,10 +111,11 @@ class Engine:
 
     def _with_gradients(self, optimizer: Any, act: Callable[[Any, list[Tensor | None]], None]) -> bool:
         """Do something with the gradients of this step, or return False if there are none."""
-        params = list(chain.from_iterable(map(get_params, optimizer.param_groups)))
+        known = self.plan is not None and self.plan.knows(optimizer)
+        params = self.plan.params if known else list(chain.from_iterable(map(get_params, optimizer.param_groups)))
         grads = list(map(get_grad, params))
         parts = local_grads(params, grads) if self.distributed else grads
-        if self.plan is None or not self.plan.holds(optimizer, parts):
+        if not known or not self.plan.holds(parts):
             if not self.distributed and any_distributed(params):
                 self.distributed = True
                 parts = local_grads(params, grads)

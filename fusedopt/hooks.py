@@ -33,9 +33,9 @@ def profile_hook_step(func: Callable[..., Any]) -> Callable[..., Any]:
             return hooked(*args, **kwargs)
         result = func(*args, **kwargs)
         self._optimizer_step_code()
-        # The closure may have registered some.
-        for hook in chain(self._optimizer_step_post_hooks.values(), _global_optimizer_post_hooks.values()):
-            hook(self, args, kwargs)
+        if self._optimizer_step_post_hooks or _global_optimizer_post_hooks:  # that the closure has registered
+            for hook in chain(self._optimizer_step_post_hooks.values(), _global_optimizer_post_hooks.values()):
+                hook(self, args, kwargs)
         return result
 
     return wrapper

@@ -124,8 +124,17 @@ class Plan:
         plan._note_buckets()
         return plan
 
-    def holds(self, optimizer: Any, grads: list[Tensor | None]) -> bool:
-        """Whether the same plan serves this step. Runs at every step (``bench/scale.py`` says how long).
+    def knows(self, optimizer: Any) -> bool:
+        """Whether settings, groups, parameters and states are those that it was made of. Runs at every step, as
+        ``holds`` does after it."""
+        groups, states = optimizer.param_groups, list(optimizer.state.values())
+        return optimizer._settings.layout == self.settings and (
+            (same_tensors((groups, states), (self.groups.latest, self.contents)) and same(groups, self.groups.groups))
+            or (self.groups.hold(optimizer) and self._states_hold(states))
+        )
+
+    def holds(self, grads: list[Tensor | None]) -> bool:
+        """Whether the same plan serves this step, if it knows the optimizer. ``bench/scale.py`` says how long it takes.
 
         Each check is one pass in C over cached lists, and none makes an object per tensor, of which the garbage
         collector would take notice. What they leave out is noticed otherwise: gradients of other shapes but equal
@@ -142,9 +151,6 @@ class Plan:
         self.lasts -= 1
         return (
             self.lasts >= 0
-            and optimizer._settings.layout == self.settings
-            and self.groups.hold(optimizer)
-            and self._states_hold(list(optimizer.state.values()))
             and list(map(Tensor.data_ptr, self.pinned)) == self.addresses
             and (self.param_layouts.hold(active) or self._layouts_hold())
             and (self.as_planned or self._sizes_hold(active_grads))

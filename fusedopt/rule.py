@@ -89,7 +89,7 @@ FOREVER = torch.tensor(2.0**100, device="cpu")
 
 def step_tensors(t: int, params: Sequence[Tensor]) -> list[Tensor]:
     """The step count as torch's fused kernels take it: one per parameter, here the same for all."""
-    return [torch.tensor(float(t), device="cpu")] * len(params)
+    return [torch.full((), float(t), device="cpu")] * len(params)
 
 
 class Stage(NamedTuple):

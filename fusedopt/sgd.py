@@ -66,7 +66,7 @@ def fused(params, grads, states, t, group, scale):
     if not states and group["weight_decay"] == 0:
         # The gradient occurs once: scaled through lr, it need not be written.
         lr, scale = lr / (1 if scale is None else scale.item()), None
-        if len(params) < MANY or torch.get_num_threads() > 1 or not _small(params):
+        if len(params) == 1 or torch.get_num_threads() > 1 or not _small(params):
             # One addition: torch's plain call is the faster one, and for one tensor the plainest.
             alpha = lr if group["maximize"] else -lr
             if len(params) == 1:
@@ -84,12 +84,14 @@ def fused(params, grads, states, t, group, scale):
 
 def _small(params):
     # Looking at every one of them would take a tenth of the step; an odd stride sees weights and biases in turn.
+    if len(params) < MANY:
+        return params[0].numel() < SMALL
     some = params[:: len(params) // MANY | 1]
     return sum(map(torch.Tensor.numel, some)) < SMALL * len(some)
 
 
 MANY, SMALL = 8, 32768
-"""From this number of tensors, and below this average of elements, the fused kernel is faster on one thread."""
+"""Below this average of elements the fused kernel is faster on one thread; of fewer tensors only the first is asked."""
 
 
 def fused_average(params, grads, states, t, group, scale):
