@@ -94,7 +94,9 @@ def bandwidth(rows: list[Row]) -> plt.Figure | None:
 
 def host_time(rows: list[Row]) -> plt.Figure | None:
     """Host time of one AdamW step against the number of tensors."""
-    found = [row for row in rows if row.optimizer == "AdamW" and row.host_us is not None and "groups" not in row.model]
+    others = "groups", "DTensors"
+    found = [row for row in rows if row.optimizer == "AdamW" and row.host_us is not None]
+    found = [row for row in found if not any(kind in row.model for kind in others)]
     if not found:
         return None
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.5), sharey=True, layout="constrained")
