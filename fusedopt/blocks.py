@@ -13,6 +13,15 @@ from torch import Tensor
 BLOCK = 1 << 18
 """Elements whose parameter, gradient, states and copies fit the last cache; smaller blocks cost more calls."""
 
+GRAIN = 1 << 15
+"""Elements that torch gives a thread at least (at::internal::GRAIN_SIZE): a block of fewer leaves threads idle, each of
+which has a cache of its own."""
+
+
+def for_threads(block: int) -> int:
+    """Elements per block, if ``block`` is what suits few threads."""
+    return max(block, GRAIN * torch.get_num_threads())
+
 
 def is_plain(group: dict[str, Any], scale: Tensor | None) -> bool:
     """Whether the gradient goes into the rule as it is."""
@@ -28,9 +37,10 @@ def blocks(
     weight_decay = float(group["weight_decay"])
     factor = (-1 if group["maximize"] else 1) / (1 if scale is None else scale.item())
     copies = not is_plain(group, None)
+    block = for_threads(BLOCK)
     for tensors in zip(params, grads, *states):
         size = tensors[0].numel()
-        parts = zip(*(x.as_strided((size,), (1,)).split(BLOCK) for x in tensors)) if size > BLOCK else (tensors,)
+        parts = zip(*(x.as_strided((size,), (1,)).split(block) for x in tensors)) if size > block else (tensors,)
         for p, g, *state in parts:
             if copies:
                 g = torch.mul(g, factor, out=scratch("gradient", p))

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from . import means, units
+from .blocks import for_threads
 from .buckets import Bucket, Member
 from .clipping import Skips, Verdict
 from .cohorts import Cohort, StepNumbers, alike
@@ -64,7 +65,8 @@ class Executor:
         dtypes = {form.parts[0].dtype for _, form in bucket.stored.roles}
         self.compute_dtype = torch.promote_types(bucket.dtype, torch.float32)
         self.computes_in_place = dtypes | {bucket.dtype} == {self.compute_dtype}
-        self.block = BLOCK if bucket.device.type == "cpu" else max(m.param.numel() for m in bucket.members) or 1
+        largest = max(m.param.numel() for m in bucket.members) or 1
+        self.block = for_threads(BLOCK) if bucket.device.type == "cpu" else largest
         cohorts = alike(bucket.cohorts)
         members = [[m for cohort in some for m in cohort.members] for some in cohorts]
         ways = [find_ways(bucket, some, settings) for some in members]

@@ -20,6 +20,7 @@ from oracles import oracle_class
 from pairs import Pair
 
 import fusedopt
+from fusedopt.blocks import for_threads
 
 pytestmark = interpreter_noise
 
@@ -90,6 +91,13 @@ def test_large_parameters_equal_torch(name, options, threads, clip, device):
         pair.check()
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(("threads", "block"), [(1, 2**17), (4, 2**17), (16, 2**19), (96, 96 * 2**15)])
+def test_blocks_leave_no_thread_idle(threads, block, monkeypatch):
+    """torch gives each thread 32768 elements."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    assert for_threads(2**17) == block
 
 
 @every_option

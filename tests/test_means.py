@@ -250,7 +250,7 @@ def test_tensors_of_several_blocks(dtype, storage, monkeypatch):
     of a count, hence exact.)"""
     ends = []
     for block in (1024, 2**20):
-        monkeypatch.setattr(torch_backend, "BLOCK", block)
+        monkeypatch.setattr(torch_backend, "for_threads", lambda usual, block=block: block)
         (p,) = params = parameters([5000], "cpu", dtype)
         made = fusedopt.AdamW(params, lr=0.1, cautious=True, backend="torch", **storage)
         for t in range(3):
