@@ -76,13 +76,13 @@ def means_of_terms(
         vectors = tl.multiple_of(tl.where(is_aligned, valid & -GRANULE, 0), GRANULE)
         if vectors > 0:
             span = whole_span(start, vectors, GRANULE, BLOCK)
-            u, p, g, state, raw = direction(t, span, numbers, factor, units, forms, on_grad, RULE, COMPUTE)
+            u, p, g, state, _ = direction(t, span, numbers, factor, units, forms, on_grad, (), RULE, COMPUTE)
             sums = added(sums, terms, u, p, g, state, arguments, span.mask, VECTOR)
         if vectors < valid:
             loose = ADDRESS(record, roles, False)
             for at in tl.range(vectors, valid, SMALL):
                 span = span_of(start + at, valid - at, SMALL)
-                u, p, g, state, raw = direction(loose, span, numbers, factor, units, forms, on_grad, RULE, COMPUTE)
+                u, p, g, state, _ = direction(loose, span, numbers, factor, units, forms, on_grad, (), RULE, COMPUTE)
                 rest = added(rest, terms, u, p, g, state, arguments, span.mask, 1)
     for k in tl.static_range(len(terms)):
         tl.store(partials + program * len(terms) + k, tl.sum(sums[k]) + tl.sum(rest[k]))

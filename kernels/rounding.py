@@ -74,7 +74,7 @@ def read(pointer, span):
 
 @triton.jit
 def widened(x, COMPUTE: tl.constexpr):
-    """x in a dtype of arithmetic. For what is soon used up: ptxas widens early, and each takes a register then."""
+    """x in a dtype of arithmetic."""
     if x.dtype == tl.bfloat16:
         # The upper half of float32's bits. For two neighbours in one register the plain conversion takes three
         # instructions on NVIDIA, this two.
@@ -86,7 +86,9 @@ def widened(x, COMPUTE: tl.constexpr):
 
 @triton.jit
 def write(pointer, span, x):
-    tl.store(pointer + (span.first + span.lanes), x, mask=span.mask, eviction_policy="evict_first")
+    # On NVIDIA evict_first too, but without the policy that Triton 3.6 forms again for each.
+    STREAMING: tl.constexpr = "" if is_hip() else ".cs"
+    tl.store(pointer + (span.first + span.lanes), x, mask=span.mask, cache_modifier=STREAMING)
 
 
 @triton.jit
@@ -103,7 +105,7 @@ def zero(pointer, span):
 
 @triton.jit
 def load_nearest(parts, span, COMPUTE: tl.constexpr):
-    return read(parts[0], span).to(COMPUTE)
+    return widened(read(parts[0], span), COMPUTE)
 
 
 @triton.jit

@@ -65,7 +65,7 @@ def arguments_of(chain, row):
 
 @triton.jit
 def loaded(numbers):
-    return tl.tuple([tl.load(x) if x.dtype.is_ptr() else x for x in numbers])
+    return tl.tuple([tl.load(x) for x in numbers])
 
 
 @triton.jit

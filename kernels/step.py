@@ -10,19 +10,20 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from .address import DRAW, IS_ALIGNED, ROW, at, tile_at
+from .address import DRAW, IS_ALIGNED, ROW, tile_at
 from .norm import FACTOR, NONFINITE, SKIPPED
 from .philox import Draw
 from .rounding import read, span_of, whole_span, widened
 from .stages import arguments_of, columns, loaded, through, through_with_means
-from .tally import added
+from .tally import with_gradient, with_step
 from .units import of_tensor, scaled
 
 
 class Numbers(NamedTuple):
-    """Those of a row, by who needs them."""
+    """Where those of a row stand, by who needs them: each is loaded where it is used, or it would take a register for
+    long."""
 
-    lr: object  # where it stands: loaded where it is used, or it would take a register for long
+    lr: object
     h: tuple
     on_grad: tuple  # the arguments of each stage
     on_update: tuple
@@ -116,21 +117,17 @@ def update_tiles(
         draw = Draw(seed, tl.load(row + WIDTH - 1).to(tl.int32), tl.load(record + DRAW))
     if ONE:
         sums = update_tile(
-            record, start, length, row, None, means, factor, units, draw, roles, forms, h, on_grad, on_update, averages,
+            record, start, length, row, means, factor, units, draw, roles, forms, h, on_grad, on_update, averages,
             sums, RULE, ADDRESS, COMPUTE, GRANULE, BLOCK, LANES,
         )  # fmt: skip
     else:
-        # No compiler takes loads out of a loop that stores. Where threads take fewer than eight elements, these loads
-        # cost less than the registers; those of addresses always do.
-        numbers = None
-        if at(record, roles.grad, True).dtype.element_ty.primitive_bitwidth == 16:
-            numbers = all_loaded(numbers_of(row, h, on_grad, on_update, averages))
+        # Addresses and the row's numbers are loaded again for each tile, which costs less than the registers.
         while length > 0:
             first = (length - 1) & -BLOCK
             at_tile = tl.multiple_of(start + first, BLOCK)
             sums = update_tile(
-                record, at_tile, length - first, row, numbers, means, factor, units, draw, roles, forms, h, on_grad,
-                on_update, averages, sums, RULE, ADDRESS, COMPUTE, GRANULE, BLOCK, LANES,
+                record, at_tile, length - first, row, means, factor, units, draw, roles, forms, h, on_grad, on_update,
+                averages, sums, RULE, ADDRESS, COMPUTE, GRANULE, BLOCK, LANES,
             )  # fmt: skip
             length = first
     return sums
@@ -138,11 +135,11 @@ def update_tiles(
 
 @triton.jit
 def update_tile(
-    record, start, valid, row, numbers, means, factor, units, draw, roles, forms, h, on_grad, on_update, averages, sums,
+    record, start, valid, row, means, factor, units, draw, roles, forms, h, on_grad, on_update, averages, sums,
     RULE: tl.constexpr, ADDRESS: tl.constexpr, COMPUTE: tl.constexpr, GRANULE: tl.constexpr,
     BLOCK: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """``valid`` elements. ``numbers`` are the row's; None if they are wanted here only."""
+    """``valid`` elements."""
     # Only whole groups of GRANULE elements of aligned tensors can be loaded as vectors: a mask at an
     # arbitrary element, or an address that is no multiple of 16 bytes, would make every load scalar.
     # The rest goes one element per thread, which at least keeps neighbours together.
@@ -152,17 +149,18 @@ def update_tile(
     aligned = ADDRESS(record, roles, True)
     # The rest first: what else it needs does not have to be kept while the vectors take the registers.
     if vectors < valid:
-        tensors, own = ADDRESS(record, roles, False), numbers_of(row, h, on_grad, on_update, averages)
+        tensors, numbers = ADDRESS(record, roles, False), numbers_of(row, h, on_grad, on_update, averages)
         SMALL: tl.constexpr = max(max(BLOCK // 8, LANES), GRANULE)
         for first in tl.range(vectors, valid, SMALL):
             span = span_of(start + first, valid - first, SMALL)
             sums = update(
-                tensors, span, own, factor, units, means, draw, forms, on_grad, on_update, sums, RULE, COMPUTE
+                tensors, span, numbers, factor, units, means, draw, forms, on_grad, on_update, sums, RULE, COMPUTE
             )
     if vectors > 0:
-        own = numbers_of(row, h, on_grad, on_update, averages) if numbers is None else numbers
-        span = whole_span(start, vectors, GRANULE, BLOCK)
-        sums = update(aligned, span, own, factor, units, means, draw, forms, on_grad, on_update, sums, RULE, COMPUTE)
+        numbers, span = numbers_of(row, h, on_grad, on_update, averages), whole_span(start, vectors, GRANULE, BLOCK)
+        sums = update(
+            aligned, span, numbers, factor, units, means, draw, forms, on_grad, on_update, sums, RULE, COMPUTE
+        )
     return sums
 
 
@@ -177,7 +175,7 @@ def look_at_tiles(
         first = (length - 1) & -BLOCK
         span = span_of(start + first, length - first, BLOCK)
         p = forms.param.load(t.param, span, COMPUTE)
-        sums = added(sums, read(t.grad, span).to(COMPUTE), tl.zeros_like(p), p, span)
+        sums = with_step(with_gradient(sums, read(t.grad, span).to(COMPUTE)), tl.zeros_like(p), p, span)
         forms.grad(t.grad, span)
         length = first
     return sums
@@ -198,20 +196,11 @@ def numbers_of(row, h, on_grad, on_update, averages):
 
 
 @triton.jit
-def all_loaded(numbers):
-    return Numbers(
-        numbers.lr,
-        loaded(numbers.h),
-        tl.tuple([loaded(arguments) for arguments in numbers.on_grad]),
-        tl.tuple([loaded(arguments) for arguments in numbers.on_update]),
-        loaded(numbers.averages),
-    )
-
-
-@triton.jit
-def direction(t, span, numbers, factor, units, forms, on_grad, RULE: tl.constexpr, COMPUTE: tl.constexpr):
-    """What the rule makes of one tile: (u, p, g, new states, g as it was read); nothing is stored."""
+def direction(t, span, numbers, factor, units, forms, on_grad, sums, RULE: tl.constexpr, COMPUTE: tl.constexpr):
+    """What the rule makes of one tile: (u, p, g, new states, sums with g's squares); nothing is stored."""
     raw = widened(read(t.grad, span), COMPUTE)
+    # Now: behind the rule, whose root and division have branches, it would have kept its registers.
+    sums = with_gradient(sums, raw)
     p = forms.param.load(t.param, span, COMPUTE)
     state = ()
     for k in tl.static_range(len(t.states)):
@@ -219,7 +208,7 @@ def direction(t, span, numbers, factor, units, forms, on_grad, RULE: tl.constexp
     g = through(on_grad, scaled(raw, factor, units, span), p, numbers.on_grad)
     u, state = RULE(g, state, loaded(numbers.h))
     tl.static_assert(len(state) == len(t.states), "a rule returns as many states as it was given")
-    return u, p, g, state, raw
+    return u, p, g, state, sums
 
 
 @triton.jit
@@ -227,7 +216,7 @@ def update(
     t, span, numbers, factor, units, means, draw, forms, on_grad, on_update, sums,
     RULE: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
-    u, p, g, state, raw = direction(t, span, numbers, factor, units, forms, on_grad, RULE, COMPUTE)
+    u, p, g, state, sums = direction(t, span, numbers, factor, units, forms, on_grad, sums, RULE, COMPUTE)
     forms.grad(t.grad, span)
     if means is None:
         u = through(on_update, u, p, numbers.on_update)
@@ -237,11 +226,12 @@ def update(
     for k in tl.static_range(len(t.states)):
         forms.states[k].store(t.states[k], span, state[k], draw, 1 + k)
     forms.param.store(t.param, span, p, draw, 0)
+    sums = with_step(sums, u, p, span)
     for k in tl.static_range(len(t.averages)):
         average = forms.averages[k].load(t.averages[k], span, COMPUTE)
         average = follow(average, p, loaded(numbers.averages)[k])
         forms.averages[k].store(t.averages[k], span, average, draw, 1 + len(t.states) + k)
-    return added(sums, raw, u, p, span)
+    return sums
 
 
 @triton.jit

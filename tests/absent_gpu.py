@@ -73,10 +73,10 @@ class NoGPU:
         return [kernel for fn in KERNELS for kernel in fn.device_caches[self.device][0].values()]
 
 
-def per_thread(kernel):
-    """Elements of a tile for each thread."""
-    tile = kernel.src.constants[(kernel.src.fn.arg_names.index("BLOCK"),)]
-    return tile / (kernel.metadata.num_warps * kernel.metadata.target.warp_size)
+def per_thread(kernel, constant="BLOCK"):
+    """Elements of a tile for each thread; or of what else as many lanes have."""
+    lanes = kernel.src.constants[(kernel.src.fn.arg_names.index(constant),)]
+    return lanes / (kernel.metadata.num_warps * kernel.metadata.target.warp_size)
 
 
 def tiles_at_once(kernel):

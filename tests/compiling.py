@@ -16,6 +16,10 @@ OLD_TRITON = os.environ.get("FUSEDOPT_OLD_TRITON")
 NVIDIA = ["sm_75", "sm_80", "sm_90", "sm_100"]
 TARGETS = [*NVIDIA, "gfx942"]
 
+# How NVIDIA's kernels access the elements of tensors, which are not wanted again soon; the width follows.
+LOAD = r"ld\.global\..*evict_first.*"
+STORE = r"st\.global\.cs"
+
 MOST = 8
 """Processes at a time: each takes seconds, and half a gigabyte, before it compiles anything."""
 

@@ -11,7 +11,7 @@ import subprocess
 import sys
 
 import pytest
-from compiling import NVIDIA, TARGETS, TRITONS, compiled, count
+from compiling import LOAD, NVIDIA, STORE, TARGETS, TRITONS, compiled, count
 from rule_cases import ADDRESSES, AT_ONCE, CASES, WITH_MEANS, compiled_rules, declared_rules
 
 # For float64 and mixed dtypes one GPU of each make will do: what differs between GPUs, the others show.
@@ -100,10 +100,9 @@ def test_memory_is_accessed_16_bytes_at_a_time(target, report):
         loads, stores = (2 * states, 2 * states) if mixed else (states + 2, states + 1)
         if target in NVIDIA:
             wide = "v2.b64" if kernel["dtype"] == "float64" else "v4.b32"
-            load, store = (rf"{op}\.global\..*evict_first.*\.{wide}" for op in ("ld", "st"))
-            half = r"{}\.global\..*evict_first.*\.v2\.b32"
-            assert count(kernel, half.format("ld")) == 4 * mixed, label(kernel)
-            assert count(kernel, half.format("st")) == 2 * mixed, label(kernel)
+            load, store = rf"{LOAD}\.{wide}", rf"{STORE}\.{wide}"
+            assert count(kernel, rf"{LOAD}\.v2\.b32") == 4 * mixed, label(kernel)
+            assert count(kernel, rf"{STORE}\.v2\.b32") == 2 * mixed, label(kernel)
             assert count(kernel, load) == loads, label(kernel)
         else:
             load, store = (rf"(global|buffer)_{op}_dwordx4" for op in ("load", "store"))
@@ -139,9 +138,14 @@ def test_steps_exchange_nothing_between_threads(target, report):
 
 @pytest.mark.parametrize("target", NVIDIA)
 def test_arithmetic_is_ieee(target, report):
-    """Division and root correctly rounded, no fused multiply-add: what the interpreter computes, bit for bit."""
+    """Division and root correctly rounded, no fused multiply-add but in the sums of norms: what the interpreter
+    computes, bit for bit."""
     for kernel in report[target]:
-        assert count(kernel, r"div\.full.*|.*\.approx.*|fma.*|mad\..*f(32|64)|.*\.ftz.*") == 0, label(kernel)
+        assert count(kernel, r"div\.full.*|.*\.approx.*|mad\..*f(32|64)|.*\.ftz.*") == 0, label(kernel)
+        fused = count(kernel, "fma.*") + count(kernel, r"fma\.rn\.f32x2")
+        # A thread's elements to three sums, or to two where the step is skipped; of the rest as many as it has sums.
+        expected = 5 * kernel["per_thread"] + 3 * kernel["sums_per_thread"] if "per_thread" in kernel else 0
+        assert fused == expected, label(kernel)
     rootless = ("step_sgd", "step_momentum", "step_adamax", "step_asgd", "step_rprop", "step_lion")
     for kernel in steps(report, target):
         if not kernel["name"].startswith(rootless):
@@ -200,8 +204,8 @@ def test_cooperative_kernel(target, report):
             assert count(kernel, r"ld\.global\.cg\.v2\.b64") >= 1, label(kernel)
             wide = "v2.b64" if kernel["dtype"] == "float64" else "v4.b32"
             assert count(kernel, rf"ld\.global\.{wide}") >= 1, label(kernel)
-            assert count(kernel, rf"ld\.global\..*evict_first.*\.{wide}") == states + 2 * (not mixed), label(kernel)
-            assert count(kernel, rf"st\.global\..*evict_first.*\.{wide}") == states + (not mixed), label(kernel)
+            assert count(kernel, rf"{LOAD}\.{wide}") == states + 2 * (not mixed), label(kernel)
+            assert count(kernel, rf"{STORE}\.{wide}") == states + (not mixed), label(kernel)
         else:
             # Write back before arriving, invalidate behind every look.
             assert count(kernel, "buffer_wbl2") == count(kernel, "global_atomic_add") == 1, label(kernel)
@@ -220,7 +224,7 @@ def test_means_kernel(target, report):
         loads = 2 * states if kernel["dtype"] == "mixed" else states + 1
         if target in NVIDIA:
             wide = "v2.b64" if kernel["dtype"] == "float64" else "v4.b32"
-            assert count(kernel, rf"ld\.global\..*evict_first.*\.{wide}") == loads, label(kernel)
+            assert count(kernel, rf"{LOAD}\.{wide}") == loads, label(kernel)
             assert count(kernel, r"st\.global\..*\.v[24].*") == 0, label(kernel)
             assert count(kernel, r"atom\.global\.gpu\.acq_rel\.add\.u32") == 1
             # Not from the first-level cache, which may hold older values.
@@ -237,7 +241,7 @@ def test_means_kernel(target, report):
 @pytest.mark.parametrize("target", ZEROING)
 def test_zeros_are_stored_in_vectors(target, report):
     """One more store of 16 bytes where a step leaves zeros in place of the gradients."""
-    store = r"st\.global\..*evict_first.*\.v4\.b32" if target in NVIDIA else r"(global|buffer)_store_dwordx4"
+    store = rf"{STORE}\.v4\.b32" if target in NVIDIA else r"(global|buffer)_store_dwordx4"
     kernels = report[f"{target}:zeroed"]
     pairs = {kernel["name"]: [None, None] for kernel in kernels}
     for kernel in kernels:
@@ -265,7 +269,7 @@ def test_numbers_never_recompile(report):
 
 @pytest.mark.parametrize("dtype", ["float32", "mixed", "bfloat16"])
 def test_averages_and_norms_are_cheap(dtype, report):
-    """Both together add at most 12 instructions per element to a clipped step; with Triton 3.6, which forms the cache
-    policy of every access again, 14.5."""
+    """Both together add at most 12 instructions per element to a clipped step; the budgets are what is reached. Triton
+    3.6 forms the cache policy of every load again."""
     plain, extended = report["instructions"][dtype]
-    assert plain < extended <= plain + (14.5 if report["triton"].startswith("3.6.") else 12)
+    assert plain < extended <= plain + (9.5 if report["triton"].startswith("3.6.") else 7.5)
