@@ -45,6 +45,8 @@ class ASGD(FusedOptimizer, torch.optim.ASGD):
         return ASGD_RULE
 
     def hyper(self, group, t, eta, mu):
+        # What the next step's rates are made of: if these are no numbers, that is an error before the update.
+        number(group["alpha"]), number(group["t0"])
         return ()
 
     def lr(self, group, t, eta, mu):

@@ -170,6 +170,8 @@ def load_master_state_dict(optimizer: Any, masters: Mapping[int | str, Tensor]) 
         value = value.to(part.device, wide(part))
         values = encode(stored.param, value, _strides(part))
         part.copy_(values[0])
+        for key in MASTER_KEYS:  # another form's parts, if ``master`` was changed since they were stored
+            optimizer.state.get(p, {}).pop(key, None)
         if len(values) == 1:
             continue
         state = optimizer.state[p]

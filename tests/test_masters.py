@@ -104,3 +104,24 @@ def test_forms_that_make_no_sense():
         assert torch.equal(narrow, torch.ones_like(narrow))
     with pytest.raises(ValueError, match="no states"):
         fusedopt.SGD([wide], state_dtype="8bit")
+
+
+@pytest.mark.parametrize("after", MASTERS)
+@pytest.mark.parametrize("before", MASTERS)
+def test_masters_loaded_after_another_form_was_chosen(before, after):
+    """What the form before has left beside the parameters belongs to other values."""
+    params, optimizer = made(master=before)
+    run(params, optimizer, 2)
+    exact = {k: torch.randn(p.shape) for k, p in enumerate(params)}
+    optimizer.master = after
+    optimizer.load_master_state_dict(exact)
+    _, fresh = made(master=after)
+    fresh.load_master_state_dict(exact)
+    assert all(map(same_bits, optimizer.master_state_dict().values(), fresh.master_state_dict().values()))
+    for p in params:
+        p.grad = torch.zeros_like(p)
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+    optimizer.step()
+    if after != "stochastic":  # which draws anew
+        assert all(map(same_bits, optimizer.master_state_dict().values(), fresh.master_state_dict().values()))
