@@ -20,7 +20,7 @@ from .blocks import for_threads
 from .buckets import Bucket, Member
 from .clipping import Skips, Verdict
 from .cohorts import Cohort, StepNumbers, alike
-from .flat import memory_order
+from .flat import contiguous, memory_order
 from .gather import Gather, Ways, each_once, find_ways, neighbours, picker
 from .rule import Stage, Update
 from .settings import Settings
@@ -91,11 +91,16 @@ class Executor:
         self.in_layout = False
         """Whether gradients that are laid out as at the first step have their parameters' layout."""
         self.strides = [m.place.strides for m in self.direct]
+        reordered = [m for way in ways for m in way.listed + way.direct if not m.param.is_contiguous()]
+        self.reordered = [
+            (k, m.param.numel()) for k, m in enumerate(self.direct) if bucket.fused and not m.param.is_contiguous()
+        ]
+        """Where gradients are handed on as one dimension, as their parameters are, and how many elements these have."""
         self.begun = False
         """Whether this step's gradients were looked at, and clipped by units."""
         self.owes_zeros = False
         """Whether zeros shall take the gradients' place, and do not yet: kernels leave them, we do not."""
-        self.pinned = joined if bucket.fused and not self.keys[len(rule.states) :] else bucket.members
+        self.pinned = joined + reordered if bucket.fused and not bucket.averages else bucket.members
         """Those whose memory must stay where it is: what is only ever taken from the parameter itself may be moved."""
         self.tally = None if settings.track is None else Tally(self.runs, self.block, bucket.device)
 
@@ -114,13 +119,13 @@ class Executor:
             run.gathered.append(space.packed_copies("grad", self.bucket.grad_dtype)[part])
             for tensors, key in zip(lists, self.keys):
                 tensors.append(space.buffers[key][part])
-        run.gathered += [m.place.packed_copy("grad", self.bucket.grad_dtype) for m in ways.listed]
+        run.gathered += [contiguous(m.place.packed_copy("grad", self.bucket.grad_dtype)) for m in ways.listed]
         alone = ways.listed + ways.direct
         run.members += alone
-        run.params += [m.param for m in alone]
+        run.params += [contiguous(m.param) for m in alone]
         run.sizes += [[m.param.numel()] for m in alone]
         for tensors, key in zip(lists, self.keys):
-            tensors += [m.place.views[key] for m in alone]
+            tensors += [contiguous(m.place.views[key]) for m in alone]
         if not self.bucket.fused:
             for tensors in zip(run.params, *lists):
                 flat = tuple(map(memory_order, tensors))
@@ -141,6 +146,8 @@ class Executor:
             self.in_layout = as_planned and in_layout
             if not in_layout:
                 direct = [_in_layout_of(m, g) for m, g in zip(self.direct, direct)]
+        for k, size in self.reordered:
+            direct[k] = direct[k].as_strided((size,), (1,))
         for run, part in zip(self.runs, map(direct.__getitem__, self.parts)):
             run.grads = run.gathered + part if run.gathered else part
 

@@ -199,3 +199,31 @@ def test_what_is_planned_counts_as_old(enabled, frozen, monkeypatch):
         if was_frozen:
             gc.freeze()
         (gc.enable if was_enabled else gc.disable)()
+
+
+@pytest.mark.parametrize("settings", [{}, {"max_grad_norm": 0.5}], ids=str)
+@pytest.mark.parametrize("name", ["SGD", "AdamW", "RMSprop"])
+def test_parameters_in_other_orders_may_move(name, settings):
+    """Transposed ones and filters with channels last, small and large, go to torch's fused kernels as one dimension."""
+    ours, theirs = ([], [])
+    for params in (ours, theirs):
+        for shape in ((40, 7), (300, 200)):
+            params.append(torch.nn.Parameter(torch.ones(shape).t()))
+        params.append(torch.nn.Parameter(torch.ones(8, 4, 3, 3).contiguous(memory_format=torch.channels_last)))
+    pair = fusedopt.registry[name](ours, lr=0.1, **settings), getattr(torch.optim, name)(theirs, lr=0.1, foreach=False)
+    generator = torch.Generator().manual_seed(0)
+    for t in range(6):
+        grads = [torch.randn(p.shape, generator=generator) for p in ours]
+        for params in (ours, theirs):
+            for k, (p, g) in enumerate(zip(params, grads)):
+                p.grad = g.clone() if (k + t) % 2 else torch.empty_like(p).copy_(g)
+        if settings:
+            torch.nn.utils.clip_grad_norm_(theirs, 0.5)
+        if t == 3:
+            for p in ours:
+                p.data = p.data.clone()
+        for optimizer in pair:
+            optimizer.step()
+    # float32, 6 steps of 0.1.
+    close([p.detach() for p in ours], [p.detach() for p in theirs], 1e-5)
+    assert all(p.stride() == q.stride() for p, q in zip(ours, theirs))
