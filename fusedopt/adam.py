@@ -65,7 +65,8 @@ def _fused(params, grads, states, steps, group, scale):
     )  # fmt: skip
 
 
-DTYPES = frozenset((torch.float32, torch.float64))
+# In 16 bits, too, its arithmetic is float32 and each result is rounded once.
+DTYPES = frozenset((torch.float32, torch.float64, torch.bfloat16, torch.float16))
 STATES = ("exp_avg", "exp_avg_sq")
 MAX_STATES = (*STATES, "max_exp_avg_sq")
 SQUARES = MAX_STATES[1:]

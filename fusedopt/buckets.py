@@ -103,6 +103,8 @@ def settle(optimizer: Any, key: tuple, entries: list[Entry], places: dict[Tensor
     small = [gathers and _is_small(entry, overlapping) for entry in entries]
     settings = optimizer._settings
     fused = stored.plain and rule.fuses(device, {dtype, grad_dtype, *stored.dtypes}) and not settings.cautious
+    # Inside a kernel numbers are float32, outside they would be rounded to 16 bits.
+    fused = fused and not (dtype.itemsize < 4 and settings.looks_inside)
     # Where parameters share memory, torch takes one with its averages before the next.
     fused = fused and not (overlapping and rule.averages)
     listed = fused and torch.get_num_threads() <= rule.list_threads

@@ -198,9 +198,22 @@ class Settings:
         return self.max_grad_norm is not None or self.skip_nonfinite
 
     @functools.cached_property
+    def looks_inside(self) -> bool:
+        """Whether something between the gradient and the parameter is changed or looked at, besides the formula."""
+        return any(x is not None for x in (self.max_grad_value, self.adaptive_grad_clip, self.track))
+
+    @functools.cached_property
     def layout(self) -> tuple:
         """What decides where tensors are put: a plan holds as long as it stays the same."""
-        where = self.flatten, self.backend, self.needs_norm, self.ema_decay is None, self.cautious, self.clip_group
+        where = (
+            self.flatten,
+            self.backend,
+            self.looks_inside,
+            self.needs_norm,
+            self.ema_decay is None,
+            self.cautious,
+            self.clip_group,
+        )
         return *where, self.master, self.state_dtype, self.track is None, self.adaptive_grad_clip is None
 
     def active(self) -> list[str]:

@@ -269,3 +269,31 @@ def test_layout_says_what_runs_where(backend, device):
         word in optimizer.layout()
         for word in ("adam", str(device.type), "float64", "5 parameters", "1 set of", backend)
     )
+
+
+@pytest.mark.parametrize("name", ["Adam", "AdamW"])
+def test_settings_that_come_and_go_round_once_in_16_bits(name):
+    """torch's fused kernels take 16-bit parameters only where nothing is done between gradient and parameter besides
+    the formula."""
+    generator = torch.Generator().manual_seed(0)
+    p = torch.nn.Parameter(torch.randn(300, 100, generator=generator).bfloat16())
+    optimizer = fusedopt.registry[name]([p], lr=0.1)
+    for settings in ({}, {"max_grad_value": 0.3}, {"max_grad_value": None, "track": "total"}, {"track": None}):
+        q = torch.nn.Parameter(p.detach().float())
+        wide = fusedopt.registry[name]([q], lr=0.1)
+        q.grad = torch.zeros_like(q)
+        wide.step()
+        for key, value in optimizer.state[p].items():
+            wide.state[q][key].copy_(value)
+        if not optimizer.state[p]:
+            wide.state[q].clear()
+        q.data.copy_(p.detach())
+        for key, value in settings.items():
+            setattr(optimizer, key, value)
+        wide.max_grad_value = optimizer.max_grad_value
+        p.grad = torch.randn(p.shape, generator=generator).bfloat16()
+        q.grad = p.grad.float()
+        optimizer.step()
+        wide.step()
+        assert torch.equal(p, q.bfloat16())
+        assert torch.equal(optimizer.state[p]["exp_avg"], wide.state[q]["exp_avg"].bfloat16())
