@@ -53,12 +53,31 @@ def _setting(name: str) -> property:
 
 def signature(cls: type, root: type) -> inspect.Signature:
     """That of an optimizer class; ``root`` is the base of all, whose constructor takes the settings."""
-    return _own(cls, root) if "__init__" in vars(cls) else _merged(cls, root)
+    return _own(cls, root) if _constructs(cls) else _merged(cls, root)
+
+
+def add_constructor(cls: type) -> None:
+    """An ``__init__`` that has the class's signature, for those who look at it instead of the class."""
+    if "__init__" not in vars(cls):
+
+        def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+            super(cls, self).__init__(*args, **kwargs)
+
+        __init__.__qualname__, __init__.__module__ = f"{cls.__qualname__}.__init__", cls.__module__
+        __init__.is_for_its_signature = True
+        cls.__init__ = __init__
+    first = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    cls.__init__.__signature__ = inspect.Signature([first, *cls.__signature__.parameters.values()])
+
+
+def _constructs(cls: type) -> bool:
+    init = vars(cls).get("__init__")
+    return init is not None and not hasattr(init, "is_for_its_signature")
 
 
 def _merged(cls: type, root: type) -> inspect.Signature:
     """torch's arguments as the installed version has them, then ours."""
-    base = next(c for c in cls.__mro__[1:] if "__init__" in vars(c) and c is not root)
+    base = next(c for c in cls.__mro__[1:] if _constructs(c) and c is not root)
     if issubclass(base, root):
         return inspect.signature(base)
     parameters = [
@@ -73,7 +92,7 @@ def _own(cls: type, root: type) -> inspect.Signature:
     """That of the class's own ``__init__``, with our settings for the ``**settings`` that it hands on."""
     found = inspect.signature(cls.__init__)
     _, *parameters = found.parameters.values()
-    hands_on = next(c for c in cls.__mro__[1:] if "__init__" in vars(c)) is root
+    hands_on = next(c for c in cls.__mro__[1:] if _constructs(c)) is root
     if hands_on and parameters and parameters[-1].kind is inspect.Parameter.VAR_KEYWORD:
         parameters[-1:] = inspect.signature(cls.settings_class).parameters.values()
     return found.replace(parameters=parameters)

@@ -52,6 +52,7 @@ class FusedOptimizer(Formula, torch.optim.Optimizer):
             registry[cls.__name__] = cls
         if ours:
             appearance.add_documentation(cls)
+            appearance.add_constructor(cls)
 
     def __init__(self, params: Any, *args: Any, **kwargs: Any) -> None:
         names = self.settings_class.fields()

@@ -32,6 +32,15 @@ def test_positional_arguments():
     assert ours.defaults == theirs.defaults
 
 
+@every_optimizer
+def test_the_constructor_has_the_signature_of_its_class(name):
+    """Programs that make command lines or forms of arguments ask the one or the other."""
+    cls = fusedopt.registry[name]
+    own, *parameters = inspect.signature(cls.__init__).parameters.values()
+    assert (own.name, parameters) == ("self", list(inspect.signature(cls).parameters.values()))
+    assert name in cls.__init__.__qualname__
+
+
 def test_subclasses_of_users_keep_their_signature_and_stay_out_of_the_registry():
     before = dict(fusedopt.registry)
 
