@@ -59,9 +59,13 @@ class EmaParameters(list):
         averages = self.optimizer._ema
         with torch.no_grad():
             self.trained = [(p, p.clone()) for p in averages]
-            for p, average in averages.items():
-                p.copy_(average)
-        engine.averaged = True
+            engine.averaged = True
+            try:
+                for p, average in averages.items():
+                    p.copy_(average)
+            except BaseException:  # without a body to leave nobody would put them back
+                self.__exit__()
+                raise
         return self
 
     def __exit__(self, *exception: Any) -> None:

@@ -173,3 +173,17 @@ def test_bad_input(device):
     params[1].grad = params[1].grad.to_sparse()
     with pytest.raises(RuntimeError, match="ema_decay cannot be combined with a sparse gradient"):
         optimizer.step()
+
+
+def test_what_fails_on_the_way_in_leaves_the_parameters():
+    params = [torch.nn.Parameter(torch.ones(3)), torch.nn.Parameter(torch.ones(3))]
+    optimizer = fusedopt.SGD(params, lr=1.0, ema_decay=0.5)
+    for p in params:
+        p.grad = torch.ones(3)
+    optimizer.step()
+    optimizer._ema[params[1]] = torch.ones(7)
+    with pytest.raises(RuntimeError, match="size"), optimizer.ema_parameters():
+        raise AssertionError("entered")
+    assert all(torch.equal(p, torch.zeros(3)) for p in params)
+    del optimizer._ema[params[1]]
+    optimizer.step()
