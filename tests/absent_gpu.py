@@ -84,6 +84,20 @@ def tiles_at_once(kernel):
     return means.CHUNK if "chunks" in kernel.src.fn.arg_names else math.inf
 
 
+def unfenced(kernel):
+    """How many stores of elements follow loads of elements with no barrier between them: where one thread stores what
+    another has read, this must be 0. For NVIDIA."""
+    found, loaded = 0, False
+    for line in kernel.asm.get("ptx", "").splitlines():
+        if "bar.sync" in line:
+            loaded = False
+        elif "ld.global" in line and "evict_first" in line:
+            loaded = True
+        elif "st.global.cs" in line:
+            found += loaded
+    return found
+
+
 def facts(kernel):
     """What assembly and metadata say of a kernel."""
     found = {"name": kernel.metadata.name, "shared": kernel.metadata.shared}

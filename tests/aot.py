@@ -18,7 +18,7 @@ from unittest import mock
 
 import torch
 import triton
-from absent_gpu import NoGPU, facts, per_thread, tiles_at_once
+from absent_gpu import NoGPU, facts, per_thread, tiles_at_once, unfenced
 from form_cases import FORMS, FORMS_AT_ONCE, stored_cases
 from rule_cases import (
     ADDRESSES,
@@ -128,11 +128,17 @@ def zeroing_facts(target):
     for flat_grads in ("zeroed", True):
         gpu = NoGPU(target, f"flat_grads {flat_grads}")
         driver.set_active(gpu)
-        for settings in ({}, {"launches": 1}, {"track": "total"}):
-            step_once("adam", "scattered", "float32", max_grad_norm=1.0, flat_grads=flat_grads, **settings)
-        for kernel in gpu.compiled():
-            if kernel.metadata.name.endswith("_adam"):
-                yield facts(kernel) | {"zeroes": flat_grads == "zeroed"}
+        for settings in ({}, {"launches": 1}, {"track": "total"}, {"state_dtype": "8bit"}):
+            before = set(gpu.compiled())
+            # All large enough to have quantized states.
+            made = optimizer(
+                "adam", parameters([5000], "cpu"), "scattered", max_grad_norm=1.0, flat_grads=flat_grads, **settings
+            )
+            made.step()
+            for kernel in set(gpu.compiled()) - before:
+                if kernel.metadata.name.endswith("_adam"):
+                    known = {"zeroes": flat_grads == "zeroed", "states": settings.get("state_dtype", "float32")}
+                    yield facts(kernel) | known | {"unfenced": unfenced(kernel)}
 
 
 def instructions_per_element(dtype):
