@@ -35,4 +35,6 @@ def follow(averages: list[Tensor], params: list[Tensor], weight: float) -> None:
     if weight == 1:
         torch._foreach_copy_(averages, params)
     else:
+        if params[0].dtype != averages[0].dtype:  # those of 16-bit parameters are float32
+            params = [p.to(averages[0].dtype) for p in params]
         torch._foreach_lerp_(averages, params, weight)

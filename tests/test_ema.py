@@ -77,6 +77,24 @@ def test_averages_of_16_bits_are_float32(dtype, backend, device):
     assert torch.equal(p.detach(), torch.full_like(p, 0.5))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@every_optimizer
+def test_averages_of_16_bits_beside_every_rule(name, dtype):
+    """Whatever kernel of torch's updates the parameters."""
+    params = model("tiny", dtype)
+    optimizer = fusedopt.registry[name](params, ema_decay=0.75)
+    expected = [p.detach().float() for p in params]
+    for number in (4, 5):
+        give_gradients(params, number)
+        optimizer.step()
+        expected = [a + 0.25 * (p.detach().float() - a) for a, p in zip(expected, params)]
+    # The new parameter is rounded to 8 or 11 bits after it has gone into the average, or before.
+    bound = torch.finfo(dtype).eps
+    for average, a in zip(optimizer.ema_parameters(), expected):
+        assert average.dtype == torch.float32
+        torch.testing.assert_close(average, a, rtol=bound, atol=bound)
+
+
 @every_optimizer
 def test_the_state_dict_is_torchs(name, device):
     pair = Pair(name, None, "tiny", device=device, ema_decay=DECAY)
