@@ -57,7 +57,7 @@ class Cohort:
             return
         if by > 0:
             now = optimizer.next_scalars(self.group, self.t, *self.scalars)
-            rounded = (x.to(y.dtype) for x, y in zip(now, self.scalars))
+            rounded = (x if x.dtype == y.dtype else x.to(y.dtype) for x, y in zip(now, self.scalars))
             self.scalars, self.earlier = tuple(rounded), self.scalars
         else:
             self.scalars = self.earlier

@@ -17,10 +17,11 @@ from __future__ import annotations
 
 import torch
 
+from .blocks import blocks, scratch
 from .columns import Number, number, product
-from .normalized import normalized
+from .normalized import KEEP, normalized
 from .optimizer import FusedOptimizer
-from .rule import Rule, divisible
+from .rule import FOREVER, Rule, divisible
 
 
 def nadam(g, state, h):
@@ -30,7 +31,33 @@ def nadam(g, state, h):
     return normalized(m.mul(m_weight).add_(g, alpha=g_weight), g, v, weight2, correction2, eps)
 
 
-NADAM = Rule("nadam", ("exp_avg", "exp_avg_sq"), nadam, scalars=("mu_product",), squares=("exp_avg_sq",))
+def fused(params, grads, states, t, group, scale, mu_product):
+    """torch has no fused NAdam, but its fused AdamW divides by the root and takes the step, where the numerator is its
+    first moment, and stays as it is."""
+    weight1, weight2, eps, g_weight, m_weight, correction2 = hyper(group, t, mu_product)
+    decay = 0.0
+    if group["decoupled_weight_decay"]:
+        decay, group = float(group["weight_decay"]), {**group, "weight_decay": 0.0}
+    for p, g, m, v in blocks(group, scale, params, grads, *states):
+        m.lerp_(g, weight1)
+        numerator = torch.mul(m, m_weight, out=scratch("numerator", p)).add_(g, alpha=g_weight)
+        torch._fused_adamw_(
+            [p], [g], [numerator], [v], [], [FOREVER], lr=float(group["lr"]) / correction2, beta1=KEEP,
+            beta2=1 - weight2, weight_decay=decay * correction2, eps=eps / correction2, amsgrad=False, maximize=False,
+        )  # fmt: skip
+
+
+def hyper(group, t, mu_product):
+    beta1, beta2 = map(float, group["betas"])
+    mu, mu_next = momentum(group, t), momentum(group, t + 1)
+    p = number(product(mu_product, mu))
+    g_weight, m_weight = (1 - mu) / (1 - p), mu_next / (1 - p * mu_next)
+    return 1 - beta1, 1 - beta2, divisible(group["eps"]), g_weight, m_weight, (1 - beta2**t) ** -0.5
+
+
+DTYPES = frozenset((torch.float32, torch.float64))
+STATES = ("exp_avg", "exp_avg_sq")
+NADAM = Rule("nadam", STATES, nadam, fused, DTYPES, scalars=("mu_product",), squares=STATES[1:])
 
 
 class NAdam(FusedOptimizer, torch.optim.NAdam):
@@ -40,11 +67,7 @@ class NAdam(FusedOptimizer, torch.optim.NAdam):
         return NADAM
 
     def hyper(self, group, t, mu_product):
-        beta1, beta2 = map(float, group["betas"])
-        mu, mu_next = momentum(group, t), momentum(group, t + 1)
-        p = number(product(mu_product, mu))
-        g_weight, m_weight = (1 - mu) / (1 - p), mu_next / (1 - p * mu_next)
-        return 1 - beta1, 1 - beta2, divisible(group["eps"]), g_weight, m_weight, (1 - beta2**t) ** -0.5
+        return hyper(group, t, mu_product)
 
     def next_scalars(self, group, t, mu_product):
         return (product(mu_product, momentum(group, t)),)
