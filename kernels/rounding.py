@@ -100,9 +100,8 @@ def leave(pointer, span):
 @triton.jit
 def zero(pointer, span):
     """Gradients are zero when the step has read them."""
-    # By another thread, where one reads more of float32 beside narrower numbers than it can store at once.
-    if pointer.dtype.element_ty.primitive_bitwidth > 16:
-        tl.debug_barrier()
+    # Perhaps by others: beside narrower or aligned tensors a thread may read more elements at once than it can store.
+    tl.debug_barrier()
     write(pointer, span, 0.0)
 
 

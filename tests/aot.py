@@ -128,17 +128,21 @@ def zeroing_facts(target):
     for flat_grads in ("zeroed", True):
         gpu = NoGPU(target, f"flat_grads {flat_grads}")
         driver.set_active(gpu)
-        for settings in ({}, {"launches": 1}, {"track": "total"}, {"state_dtype": "8bit"}):
+        for address, dtype, settings in (
+            ("scattered", torch.float32, {}),
+            ("scattered", torch.float32, {"launches": 1}),
+            ("scattered", torch.float32, {"track": "total"}),
+            ("scattered", torch.float32, {"state_dtype": "8bit"}),
+            ("flat", torch.bfloat16, {"state_dtype": "8bit"}),
+        ):
             before = set(gpu.compiled())
-            # All large enough to have quantized states.
-            made = optimizer(
-                "adam", parameters([5000], "cpu"), "scattered", max_grad_norm=1.0, flat_grads=flat_grads, **settings
-            )
-            made.step()
+            # Large enough to have quantized states.
+            params = parameters([5000], "cpu", dtype)
+            optimizer("adam", params, address, max_grad_norm=1.0, flat_grads=flat_grads, **settings).step()
             for kernel in set(gpu.compiled()) - before:
                 if kernel.metadata.name.endswith("_adam"):
-                    known = {"zeroes": flat_grads == "zeroed", "states": settings.get("state_dtype", "float32")}
-                    yield facts(kernel) | known | {"unfenced": unfenced(kernel)}
+                    found = facts(kernel) | {"zeroes": flat_grads == "zeroed", "unfenced": unfenced(kernel)}
+                    yield found | {"dtype": str(dtype), "quantizes": "state_dtype" in settings}
 
 
 def instructions_per_element(dtype):

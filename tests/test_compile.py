@@ -240,19 +240,20 @@ def test_means_kernel(target, report):
 
 @pytest.mark.parametrize("target", ZEROING)
 def test_zeros_are_stored_in_vectors(target, report):
-    """One more store of 16 bytes, or four for 16 elements, where a step leaves zeros in place of the gradients. None is
+    """Another store of 16 bytes for every 16 bytes of gradients where a step leaves zeros in their place. None comes
     before all threads have read theirs, which need not be the same elements."""
     store = rf"{STORE}\.v4\.b32" if target in NVIDIA else r"(global|buffer)_store_dwordx4"
-    kernels = report[f"{target}:zeroed"]
-    pairs = {(kernel["name"], kernel["states"]): [None, None] for kernel in kernels}
-    for kernel in kernels:
-        pairs[kernel["name"], kernel["states"]][kernel["zeroes"]] = kernel
-    assert pairs.keys() == {(f"{x}_adam", "float32") for x in ("step", "clipped", "tracked")} | {("step_adam", "8bit")}
-    for (name, states), (without, zeroing) in pairs.items():
-        assert count(zeroing, store) == count(without, store) + (4 if states == "8bit" else 1), name
-        registers = 176 if states == "8bit" else 80 if name == "clipped_adam" else 64
-        assert zeroing["stack"] == 0 and zeroing["registers"] <= registers, name
-        assert zeroing["unfenced"] == 0, name
+    pairs = collections.defaultdict(lambda: [None, None])
+    for kernel in report[f"{target}:zeroed"]:
+        pairs[kernel["name"], kernel["dtype"], kernel["quantizes"]][kernel["zeroes"]] = kernel
+    more = {(f"{name}_adam", "torch.float32", False): 1 for name in ("step", "clipped", "tracked")}
+    more |= {("step_adam", "torch.float32", True): 4, ("step_adam", "torch.bfloat16", True): 2}
+    assert pairs.keys() == more.keys()
+    for key, (without, zeroing) in pairs.items():
+        assert count(zeroing, store) == count(without, store) + more[key], key
+        registers = 176 if key[2] else 80 if key[0] == "clipped_adam" else 64
+        assert zeroing["stack"] == 0 and zeroing["registers"] <= registers, key
+        assert zeroing["unfenced"] == 0, key
 
 
 def test_numbers_never_recompile(report):
