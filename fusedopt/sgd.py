@@ -25,6 +25,7 @@ import math
 
 import torch
 
+from .blocks import BLOCK
 from .capture import CapturableSettings
 from .columns import number, where
 from .optimizer import FusedOptimizer
@@ -59,6 +60,22 @@ def momentum_average(g, state, h):
     mu, weight, nesterov = h
     m.lerp_(g, weight)
     return g.mul(weight).add_(m, alpha=mu) if nesterov else m
+
+
+def fused_plain(params, grads, states, t, group, scale):
+    if params[0].dtype.itemsize >= 4:
+        return fused(params, grads, states, t, group, scale)
+    # torch's fused kernel leaves whole SIMD blocks unchanged (torch issue 191763), its addition rounds the product too.
+    lr, weight_decay = float(group["lr"]), float(group["weight_decay"])
+    factor = (-1 if group["maximize"] else 1) / (1 if scale is None else scale.item())
+    if weight_decay == 0:
+        one = torch.ones((), dtype=params[0].dtype, device="cpu")
+        torch._foreach_addcmul_(params, grads, [one] * len(params), value=-lr * factor)
+        return
+    for pair in zip(params, grads):
+        for p, g in zip(*(x.view(-1).split(BLOCK) for x in pair)):
+            wide = p.float()
+            p.copy_(wide.sub_(g.float().mul_(factor).add_(wide, alpha=weight_decay), alpha=lr))
 
 
 def fused(params, grads, states, t, group, scale):
@@ -99,9 +116,8 @@ def fused_average(params, grads, states, t, group, scale):
     fused(params, grads, states, 0, {**group, "dampening": group["momentum"]}, scale)
 
 
-# torch's kernel leaves whole SIMD blocks of 16-bit parameters unchanged (torch issue 191763).
 DTYPES = frozenset((torch.float32, torch.float64))
-PLAIN = Rule("sgd", (), sgd, fused, DTYPES, list_threads=math.inf)
+PLAIN = Rule("sgd", (), sgd, fused_plain, DTYPES | {torch.bfloat16, torch.float16}, list_threads=math.inf)
 MOMENTUM = Rule("momentum", ("momentum_buffer",), momentum, fused, DTYPES, list_threads=1)
 VELOCITY = Rule("momentum_velocity", ("velocity",), momentum_velocity)
 AVERAGE = Rule("momentum_average", ("grad_avg",), momentum_average, fused_average, DTYPES, list_threads=1)
