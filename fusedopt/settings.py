@@ -204,7 +204,8 @@ class Settings:
 
     @functools.cached_property
     def layout(self) -> tuple:
-        """What decides where tensors are put: a plan holds as long as it stays the same."""
+        """What decides where tensors are put, and by which formula they are updated: a plan holds as long as it stays
+        the same."""
         where = (
             self.flatten,
             self.backend,
@@ -214,7 +215,8 @@ class Settings:
             self.cautious,
             self.clip_group,
         )
-        return *where, self.master, self.state_dtype, self.track is None, self.adaptive_grad_clip is None
+        formula = [getattr(self, name) for name in self.fields() if name not in Settings.fields()]
+        return *where, self.master, self.state_dtype, self.track is None, self.adaptive_grad_clip is None, *formula
 
     def active(self) -> list[str]:
         """The names of the settings that ask for more than torch.optim does."""
