@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from operator import itemgetter
 from typing import Any
 
@@ -26,7 +27,9 @@ class Groups:
         self.params = list(map(list, map(get_params, self.groups)))
         self.options = Options(self.groups, NOT_READ) if joins and len(self.groups) > 1 else None
         self.alike = None if self.options is None else self.options.first_alike()
-        self.latest = list(map(_copy, self.groups))
+        # A rule of a user's may follow from more than settings and groups, and is asked at every step.
+        self.asks = not optimizer.rule.__module__.startswith("fusedopt.")
+        self.latest = self._copies(self.groups)
 
     def same(self, others: Groups) -> bool:
         """Whether a plan for those serves these."""
@@ -54,8 +57,11 @@ class Groups:
         if not same_tensors(groups, self.latest):
             if list(map(_kind, groups)) != self.kinds or not same_tensors(list(map(get_params, groups)), self.params):
                 return False
-            self.latest = list(map(_copy, groups))
+            self.latest = self._copies(groups)
         return True
+
+    def _copies(self, groups: Sequence[dict[str, Any]]) -> list[dict[str, Any] | None]:
+        return [None if self.asks else _copy(group) for group in groups]
 
 
 def _copy(group: dict[str, Any]) -> dict[str, Any] | None:

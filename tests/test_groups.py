@@ -1,6 +1,7 @@
 """Parameter groups between steps: those with the same options are updated together, for as long as they have them."""
 
 import numpy as np
+import pytest
 import torch
 from cases import every_kind
 from pairs import Pair
@@ -76,17 +77,20 @@ def test_a_parameter_that_moves_to_its_neighbours_group(name):
     pair.check()
 
 
-def test_formulas_are_asked_where_an_option_changes_in_place():
-    """A list that somebody writes to is the same object."""
+@pytest.mark.parametrize("kept", ["in a group", "in an attribute"])
+def test_formulas_are_asked_where_something_changes_in_place(kept):
+    """A list that somebody writes to is the same object, and of attributes no plan knows."""
     params = [torch.nn.Parameter(torch.ones(3)) for _ in range(2)]
 
     class Either(fusedopt.Adam):
+        maximum = False
+
         def rule(self, group):
-            return super().rule({**group, "amsgrad": group["amsgrad"][0]})
+            return super().rule({**group, "amsgrad": group["amsgrad"][0] if kept == "in a group" else self.maximum})
 
     optimizer = Either(params, lr=0.1, amsgrad=[False])
     for amsgrad in (False, False, True):
-        optimizer.param_groups[0]["amsgrad"][0] = amsgrad
+        optimizer.param_groups[0]["amsgrad"][0] = optimizer.maximum = amsgrad
         for p in params:
             p.grad = torch.ones_like(p)
         optimizer.step()
