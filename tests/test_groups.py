@@ -90,7 +90,10 @@ def test_formulas_are_asked_where_something_changes_in_place(kept):
 
     optimizer = Either(params, lr=0.1, amsgrad=[False])
     for amsgrad in (False, False, True):
-        optimizer.param_groups[0]["amsgrad"][0] = optimizer.maximum = amsgrad
+        if kept == "in a group":
+            optimizer.param_groups[0]["amsgrad"][0] = amsgrad
+        else:
+            optimizer.maximum = amsgrad
         for p in params:
             p.grad = torch.ones_like(p)
         optimizer.step()
