@@ -7,10 +7,11 @@ Ours: the Triton backend on CPU tensors, with Triton's own binder and handles ov
 torch's: ``fused`` and ``foreach``, with ``torch._fused_*`` and ``torch._foreach_*`` replaced by functions that do
 nothing, and ``clip_grad_norm_`` before them where clipping is on. Gradients lie at other addresses at every step, as
 backward leaves them; setting them is not counted. Each implementation takes some steps in a row, then the next one's
-turn comes. Microseconds of the process, medians: of the steps that follow one of their own and, in brackets, of the
-first ones of a row, which find the processor's caches full of the others' tensors. A step of a training is somewhere
-between. DTensors are shards of one rank of eight, without the others; torch's implementations, which do most of their
-work on them between the launches, are not measured then. ``--save`` appends rows to ``history.csv``.
+turn comes; each model has a process of its own. Microseconds of the process, medians: of the steps that follow one of
+their own and, in brackets, of the first ones of a row, which find the processor's caches full of the others' tensors. A
+step of a training is somewhere between. DTensors are shards of one rank of eight, without the others; torch's
+implementations, which do most of their work on them between the launches, are not measured then. ``--save`` appends
+rows to ``history.csv``.
 
 On a GPU, where the launches are real and nobody waits for them: ``python bench/gpu.py``.
 """
@@ -20,6 +21,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
+import multiprocessing
 import random
 import statistics
 import time
@@ -150,6 +152,16 @@ def with_spec_of(p: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
     return DTensor(part, p._spec, requires_grad=False)
 
 
+class Times(NamedTuple):
+    first: list[float]
+    """Microseconds of the first step of each turn."""
+    later: list[float]
+    """And of those that followed."""
+
+    def __str__(self) -> str:
+        return f"{statistics.median(self.later):.0f} ({statistics.median(self.first):.0f})"
+
+
 class Case:
     """One optimizer over tensors of its own, and its times."""
 
@@ -170,10 +182,7 @@ class Case:
         groups = [{"params": [p], "lr": LR * (1 + k / model.count)} for k, p in enumerate(self.params)]
         params = groups if model.kind == "groups" else self.params
         self.optimizer = cls(params, LR, **OPTIONS.get(name, {}), **settings, **choice)
-        self.first: list[float] = []
-        """Microseconds of the first step of each turn."""
-        self.later: list[float] = []
-        """And of those that followed."""
+        self.times = Times([], [])
 
     def step(self, number: int) -> float:
         for p, g in zip(self.params, self.grads[number % 2]):
@@ -187,11 +196,8 @@ class Case:
 
     def turn(self) -> None:
         first, *later = (self.step(number) for number in range(IN_A_ROW))
-        self.first.append(first)
-        self.later += later
-
-    def text(self) -> str:
-        return f"{statistics.median(self.later):.0f} ({statistics.median(self.first):.0f})"
+        self.times.first.append(first)
+        self.times.later.extend(later)
 
 
 def cases(name: str, model: Model, clip: bool) -> dict[str, Case]:
@@ -205,7 +211,7 @@ def cases(name: str, model: Model, clip: bool) -> dict[str, Case]:
     return made
 
 
-def measure(name: str, model: Model, clip: bool, rounds: int) -> dict[str, Case]:
+def measure(name: str, model: Model, clip: bool, rounds: int) -> dict[str, Times]:
     made = cases(name, model, clip)
     for case in made.values():  # compiles, plans and makes states
         for number in range(IN_A_ROW):
@@ -215,22 +221,28 @@ def measure(name: str, model: Model, clip: bool, rounds: int) -> dict[str, Case]
         # In a fixed order one would always come after the one that leaves the caches fullest.
         for case in chance.sample(list(made.values()), len(made)):
             case.turn()
-    return made
+    return {label: case.times for label, case in made.items()}
 
 
-def rows_of(name: str, model: Model, clip: bool, made: dict[str, Case], note: str) -> Iterator[history.Row]:
-    for label, case in made.items():
-        for part, times in (("host", case.later), ("host, caches cold", case.first)):
+def measure_alone(*case: object) -> dict[str, Times]:
+    """The same in a process of its own: in memory where others have been, tensors lie scattered, and take longer."""
+    with multiprocessing.get_context("fork").Pool(1) as pool:
+        return pool.apply(measure, case)
+
+
+def rows_of(name: str, model: Model, clip: bool, made: dict[str, Times], note: str) -> Iterator[history.Row]:
+    for label, (first, later) in made.items():
+        for part, times in (("host", later), ("host, caches cold", first)):
             yield history.Row(
                 **surroundings(torch.device("cpu")), part=part, model=str(model), tensors=model.count, optimizer=name,
                 dtype="float32", clip=clip, implementation=label, host_us=round(statistics.median(times), 1),
-                rounds=len(case.first), note=note,
+                rounds=len(first), note=note,
             )  # fmt: skip
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--counts", nargs="+", type=int, default=[300, 1000], help="numbers of parameters")
+    parser.add_argument("--counts", nargs="*", type=int, default=[300, 1000], help="numbers of parameters")
     parser.add_argument("--groups", nargs="*", type=int, default=[465], help="numbers of groups of one tensor each")
     parser.add_argument("--dtensors", nargs="*", type=int, default=[1000], help="numbers of distributed parameters")
     parser.add_argument("--optimizers", nargs="+", choices=sorted(fusedopt.registry), default=sorted(fusedopt.registry))
@@ -247,8 +259,8 @@ def main() -> None:
     for name in options.optimizers:
         for model in models:
             for clip in (False, True):
-                made = measure(name, model, clip, options.rounds)
-                times = "".join(f"{made[k].text() if k in made else '-':>17}" for k in IMPLEMENTATIONS)
+                made = measure_alone(name, model, clip, options.rounds)
+                times = "".join(f"{str(made[k]) if k in made else '-':>17}" for k in IMPLEMENTATIONS)
                 what = f"{name:10} {model!s:13}  {'yes' if clip else 'no':4}"
                 print(f"{what}  {BUDGET.get(str(model), ''):>5}{times}", flush=True)
                 if options.save:
