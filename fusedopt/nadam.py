@@ -19,32 +19,31 @@ import torch
 
 from .blocks import blocks, scratch
 from .columns import Number, number, product
-from .normalized import KEEP, normalized
+from .normalized import normalized, step_normalized
 from .optimizer import FusedOptimizer
-from .rule import FOREVER, Rule, divisible
+from .rule import Rule, divisible
 
 
 def nadam(g, state, h):
     m, v = state
     weight1, weight2, eps, g_weight, m_weight, correction2 = h
+    return normalized(numerator(g, m, weight1, g_weight, m_weight), g, v, weight2, correction2, eps)
+
+
+def numerator(g, m, weight1, g_weight, m_weight, out=None):
     m.lerp_(g, weight1)
-    return normalized(m.mul(m_weight).add_(g, alpha=g_weight), g, v, weight2, correction2, eps)
+    return torch.mul(m, m_weight, out=out).add_(g, alpha=g_weight)
 
 
 def fused(params, grads, states, t, group, scale, mu_product):
-    """torch has no fused NAdam, but its fused AdamW divides by the root and takes the step, where the numerator is its
-    first moment, and stays as it is."""
+    """torch has no fused NAdam, but its fused AdamW divides by the root and takes the step."""
     weight1, weight2, eps, g_weight, m_weight, correction2 = hyper(group, t, mu_product)
     decay = 0.0
     if group["decoupled_weight_decay"]:
         decay, group = float(group["weight_decay"]), {**group, "weight_decay": 0.0}
     for p, g, m, v in blocks(group, scale, params, grads, *states):
-        m.lerp_(g, weight1)
-        numerator = torch.mul(m, m_weight, out=scratch("numerator", p)).add_(g, alpha=g_weight)
-        torch._fused_adamw_(
-            [p], [g], [numerator], [v], [], [FOREVER], lr=float(group["lr"]) / correction2, beta1=KEEP,
-            beta2=1 - weight2, weight_decay=decay * correction2, eps=eps / correction2, amsgrad=False, maximize=False,
-        )  # fmt: skip
+        above = numerator(g, m, weight1, g_weight, m_weight, out=scratch("numerator", p))
+        step_normalized(p, above, g, v, weight2, correction2, eps, float(group["lr"]), decay)
 
 
 def hyper(group, t, mu_product):

@@ -19,12 +19,20 @@ def normalized(numerator: Tensor, g: Tensor, v: Tensor, weight: float, correctio
     """v <- (1 - weight) v + weight g^2, in place; returns numerator / (correction sqrt(v) + eps), and may use up
     the numerator. ``weight`` is above 0."""
     if all(x.is_cpu and x.dim() == 1 and x.is_contiguous() for x in (numerator, g, v)):
-        # The quotient is AdamW's parameter, which begins at zero; the numerator is its first moment.
         quotient = torch.zeros_like(v)
-        torch._fused_adamw_(
-            [quotient], [g], [numerator], [v], [], [FOREVER], lr=-1 / correction, beta1=KEEP, beta2=1 - weight,
-            weight_decay=0.0, eps=eps / correction, amsgrad=False, maximize=False,
-        )  # fmt: skip
+        step_normalized(quotient, numerator, g, v, weight, correction, eps, -1.0)
         return quotient
     v.mul_(1 - weight).addcmul_(g, g, value=weight)
     return numerator / v.sqrt().mul_(correction).add_(eps)
+
+
+def step_normalized(
+    p: Tensor, numerator: Tensor, g: Tensor, v: Tensor, weight: float, correction: float, eps: float,
+    lr: float, decay: float = 0.0,
+) -> None:  # fmt: skip
+    """v moves on in the same way, and p <- p - lr (numerator / (correction sqrt(v) + eps) + decay p): torch's fused
+    AdamW, whose first moment the numerator is."""
+    torch._fused_adamw_(
+        [p], [g], [numerator], [v], [], [FOREVER], lr=lr / correction, beta1=KEEP, beta2=1 - weight,
+        weight_decay=decay * correction, eps=eps / correction, amsgrad=False, maximize=False,
+    )  # fmt: skip
