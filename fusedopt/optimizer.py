@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import appearance, checkpoints, conversion, ema, refresh, storage
+from . import checkpoints, conversion, ema, introspection, refresh, storage
 from .arguments import check_nonnegative
 from .ema import EmaParameters
 from .engine import Engine
@@ -35,7 +35,7 @@ class FusedOptimizer(Formula, torch.optim.Optimizer):
 
     A subclass names its rule and computes the group's numbers: ``rule(group)``, ``hyper(group, t)`` and, where they
     differ from the defaults, ``lr``, ``decoupled`` or ``decays``, ``initial_value``; for a rule with averages
-    ``averages``, for one with scalars ``next_scalars``, and all of these but the last get the scalars after ``t``.
+    ``averages``, for one with scalars ``next_scalars``. What gets ``t`` gets the rule's scalars after it.
 
     Shapes: gradients and states have their parameter's, which may be any, with any strides. Dtypes: parameters are
     float64, float32, bfloat16 or float16; arithmetic is float32, in float64 for float64. Errors: torch's own where
@@ -45,14 +45,14 @@ class FusedOptimizer(Formula, torch.optim.Optimizer):
     def __init_subclass__(cls, register: bool | None = None, **kwargs: Any) -> None:
         """``register``: whether the class is entered in ``fusedopt.registry``; by default the package's own are."""
         super().__init_subclass__(**kwargs)
-        appearance.add_attributes(cls)
-        cls.__signature__ = appearance.signature(cls, FusedOptimizer)
+        introspection.add_attributes(cls)
+        cls.__signature__ = introspection.signature(cls, FusedOptimizer)
         ours = cls.__module__.startswith("fusedopt.")
         if register or (ours and register is None):
             registry[cls.__name__] = cls
         if ours:
-            appearance.add_documentation(cls)
-            appearance.add_constructor(cls)
+            introspection.add_documentation(cls)
+            introspection.add_constructor(cls)
 
     def __init__(self, params: Any, *args: Any, **kwargs: Any) -> None:
         names = self.settings_class.fields()
@@ -312,4 +312,4 @@ class FusedOptimizer(Formula, torch.optim.Optimizer):
         return self._engine.layout()
 
 
-appearance.add_attributes(FusedOptimizer)
+introspection.add_attributes(FusedOptimizer)

@@ -12,9 +12,18 @@ def oracle_class(name):
 
 
 class Paper(torch.optim.Optimizer):
-    """Base of the algorithms from papers: ``move(p, g, state, group)`` takes the step number ``state["step"]``."""
+    """Base of the algorithms from papers: ``move(p, g, state, group)`` takes the step number ``state["step"]``, with
+    ``states`` that begin as zeros. A subclass is declared with its options and their defaults."""
 
     states = ()
+
+    def __init_subclass__(cls, **options):
+        cls.options = {**options, "maximize": False}
+
+    def __init__(self, params, *, foreach=None, **options):
+        """``foreach`` is what torch's classes are given, and not looked at."""
+        assert options.keys() <= self.options.keys()
+        super().__init__(params, self.options | options)
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -36,15 +45,10 @@ class Paper(torch.optim.Optimizer):
         return loss
 
 
-class StableAdamW(Paper):
+class StableAdamW(Paper, lr=1e-3, betas=(0.9, 0.99), eps=1e-6, weight_decay=1e-2):
     """Wortsman et al., arXiv 2304.13013, algorithm 2, with the decay of the loop's last line inside."""
 
     states = ("exp_avg", "exp_avg_sq")
-
-    def __init__(
-        self, params, lr=1e-3, betas=(0.9, 0.99), eps=1e-6, weight_decay=1e-2, *, maximize=False, foreach=None
-    ):  # fmt: skip
-        super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, maximize=maximize))
 
     def move(self, p, g, state, group):
         t, m, v = int(state["step"]), state["exp_avg"], state["exp_avg_sq"]
@@ -57,13 +61,10 @@ class StableAdamW(Paper):
         p.copy_(p - lr * group["weight_decay"] * p - lr * m / (torch.sqrt(v) + eps))
 
 
-class Lion(Paper):
+class Lion(Paper, lr=1e-4, betas=(0.9, 0.99), weight_decay=0.0):
     """Chen et al., arXiv 2302.06675, algorithm 2."""
 
     states = ("exp_avg",)
-
-    def __init__(self, params, lr=1e-4, betas=(0.9, 0.99), weight_decay=0.0, *, maximize=False, foreach=None):
-        super().__init__(params, dict(lr=lr, betas=betas, weight_decay=weight_decay, maximize=maximize))
 
     def move(self, p, g, state, group):
         (beta1, beta2), m = group["betas"], state["exp_avg"]
@@ -73,17 +74,10 @@ class Lion(Paper):
         m.copy_(beta2 * m + (1 - beta2) * g)
 
 
-class Adan(Paper):
+class Adan(Paper, lr=1e-3, betas=(0.98, 0.92, 0.99), eps=1e-8, weight_decay=0.0, no_prox=False):
     """Xie et al., arXiv 2208.06677, algorithm 1, with the betas and the bias corrections of the authors' code."""
 
     states = ("exp_avg", "exp_avg_sq", "exp_avg_diff", "neg_pre_grad")
-
-    def __init__(
-        self, params, lr=1e-3, betas=(0.98, 0.92, 0.99), eps=1e-8, weight_decay=0.0, no_prox=False, *,
-        maximize=False, foreach=None,
-    ):  # fmt: skip
-        options = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, no_prox=no_prox, maximize=maximize)
-        super().__init__(params, options)
 
     def move(self, p, g, state, group):
         t, (beta1, beta2, beta3) = int(state["step"]), group["betas"]
@@ -99,17 +93,19 @@ class Adan(Paper):
         p.copy_(p * (1 - lr * decay) - move if group["no_prox"] else (p - move) / (1 + lr * decay))
 
 
-class AdEMAMix(Paper):
+class AdEMAMix(
+    Paper,
+    lr=1e-3,
+    betas=(0.9, 0.999, 0.9999),
+    alpha=2.0,
+    beta3_warmup=None,
+    alpha_warmup=None,
+    eps=1e-8,
+    weight_decay=0.0,
+):
     """Pagliardini, Ablin and Grangier, arXiv 2409.03137, equations (AdEMAMix) and appendix A.1 for the schedules."""
 
     states = ("exp_avg_fast", "exp_avg_slow", "exp_avg_sq")
-
-    def __init__(
-        self, params, lr=1e-3, betas=(0.9, 0.999, 0.9999), alpha=2.0, beta3_warmup=None, alpha_warmup=None,
-        eps=1e-8, weight_decay=0.0, *, maximize=False, foreach=None,
-    ):  # fmt: skip
-        options = dict(lr=lr, betas=betas, alpha=alpha, beta3_warmup=beta3_warmup, alpha_warmup=alpha_warmup)
-        super().__init__(params, {**options, "eps": eps, "weight_decay": weight_decay, "maximize": maximize})
 
     def move(self, p, g, state, group):
         t, (beta1, beta2, beta3), alpha = int(state["step"]), group["betas"], group["alpha"]

@@ -1,5 +1,5 @@
-"""How an optimizer class looks from outside: its signature, attributes and documentation, made from torch's arguments
-and from its settings."""
+"""What ``help()``, ``inspect.signature()`` and attribute access show of an optimizer class: made from torch's arguments
+and from the class's settings."""
 
 from __future__ import annotations
 
