@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import torch
 
-from .columns import maximum, number, tensor
+from .columns import maximum, number, scalar
 from .optimizer import FusedOptimizer
 from .rule import Rule
 
@@ -59,7 +59,7 @@ class ASGD(FusedOptimizer, torch.optim.ASGD):
         lr = number(group["lr"])
         eta, mu = lr / (1 + group["lambd"] * lr * t) ** group["alpha"], 1 / maximum(t - group["t0"], 1)
         # Rounded to the default dtype on their way, as in torch.
-        return tensor(eta), tensor(mu)
+        return scalar(eta), scalar(mu)
 
     def initial_value(self, group, key):
         return {"eta": float(group["lr"]), "mu": 1.0, "ax": 0.0}[key]

@@ -146,7 +146,7 @@ def settle(optimizer: Any, key: tuple, entries: list[Entry], places: dict[Tensor
             writes += count_aside(optimizer, owner, place, stored, taken)
         key = number if capturable else (number, taken, scalars)
         if key not in cohorts:
-            known = (0,) if capturable else (taken, tuple(map(Scalar.tensor, scalars)))
+            known = (0,) if capturable else (taken, tuple(map(Scalar.number, scalars)))
             cohorts[key] = Cohort(len(cohorts), group, *known)
         cohort = cohorts[key]
         if not settled or place.terms is None:

@@ -10,9 +10,11 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from .columns import NUMPY, Rounded, joined, like, scalar
 from .flat import Space
 from .options import NOT_READ, Options
 from .rule import Rule, Update
@@ -31,8 +33,8 @@ class Scalar(NamedTuple):
             return cls(value, dtype)
         return cls(torch.tensor(value, dtype=dtype, device="cpu").item(), dtype)
 
-    def tensor(self) -> Tensor:
-        return torch.tensor(self.value, dtype=self.dtype, device="cpu")
+    def number(self) -> Rounded:
+        return scalar(self.value, self.dtype)
 
 
 @dataclasses.dataclass(slots=True, eq=False)
@@ -44,9 +46,9 @@ class Cohort:
     group: dict[str, Any]
     t: int
     """Steps taken."""
-    scalars: tuple[Tensor, ...] = ()
+    scalars: tuple[Rounded, ...] = ()
     """The rule's scalars after them, in the dtypes of the parameters' states."""
-    earlier: tuple[Tensor, ...] = ()
+    earlier: tuple[Rounded, ...] = ()
     """The same one step earlier."""
     members: list[Any] = dataclasses.field(default_factory=list)
 
@@ -57,8 +59,7 @@ class Cohort:
             return
         if by > 0:
             now = optimizer.next_scalars(self.group, self.t, *self.scalars)
-            rounded = (x if x.dtype == y.dtype else x.to(y.dtype) for x, y in zip(now, self.scalars))
-            self.scalars, self.earlier = tuple(rounded), self.scalars
+            self.scalars, self.earlier = tuple(map(like, now, self.scalars)), self.scalars
         else:
             self.scalars = self.earlier
 
@@ -92,22 +93,30 @@ class Slots:
     """Where the scalars of a bucket's parameters stand in their states."""
 
     def __init__(self, rule: Rule, cohorts: Sequence[Cohort]):
-        self.keys = rule.scalars
         self.cohorts = cohorts
         found: dict[Space, list[tuple[int, int]]] = {}
-        for cohort in cohorts if self.keys else ():
+        for cohort in cohorts:
             for m in cohort.members:
                 found.setdefault(m.place.space, []).append((m.place.index, cohort.number))
-        self.places = [(space, *torch.tensor(pairs, device="cpu").T) for space, pairs in found.items()]
-        """By space: indices into its numbers, and the cohort of each."""
+        self.places = [
+            [(_writable(space, key), *np.array(pairs).T) for space, pairs in found.items()] for key in rule.scalars
+        ]
+        """By scalar and space: its numbers, indices into them, and the cohort of each."""
 
     def write(self) -> None:
         """Put the cohorts' scalars there."""
-        for key, column in zip(self.keys, zip(*(cohort.scalars for cohort in self.cohorts))):
-            values = torch.stack(column) if len(column) > 1 else None
-            for space, indices, cohorts in self.places:
-                numbers = space.numbers[key]
-                if values is None:
-                    numbers.index_fill_(0, indices, column[0])
+        for places, column in zip(self.places, zip(*[cohort.scalars for cohort in self.cohorts])):
+            for numbers, indices, cohorts in places:
+                if len(column) > 1:
+                    numbers[indices] = joined(column)[cohorts]
+                elif len(indices) == len(numbers):
+                    numbers[:] = column[0]
                 else:
-                    numbers.index_copy_(0, indices, values[cohorts].to(numbers.dtype))
+                    numbers[indices] = column[0]
+
+
+def _writable(space: Space, key: str) -> np.ndarray | Tensor:
+    """A space's scalars as an array, where NumPy has their dtype."""
+    numbers = space.numbers[key]
+    # Another array of torch's memory would count as one more use of it: see ``Space.storages``.
+    return space.arrays[key].view(NUMPY[numbers.dtype]) if numbers.dtype in NUMPY else numbers

@@ -8,13 +8,19 @@ alone is done by these functions.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 Number = Any
 """A float, or a column."""
+
+Rounded = np.floating | Tensor
+"""One of a rule's scalars where the host knows it, in the dtype of its state: a number of NumPy, which calculates in a
+tenth of the time that torch takes for a 0-dim tensor, or such a tensor for a dtype that NumPy lacks. A column else."""
 
 
 def is_column(x: Any) -> bool:
@@ -44,13 +50,28 @@ def minimum(a: Number, most: float) -> Number:
     return a.clamp(max=most) if is_column(a) else min(a, most)
 
 
-def product(x: Tensor, factor: Number) -> Tensor:
-    """``x * factor`` in the dtype of x, one of a rule's scalars, and so rounded as in torch."""
+def product(x: Rounded, factor: Number) -> Rounded:
+    """``x * factor`` in the dtype of x, and so rounded as in torch."""
+    if isinstance(x, np.floating):
+        return x * type(x)(factor)
     return x * factor.to(x.dtype) if is_column(factor) else x * factor
 
 
-def tensor(x: Number, dtype: torch.dtype | None = None) -> Tensor:
+def scalar(x: Number | Rounded, dtype: torch.dtype | None = None) -> Rounded:
     """x as one of a rule's scalars, in torch's default dtype or another."""
+    dtype = dtype or torch.get_default_dtype()
     if is_column(x):
-        return x.to(dtype or torch.get_default_dtype())
-    return torch.scalar_tensor(x, dtype=dtype, device="cpu")
+        return x.to(dtype)
+    return NUMPY[dtype](x) if dtype in NUMPY else torch.scalar_tensor(x, dtype=dtype, device="cpu")
+
+
+def like(x: Rounded, other: Rounded) -> Rounded:
+    """x in the dtype of another scalar."""
+    return type(other)(float(x)) if isinstance(other, np.floating) else scalar(float(x), other.dtype)
+
+
+def joined(scalars: Sequence[Rounded]) -> np.ndarray | Tensor:
+    return np.array(scalars) if isinstance(scalars[0], np.floating) else torch.stack(scalars)
+
+
+NUMPY = {torch.float32: np.float32, torch.float64: np.float64}

@@ -178,7 +178,8 @@ def load_master_state_dict(optimizer: Any, masters: Mapping[int | str, Tensor]) 
         if not state and optimizer.counts_steps:
             # torch's classes take a state without these for a broken one.
             state["step"] = torch.zeros((), dtype=_get_scalar_dtype())
-            state |= dict(zip(optimizer.rule(group).scalars, optimizer.initial_scalars(group)))
+            initial = map(torch.tensor, optimizer.initial_scalars(group))
+            state |= dict(zip(optimizer.rule(group).scalars, initial))
             for role, form in stored.kept:
                 initial = partial(optimizer.initial_value, group, role)
                 made = [torch.full(part.size(), initial(), dtype=wide(part), device=part.device)]

@@ -7,11 +7,9 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-from torch import Tensor
 from torch.optim.optimizer import _get_scalar_dtype
 
-from .columns import Number, number
+from .columns import Number, Rounded, number, scalar
 from .rule import Numbers, Rule, Stage, Update
 from .settings import Settings
 
@@ -31,24 +29,24 @@ class Formula:
         """The formula that this group's options select. ValueError if they contradict the settings."""
         raise NotImplementedError(f"{type(self).__name__} has no rule(group) that returns a fusedopt.Rule")
 
-    def hyper(self, group: dict[str, Any], t: int, *scalars: Tensor) -> Numbers:
+    def hyper(self, group: dict[str, Any], t: int, *scalars: Rounded) -> Numbers:
         """The rule's ``h`` at the group's ``t``-th step, counted from 1, in float64. Where the device counts, ``t``,
         ``group["lr"]`` and the scalars are columns: see columns.py."""
         raise NotImplementedError(f"{type(self).__name__} has no hyper(group, t) that returns its rule's numbers")
 
-    def lr(self, group: dict[str, Any], t: Number, *scalars: Tensor) -> Number:
+    def lr(self, group: dict[str, Any], t: Number, *scalars: Rounded) -> Number:
         return number(group["lr"])
 
-    def averages(self, group: dict[str, Any], t: int, *scalars: Tensor) -> Numbers:
+    def averages(self, group: dict[str, Any], t: int, *scalars: Rounded) -> Numbers:
         """The weight of the new parameter in each of the rule's averages."""
         return ()
 
-    def initial_scalars(self, group: dict[str, Any]) -> tuple[Tensor, ...]:
+    def initial_scalars(self, group: dict[str, Any]) -> tuple[Rounded, ...]:
         """The rule's scalars before the first step."""
         values = (self.initial_value(group, key) for key in self.rule(group).scalars)
-        return tuple(torch.tensor(value, dtype=_get_scalar_dtype(), device="cpu") for value in values)
+        return tuple(scalar(value, _get_scalar_dtype()) for value in values)
 
-    def next_scalars(self, group: dict[str, Any], t: int, *scalars: Tensor) -> Sequence[Tensor]:
+    def next_scalars(self, group: dict[str, Any], t: int, *scalars: Rounded) -> Sequence[Rounded]:
         """What the ``t``-th step makes of the rule's scalars; it used ``scalars``."""
         raise NotImplementedError
 
@@ -74,7 +72,7 @@ class Formula:
         group = {**group, "lr": 1.0}
         return self.update(group, 1, *self.initial_scalars(group))
 
-    def update(self, group: dict[str, Any], t: int, *scalars: Tensor) -> Update:
+    def update(self, group: dict[str, Any], t: int, *scalars: Rounded) -> Update:
         """All numbers of one step of one group. Order as in torch: clip, negate, decay."""
         settings, sign = self._settings, -1.0 if group.get("maximize") else 1.0
         on_grad, on_update = _chains(settings.value_limits, sign, *self.decays(group), settings.cautious)

@@ -132,7 +132,7 @@ def _evaluated(optimizer: Any, options: dict[str, Any], columns: Callable[[Updat
     as columns. Behind a row's the scalars that come after it."""
     t = torch.tensor(COUNTS, dtype=torch.float64, device="cpu").unsqueeze(1)
     group = {**options, "lr": torch.full_like(t, 0.1)}
-    scalars = tuple(x.double().expand_as(t) for x in optimizer.initial_scalars({**options, "lr": 0.1}))
+    scalars = tuple(torch.full_like(t, x) for x in optimizer.initial_scalars({**options, "lr": 0.1}))
     update = StepNumbers(optimizer)(Cohort(0, group, t - 1, scalars))
     later = optimizer.next_scalars(group, t, *scalars) if scalars else ()
     return update, [*columns(update), *later]

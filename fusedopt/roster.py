@@ -120,7 +120,7 @@ class Listed:
         cohorts = []
         for k in first.tolist():
             group, taken = divmod(int(numbers[k]), 1 << 40)
-            scalars = tuple(Scalar(column[k], dtype).tensor() for column, dtype in zip(columns, self.scalar_dtypes))
+            scalars = tuple(Scalar(column[k], dtype).number() for column, dtype in zip(columns, self.scalar_dtypes))
             cohorts.append(Cohort(len(cohorts), self.groups[group], taken, scalars))
         for member, number in zip(members, cohort_of.tolist()):
             member.cohort = number
