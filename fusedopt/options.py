@@ -12,17 +12,17 @@ from .identity import same_tensors
 NOT_READ = frozenset(("params", "param_names", "foreach", "fused"))
 """Keys of a group that have no part in any formula."""
 
+RATE = NOT_READ | {"lr"}
+"""The same and the learning rate."""
+
 # What schedulers keep there for themselves.
-ASIDE = NOT_READ | {"lr", "initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum", "swa_lr"}
-"""Keys of a group that formulas do not read, and the learning rate."""
+ASIDE = RATE | {"initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum", "swa_lr"}
+"""The same and what no formula of the package reads."""
 
 
 class Shared(dict):
-    """The options of a group for all that are alike. A formula that asks for what differs between them, as
-    ``initial_lr`` does, gets a KeyError and not that of the first group."""
-
-    def __init__(self, group: dict[str, Any], lr: Any):
-        super().__init__({key: value for key, value in group.items() if key not in ASIDE}, lr=lr)
+    """The options that some groups have in common. A formula that asks for what they need not have in common, as
+    ``initial_lr``, gets a KeyError and not that of the first group."""
 
     def get(self, key: str, default: Any = None) -> Any:
         return self[key] if key in ASIDE else super().get(key, default)
@@ -38,6 +38,11 @@ class Options:
         self.read: Callable[[dict[str, Any]], tuple] | None = None
         self.values: list[tuple] = []
         self.alike: list[int] = []
+
+    def among(self, group: dict[str, Any]) -> dict[str, Any]:
+        """Those of one group, and so of all groups that are alike."""
+        kind = Shared if self.aside == ASIDE else dict
+        return kind({key: value for key, value in group.items() if key not in self.aside})
 
     def first_alike(self) -> list[int]:
         """For each group the number of the first one with the same options. Tensors, lists and other objects that may

@@ -8,7 +8,7 @@ of the graph's operations: an option that goes into these cannot change without 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .cohorts import Cohort, StepNumbers
-from .options import ASIDE, Options
+from .options import Options
 from .rule import Rule, Update
 
 AGAIN = "; undo it, or capture the graph again"
@@ -78,6 +78,8 @@ class FrozenClass(NamedTuple):
     """What a graph holds of groups with the same options, where the device counts: see triton_columns.py."""
 
     groups: list[dict[str, Any]]
+    aside: Set[str]
+    """Keys that they may differ in."""
     options: dict[str, Any]
     """Those of all of them, at the capture."""
     live: list[Tensor] | None
@@ -88,23 +90,23 @@ class FrozenClass(NamedTuple):
     """The host's memory of what the device does not compute."""
 
     @classmethod
-    def of(cls, groups: list[dict[str, Any]], rates: Tensor | None, constants: Tensor) -> FrozenClass:
+    def of(cls, groups: list[dict[str, Any]], aside: Set[str], rates: Tensor | None, constants: Tensor) -> FrozenClass:
         live = None if rates is not None or "lr" not in groups[0] else [group["lr"] for group in groups]
-        return cls(groups, _options(groups[0]), live, rates, constants)
+        return cls(groups, aside, _on_host(Options(groups, aside).among(groups[0])), live, rates, constants)
 
     def updates(self, optimizer: Any, columns: Callable[[Update], list]) -> tuple[Update, list]:
         """The update as it is now, and what is to be written."""
         rates = [group.get("lr") for group in self.groups]
         if self.live is not None and any(a is not b for a, b in zip(rates, self.live)):
             raise RuntimeError(f"a learning rate is not the tensor that a CUDA graph reads: write into that{AGAIN}")
-        if set(Options(self.groups).first_alike()) != {0}:
+        options = Options(self.groups, self.aside)
+        if set(options.first_alike()) != {0}:
             raise RuntimeError(f"groups had the same options when a CUDA graph was captured, and differ now{AGAIN}")
-        (_, before), (update, after) = (
-            _evaluated(optimizer, options, columns) for options in (self.options, _options(self.groups[0]))
-        )
+        now = _on_host(options.among(self.groups[0]))
+        (_, before), (update, after) = (_evaluated(optimizer, each, columns) for each in (self.options, now))
         for old, new in zip(before, after, strict=True):
             if isinstance(old, Tensor) != isinstance(new, Tensor) or (isinstance(old, Tensor) and not _same(old, new)):
-                changed = [key for key, x in _options(self.groups[0]).items() if x != self.options.get(key)]
+                changed = [key for key, x in now.items() if x != self.options.get(key)]
                 raise RuntimeError(
                     f"{', '.join(changed)} changed, and goes into what a CUDA graph computes from its own step counts "
                     f"(capturable=True){AGAIN}"
@@ -117,11 +119,9 @@ class FrozenClass(NamedTuple):
         return update, found
 
 
-def _options(group: dict[str, Any]) -> dict[str, Any]:
-    return {key: _on_host(value) for key, value in group.items() if key not in ASIDE}
-
-
 def _on_host(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _on_host(x) for key, x in value.items()}
     if isinstance(value, (tuple, list)):
         return tuple(map(_on_host, value))
     return float(value) if isinstance(value, Tensor) and value.numel() == 1 else value

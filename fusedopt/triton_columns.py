@@ -18,7 +18,7 @@ from . import refresh, upload
 from .buckets import Bucket
 from .cohorts import Cohort
 from .columns import is_column
-from .options import ASIDE, Options
+from .options import ASIDE, RATE, Options
 from .refresh import FrozenClass
 from .rule import Update
 from .triton_rows import Chains, Rows, structure
@@ -72,7 +72,14 @@ class Columns:
     def write(self, update: Callable[[Cohort], Update], variants: int = 1) -> Chains:
         """Make the rows of the next step, of which there is one variant: the device knows which steps were skipped."""
         self.look()
-        updates = [update(cohort) for _, cohort in self.evaluated]
+        try:
+            updates = [update(cohort) for _, cohort in self.evaluated]
+        except KeyError as missing:
+            if self.options.aside == RATE or not ASIDE.issuperset(missing.args):
+                raise
+            # A formula of a user's reads what schedulers keep in a group, and groups may differ in.
+            self.options, self.alike = Options(self.options.groups, RATE), None
+            return self.write(update)
         # Which stages there are must not depend on numbers that the host does not know.
         chains = self.view([structure(u) for u in updates])
         blocks = []
@@ -100,7 +107,8 @@ class Columns:
     def _frozen(self, one: Class) -> FrozenClass:
         """What the graph that is being captured holds of a class: the host's memory, latest in its tables."""
         is_live = "lr" not in one.groups[0] or is_column(self._option(one.groups[0]["lr"]))
-        return FrozenClass.of(one.groups, None if is_live else one.rates.frozen[-1][1], one.constants.frozen[-1][1])
+        rates = None if is_live else one.rates.frozen[-1][1]
+        return FrozenClass.of(one.groups, self.options.aside, rates, one.constants.frozen[-1][1])
 
     def look(self) -> None:
         """Take what the formulas need as it is now."""
@@ -162,7 +170,9 @@ class Columns:
         """A class's numbers, for formulas."""
         if len(self.classes) > 1:
             counts, *scalars = (x.index_select(0, one.rows) for x in (counts, *scalars))
-        group = {key: self._option(value) for key, value in one.groups[0].items() if key not in ASIDE}
+        group = self.options.among(one.groups[0])
+        for key, value in group.items():
+            group[key] = self._option(value)
         if "lr" in one.groups[0]:
             group["lr"] = self._rate(one)
         return Cohort(0, group, counts, tuple(scalars))

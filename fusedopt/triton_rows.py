@@ -15,7 +15,7 @@ from . import refresh
 from .buckets import Bucket
 from .cohorts import Cohort, StepNumbers
 from .kernels import stages
-from .options import Options, Shared
+from .options import Options
 from .rule import Stage, Update
 from .upload import Upload
 
@@ -112,7 +112,9 @@ class Rows:
         try:
             for (_, t), alike in kinds.items():
                 rates = torch.tensor([float(c.group["lr"]) for c in alike], dtype=torch.float64, device="cpu")
-                all_of_them = Cohort(0, Shared(alike[0].group, rates.unsqueeze(1)), t)
+                group = self.options.among(alike[0].group)
+                group["lr"] = rates.unsqueeze(1)
+                all_of_them = Cohort(0, group, t)
                 evaluated += [(alike, skipped, update(all_of_them, skipped)) for skipped in range(variants)]
                 if rates._version:
                     raise TypeError("a formula has written to the learning rates")

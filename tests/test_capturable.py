@@ -16,6 +16,7 @@ from pairs import assert_same, close, snapshot
 from test_schedulers import SCHEDULERS
 
 import fusedopt
+from fusedopt.columns import maximum
 
 pytestmark = pytest.mark.usefixtures("needs_triton")
 
@@ -184,6 +185,29 @@ def test_groups_with_rates_of_their_own_cost_no_operations_of_their_own(device, 
     for kind in (lambda k: torch.tensor(0.1, device=device),):
         # A tensor has to be taken into float64 and into a column.
         assert operations(50, kind) - operations(3, kind) <= 47 * 4
+
+
+class Anchored(fusedopt.AdamW):
+    """Reads what schedulers leave in a group: its rate is at least a tenth of the initial one."""
+
+    def lr(self, group, t):
+        return maximum(group["lr"], 0.1 * group.get("initial_lr", 0.5))
+
+
+@pytest.mark.parametrize("initial", [[0.3, 0.2, 0.3], [0.2, 0.2, 0.2], [None, None, None]])
+def test_a_formula_that_reads_what_groups_may_differ_in(initial, device, no_launches):
+    found = []
+    for capturable in (False, True):
+        params = [torch.nn.Parameter(torch.ones(3, device=device)) for _ in initial]
+        groups = [{"params": [p], **({"initial_lr": x} if x else {})} for p, x in zip(params, initial)]
+        opt = Anchored(groups, capturable=capturable, lr=0.01, backend="triton")
+        for step in range(3):
+            opt.param_groups[0]["lr"] = 0.01 + 0.04 * step
+            give_gradients(params, step)
+            opt.step()
+        found.append(rows_by_parameter(opt))
+    for position, row in found[0].items():
+        torch.testing.assert_close(found[1][position], row, rtol=1e-12, atol=0)
 
 
 def test_states_are_as_in_torch(device):
