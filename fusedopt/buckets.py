@@ -12,14 +12,16 @@ from torch import Tensor
 from torch.optim.optimizer import _get_scalar_dtype
 
 from . import ema
+from .adoption import adopt, has_shared_state, numbers_of
 from .backends import Backend
 from .cohorts import Cohort, Scalar
-from .distributed import Groups
+from .distributed import ProcessGroups
 from .flat import Space, is_dense
-from .places import Change, Place, adopt_states, begin_states, count_aside, flatten, has_shared_state, terms, write
+from .places import Place, flatten
 from .rule import Rule
-from .storage import Storage, counts_steps, state_keys
-from .survey import Entry, NotFusable
+from .settings import Settings
+from .storage import Storage, counts_steps
+from .survey import Entry, Key, NotFusable
 
 SMALL = 16384
 """Elements below which a CPU spends more on calling an operation than on the numbers."""
@@ -62,7 +64,7 @@ class Bucket:
     """Whether torch's fused CPU kernel updates them."""
     listed: bool
     """Whether that kernel takes small parameters as a list, where they are; otherwise they are gathered."""
-    spread: Groups
+    spread: ProcessGroups
     """The process groups over which the elements are spread."""
     capturable: bool
     """Whether the device counts the steps. The host's cohorts are whole groups then, and their counts mean nothing."""
@@ -86,101 +88,72 @@ class Bucket:
         )
 
 
-def settle(optimizer: Any, key: tuple, entries: list[Entry], places: dict[Tensor, Place]) -> Bucket:
-    """Give every parameter of a bucket its place, and its state the place's memory."""
-    device, dtype, grad_dtype, rule, choice, stored, spread, capturable, _ = key
-    distributed = spread is not None
-    owners, params = [entry.owner for entry in entries], [entry.param for entry in entries]
+def make_bucket(optimizer: Any, key: Key, entries: list[Entry], places: dict[Tensor, Place]) -> Bucket:
+    """Give every parameter its place, and its state the place's memory."""
+    settings, params = optimizer._settings, [entry.param for entry in entries]
     overlapping = sharing_memory(params)
-    if overlapping and (choice.name == "triton" or any(id(p) in overlapping and not is_dense(p) for p in params)):
-        raise NotFusable("parameters that share memory, or whose elements lie between each other's")
-    if distributed and choice.name == "torch" and not all(map(is_dense, params)):
-        raise NotFusable("distributed parameters with gaps in memory")
-    # Blocks of quantized values, and random bits, go by tensor.
-    joins = choice.name == "torch" and stored.plain
-    irregular = [joins and not is_dense(p) for p in params]
-    gathers = joins and device.type == "cpu" and not distributed
-    small = [gathers and _is_small(entry, overlapping) for entry in entries]
-    settings = optimizer._settings
-    fused = stored.plain and rule.fuses(device, {dtype, grad_dtype, *stored.dtypes}) and not settings.cautious
-    # Inside a kernel numbers are float32, outside they would be rounded to 16 bits.
-    fused = fused and not (dtype.itemsize < 4 and settings.looks_inside)
-    # Where parameters share memory, torch takes one with its averages before the next.
-    fused = fused and not (overlapping and rule.averages)
-    listed = fused and torch.get_num_threads() <= rule.list_threads
-    # One call serves a list already; a list costs more than its calls only where it is longer.
-    enough = sum(small) >= (FEW_LISTED if fused and rule.list_threads else FEW)
-    enough = enough and (not listed or settings.flatten or settings.needs_norm)
-    # What was gathered once stays so, or parameters that have no gradient at some steps would wander.
-    packed = [a or (b and (enough or _is_packed(entry))) for a, b, entry in zip(irregular, small, entries)]
+    _refuse_layouts(key, params, overlapping)
+    fused = _is_fused(key, settings, overlapping)
+    count_dtype = None
+    if counts_steps(optimizer, key.stored):
+        # As in torch, whose fused kernels want float32 counts on the device.
+        count_dtype = _get_scalar_dtype(key.capturable and any(entry.group.get("fused") for entry in entries))
 
-    counts = counts_steps(optimizer, stored)
-    # As in torch, whose fused kernels want float32 counts on the device.
-    fused_counts = capturable and any(entry.group.get("fused") for entry in entries)
-    count_dtype = _get_scalar_dtype(fused_counts) if counts else None
-    homes = [entry.place for entry in entries]
-    homeless = [
-        (index, entry, pack)
-        for index, (entry, pack) in enumerate(zip(entries, packed))
-        if not _has_home(entry, stored, rule, count_dtype, pack, capturable)
-    ]
-    if homeless:
-        # Small ones first, and group by group, so that each cohort's lie side by side; within a group by shape, so
-        # that gradients can be gathered by few calls.
-        homeless.sort(key=lambda one: (not one[2], one[1].number, one[1].param.shape[1:] if one[2] else ()))
-        space = Space([entry.param for _, entry, _ in homeless], sum(pack for *_, pack in homeless), capturable)
-        for number, (index, (owner, *_, earlier, _), pack) in enumerate(homeless):
-            owned = earlier is not None and earlier.flattened == owner.data_ptr()
-            homes[index] = Place(space, number, pack, owned=owned, like=owner if distributed else None)
-        places.update(zip(owners, homes))
+    packed = _packed(key, settings, entries, overlapping, fused)
+    homes = _homes(key, entries, packed, count_dtype)
+    places.update(zip([entry.owner for entry in entries], homes))
+    flattened = flatten(homes, params, settings.flatten and key.spread is None)
+    adopt(optimizer, key, entries, homes, count_dtype)
 
-    flattened = flatten(homes, params, settings.flatten and not distributed)
-    cohorts: dict[tuple, Cohort] = {}
-    members, writes, changes, unsettled = [], [], [], []
-    beginners: dict[int, tuple[dict, dict[str, Scalar], list[tuple[Tensor, Tensor, Place]]]] = {}
-    """By group."""
-    agreed, keys = terms(rule, settings, capturable), tuple(state_keys(optimizer, rule, stored))
-    for place, entry in zip(homes, entries):
-        owner, p, position, number, group, taken, scalars, first_draw, state, _, settled = entry
-        if capturable and not counts:
-            writes += count_aside(optimizer, owner, place, stored, taken)
-        key = number if capturable else (number, taken, scalars)
-        if key not in cohorts:
-            known = (0,) if capturable else (taken, tuple(map(Scalar.number, scalars)))
-            cohorts[key] = Cohort(len(cohorts), group, *known)
-        cohort = cohorts[key]
-        if not settled or place.terms is None:
-            unsettled.append(place)
-            if state and keys:
-                numbers = _numbers(taken, rule, scalars, count_dtype)
-                fills, change = adopt_states(optimizer, owner, group, place, stored, numbers)
-                writes += fills
-                changes.append(change)
-            elif keys:
-                if number not in beginners:
-                    beginners[number] = group, _numbers(taken, rule, scalars, count_dtype), []
-                beginners[number][2].append((owner, p, place))
-        if settings.ema_decay is not None:
-            fills, new = ema.adopt(optimizer._ema, owner, place)
-            writes += fills
-            changes.append(Change(optimizer._ema, new))
-        member = Member(owner, p, position, cohort.number, place, first_draw)
-        cohort.members.append(member)
-        members.append(member)
-    for group, numbers, some in beginners.values():
-        fills, begun = begin_states(optimizer, group, some, stored, numbers)
-        writes += fills
-        changes += begun
-    write(optimizer, writes)
-    for change in changes:
-        change.make()
-    for place in unsettled:
-        place.settle(agreed, keys)
-    averages = rule.averages if settings.ema_decay is None else (*rule.averages, ema.ROLE)
+    cohorts, members = _grouped(key, entries, homes)
+    averages = key.rule.averages if settings.ema_decay is None else (*key.rule.averages, ema.ROLE)
     return Bucket(
-        rule, device, dtype, grad_dtype, choice, flattened, stored, averages, fused, listed, spread or (),
-        capturable, list(cohorts.values()), members,
+        key.rule, key.device, key.dtype, key.grad_dtype, key.backend, flattened, key.stored, averages, fused,
+        _is_listed(key, fused), key.spread or (), key.capturable, cohorts, members,
     )  # fmt: skip
+
+
+def _refuse_layouts(key: Key, params: Sequence[Tensor], overlapping: set[int]) -> None:
+    """Raise NotFusable for parameters that lie in memory as we cannot take them."""
+    in_torch = key.backend.name == "torch"
+    if overlapping and (not in_torch or any(id(p) in overlapping and not is_dense(p) for p in params)):
+        raise NotFusable("parameters that share memory, or whose elements lie between each other's")
+    if key.spread is not None and in_torch and not all(map(is_dense, params)):
+        raise NotFusable("distributed parameters with gaps in memory")
+
+
+def _is_fused(key: Key, settings: Settings, overlapping: set[int]) -> bool:
+    """Whether torch's fused CPU kernel updates the bucket."""
+    dtypes = {key.dtype, key.grad_dtype, *key.stored.dtypes}
+    if not key.stored.plain or settings.cautious or not key.rule.fuses(key.device, dtypes):
+        return False
+    # Inside a kernel numbers are float32, outside they would be rounded to 16 bits.
+    if key.dtype.itemsize < 4 and settings.looks_inside:
+        return False
+    # Where parameters share memory, torch takes one with its averages before the next.
+    return not (overlapping and key.rule.averages)
+
+
+def _is_listed(key: Key, fused: bool) -> bool:
+    """Whether that kernel takes small parameters as a list, where they are."""
+    return fused and torch.get_num_threads() <= key.rule.list_threads
+
+
+def _packed(key: Key, settings: Settings, entries: Sequence[Entry], overlapping: set[int], fused: bool) -> list[bool]:
+    """Which parameters' states, and copies of them, lie side by side without gaps."""
+    # Blocks of quantized values, and random bits, go by tensor.
+    if key.backend.name != "torch" or not key.stored.plain:
+        return [False] * len(entries)
+    gathers = key.device.type == "cpu" and key.spread is None
+    small = [gathers and _is_small(entry, overlapping) for entry in entries]
+    # One call serves a list already; a list costs more than its calls only where it is longer.
+    enough = sum(small) >= (FEW_LISTED if fused and key.rule.list_threads else FEW)
+    enough = enough and (not _is_listed(key, fused) or settings.flatten or settings.needs_norm)
+    # What was gathered once stays so, or parameters that have no gradient at some steps would wander.
+    return [
+        not is_dense(entry.param) or (is_small and (enough or _is_packed(entry)))
+        for entry, is_small in zip(entries, small)
+    ]
 
 
 def _is_small(entry: Entry, overlapping: set[int]) -> bool:
@@ -194,25 +167,51 @@ def _is_packed(entry: Entry) -> bool:
     return entry.place is not None and entry.place.packed
 
 
-def _has_home(
-    entry: Entry, stored: Storage, rule: Rule, count_dtype: torch.dtype | None, packed: bool, capturable: bool
-) -> bool:
+def _homes(key: Key, entries: Sequence[Entry], packed: Sequence[bool], count_dtype: torch.dtype | None) -> list[Place]:
+    """The place of each parameter: the one that it has, or one in a new space."""
+    homes = [entry.place for entry in entries]
+    homeless = [
+        (index, entry, pack)
+        for index, (entry, pack) in enumerate(zip(entries, packed))
+        if not _has_home(key, entry, pack, count_dtype)
+    ]
+    if not homeless:
+        return homes
+    # Small ones first, and group by group, so that each cohort's lie side by side; within a group by shape, so
+    # that gradients can be gathered by few calls.
+    homeless.sort(key=lambda one: (not one[2], one[1].number, one[1].param.shape[1:] if one[2] else ()))
+    space = Space([entry.param for _, entry, _ in homeless], sum(pack for *_, pack in homeless), key.capturable)
+    for number, (index, entry, pack) in enumerate(homeless):
+        owned = entry.place is not None and entry.place.flattened == entry.owner.data_ptr()
+        like = None if key.spread is None else entry.owner
+        homes[index] = Place(space, number, pack, owned=owned, like=like)
+    return homes
+
+
+def _has_home(key: Key, entry: Entry, packed: bool, count_dtype: torch.dtype | None) -> bool:
     """Whether the parameter's place will do."""
     if entry.place is None or not entry.place.packs(entry.param, packed):
         return False
     if entry.settled:
         return True
-    beside = _numbers(entry.taken, rule, entry.scalars, count_dtype)
-    return entry.place.fits(entry.param, {**stored.parts, **beside}, capturable)
+    parts = {**key.stored.parts, **numbers_of(entry, key.rule, count_dtype)}
+    return entry.place.fits(entry.param, parts, key.capturable)
 
 
-def _numbers(
-    taken: int | Tensor, rule: Rule, scalars: Sequence[Scalar], count_dtype: torch.dtype | None
-) -> dict[str, Scalar]:
-    """What stands beside a parameter's states: its step count, if there is one, its rule's scalars."""
-    taken = taken if isinstance(taken, Tensor) else float(taken)
-    step = {} if count_dtype is None else {"step": Scalar(taken, count_dtype)}
-    return {**step, **dict(zip(rule.scalars, scalars))} if scalars else step
+def _grouped(key: Key, entries: Sequence[Entry], homes: Sequence[Place]) -> tuple[list[Cohort], list[Member]]:
+    """The parameters as members of a bucket, and the cohorts that they form."""
+    cohorts: dict[Any, Cohort] = {}
+    members = []
+    for place, entry in zip(homes, entries):
+        numbers = entry.number if key.capturable else (entry.number, entry.taken, entry.scalars)
+        if numbers not in cohorts:
+            known = (0,) if key.capturable else (entry.taken, tuple(map(Scalar.number, entry.scalars)))
+            cohorts[numbers] = Cohort(len(cohorts), entry.group, *known)
+        cohort = cohorts[numbers]
+        member = Member(entry.owner, entry.param, entry.position, cohort.number, place, entry.first_draw)
+        cohort.members.append(member)
+        members.append(member)
+    return list(cohorts.values()), members
 
 
 def sharing_memory(params: Sequence[Tensor]) -> set[int]:

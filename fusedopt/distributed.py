@@ -21,7 +21,7 @@ from torch import Tensor
 
 from .shards import any_distributed, is_distributed, refuse_partial
 
-Groups = tuple[Any, ...]
+ProcessGroups = tuple[Any, ...]
 """The process groups over which a tensor's elements are spread, in the order of its mesh's dimensions."""
 
 
@@ -37,10 +37,11 @@ class Reduction:
     """
 
     def __init__(self, params: Sequence[Tensor], clip_group: Any):
-        self._spread: dict[Any, Groups] = {}
+        self._spread: dict[Any, ProcessGroups] = {}
         distributed = [p for p in params if is_distributed(p)] if any_distributed(params) else []
         meshes = list({id(p.device_mesh): p.device_mesh for p in distributed}.values())
-        self.keys: list[Groups] = list(dict.fromkeys(self.spread(p) if is_distributed(p) else () for p in params))
+        spreads = (self.spread(p) if is_distributed(p) else () for p in params)
+        self.keys: list[ProcessGroups] = list(dict.fromkeys(spreads))
         """The different spreads; none for what lies on this rank alone, or on every rank."""
         self.clip_groups = _groups_of(clip_group)
         for group in self.clip_groups:
@@ -69,7 +70,7 @@ class Reduction:
                 "spread), or, to clip, call model.clip_grad_norm_() before step() instead"
             )
 
-    def spread(self, p: Any) -> Groups:
+    def spread(self, p: Any) -> ProcessGroups:
         """The groups over which a DTensor's elements are spread."""
         mesh, placements = p._spec.mesh, p._spec.placements
         found = self._spread.get((mesh, placements))
@@ -99,7 +100,7 @@ class Reduction:
         return total
 
 
-class Wholes:
+class MeansOverRanks:
     """Means over whole parameters, of which ranks hold parts: one all_reduce per process group joins all of them.
 
     There is a row for each parameter that is spread over ranks, in the optimizer's order, whether it has a gradient or
@@ -124,7 +125,7 @@ class Wholes:
             everything = len(rows) == len(spreads)
             self.stages.append((group, None if everything else torch.tensor(rows, device=self.device)))
 
-    def for_other_executors(self) -> Wholes:
+    def for_other_executors(self) -> MeansOverRanks:
         """The same for another plan of these parameters."""
         other = copy.copy(self)
         other.known = {}

@@ -155,7 +155,7 @@ class Engine:
         left = left_to_torch(optimizer, devices)
         if left is None:
             capture.refuse_to_build(devices)
-        self.settle(optimizer)
+        self.synchronize(optimizer)
         self.plan, self.tracker, self.verdict = None, None, clipping.UNJUDGED
         if left is not None:
             raise left
@@ -170,7 +170,7 @@ class Engine:
         if earlier is None or [g is not None for g in grads] == earlier.present:
             return False
         capture.refuse_to_build(earlier.devices)
-        self.settle(optimizer)
+        self.synchronize(optimizer)
         if self.plan is None:
             return False
         if self.unlisted is not None:
@@ -214,10 +214,10 @@ class Engine:
         if self.scaling is not None:
             device = self.executors[0].bucket.device if self.executors else reduction.device
             self.scaling.found_inf = self.verdict.found_inf(device)
-        wholes, found = self.plan.wholes, {}
-        if wholes is not None:
+        joined_means, found = self.plan.joined_means, {}
+        if joined_means is not None:
             # Also for a step that is skipped: other ranks may leave it to their devices to skip it.
-            found = wholes.means([] if self.verdict.skip else waiting, update, self.verdict, self.skips)
+            found = joined_means.means([] if self.verdict.skip else waiting, update, self.verdict, self.skips)
         if self.verdict.skip:
             for executor in waiting if self.tracker is not None else ():
                 executor.step(update, self.verdict, self.skips)
@@ -258,7 +258,7 @@ class Engine:
         # Without a verdict the update is one launch by itself.
         return problem is None and terms.any
 
-    def settle(self, optimizer: Any) -> None:
+    def synchronize(self, optimizer: Any) -> None:
         """Wait for what the device has not told yet, so that ``optimizer.state`` is exact."""
         if self.plan is not None:
             self._hear(optimizer, wait=True)
@@ -273,15 +273,9 @@ class Engine:
             self._drop_unwritten(optimizer)
 
     def _drop_unwritten(self, optimizer: Any) -> None:
-        """A momentum buffer exists only once it was written: its absence means the first step."""
-        if optimizer.counts_steps:
-            return
-        for bucket in self.plan.counted:
-            for member in bucket.members:
-                if bucket.cohorts[member.cohort].t == 0:
-                    for key in bucket.stored.state_keys:
-                        optimizer.state[member.owner].pop(key, None)
-        self.plan = None
+        if not optimizer.counts_steps:
+            self.plan.drop_unwritten(optimizer)
+            self.plan = None
 
     def forget(self) -> None:
         """Build a new plan at the next step."""

@@ -171,7 +171,7 @@ class FusedOptimizer(Formula, torch.optim.Optimizer):
                 smaller, exact to the last bit, and for fusedopt alone. Otherwise they are shown in float32, as new
                 tensors; the exact values of 16-bit parameters as "master".
         """
-        self._engine.settle(self)
+        self._engine.synchronize(self)
         if compact:
             conversion.refuse_distributed(self)
             return super().state_dict()
@@ -188,17 +188,17 @@ class FusedOptimizer(Formula, torch.optim.Optimizer):
         """The exact parameters: copies in float32 (float64 where the parameter is), by the names that the optimizer was
         given (``named_parameters()``), else by number. With ``master="split"`` or ``"fp32"`` they are what a float32
         training would have; without a master form, the parameters themselves."""
-        self._engine.settle(self)
+        self._engine.synchronize(self)
         return conversion.master_state_dict(self)
 
     def load_master_state_dict(self, masters: Mapping[int | str, Tensor]) -> None:
         """Set parameters, and what ``master`` keeps beside them, from what ``master_state_dict`` gave, or from any
         float32 weights under the same keys. TypeError or ValueError, and no change, if they do not fit."""
-        self._engine.settle(self)
+        self._engine.synchronize(self)
         conversion.load_master_state_dict(self, masters)
 
     def __getstate__(self) -> dict[str, Any]:
-        self._engine.settle(self)
+        self._engine.synchronize(self)
         return {**super().__getstate__(), "_settings": self._settings, "_ema": self._ema}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -207,7 +207,7 @@ class FusedOptimizer(Formula, torch.optim.Optimizer):
         self.__dict__.setdefault("_engine", Engine())
         self.__dict__.setdefault("_ema", {})
         self.__dict__.setdefault("_flat_grads", FlatGrads())
-        self._engine.settle(self)
+        self._engine.synchronize(self)
         self._engine.forget()
         conversion.release(state.get("state", {}))
         super().__setstate__(state)

@@ -1,28 +1,22 @@
-"""Where the state of each parameter lives, and how it got there.
-
-``optimizer.state[p]`` holds views of flat spaces. What somebody else put there (a loaded checkpoint, a
-tensor of their own) is copied in; only memory shared between processes is used as it is.
-"""
+"""Where the state of each parameter lives: ``optimizer.state[p]`` holds views of flat spaces."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
 from collections.abc import Iterator, Sequence
-from functools import cache, partial
 from operator import is_
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .cohorts import Scalar
-from .encodings import beginning, begins_alike, converted, superseded
 from .flat import Space, is_dense
 from .rule import Rule
 from .settings import Settings
 from .shards import local
-from .storage import Part, Storage
+from .storage import Part
 
 
 @dataclasses.dataclass(slots=True, eq=False)
@@ -41,8 +35,8 @@ class Place:
     """Whether the parameter's memory is an earlier place's, and so may be moved again."""
     like: Tensor | None = None
     """The distributed parameter: its states are distributed like it, each in memory of its own."""
-    terms: tuple | None = None
-    """On which the state was adopted; None as long as it was not."""
+    adoption: tuple | None = None
+    """The ``adoption_key`` under which the state was adopted; None as long as it was not."""
     keys: Sequence[str] = ()
     """Of the state that was adopted then."""
 
@@ -98,13 +92,13 @@ class Place:
             return False
         return self.is_for(p) and all(buffers[key].dtype == x.dtype for key, x in parts.items() if key in buffers)
 
-    def settle(self, agreed: tuple, keys: Sequence[str]) -> None:
-        """Note on which terms the state was adopted, and under which keys it is."""
-        self.terms, self.keys = agreed, keys
+    def settle(self, adoption: tuple, keys: Sequence[str]) -> None:
+        """Note how the state was adopted, and under which keys it is."""
+        self.adoption, self.keys = adoption, keys
 
-    def is_settled(self, p: Tensor, state: dict[str, Any], agreed: tuple) -> bool:
-        """Whether nothing of terms, parameter and state has changed since."""
-        if self.terms != agreed or len(state) != len(self.keys) or not self.is_for(p):
+    def is_settled(self, p: Tensor, state: dict[str, Any], adoption: tuple) -> bool:
+        """Whether nothing of that, of the parameter and of the state has changed since."""
+        if self.adoption != adoption or len(state) != len(self.keys) or not self.is_for(p):
             return False
         values, held = map(state.get, self.keys), list(map(self.views.get, self.keys))
         if self.like is not None:
@@ -119,129 +113,14 @@ def finished(places: dict[Tensor, Place]) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        for p in [p for p, place in places.items() if place.terms is None]:
+        for p in [p for p, place in places.items() if place.adoption is None]:
             del places[p]
         raise
 
 
-def terms(rule: Rule, settings: Settings, capturable: bool) -> tuple:
+def adoption_key(rule: Rule, settings: Settings, capturable: bool) -> tuple:
     """What decides how a state is adopted, besides the parameter and the state themselves."""
     return rule, settings.layout, capturable
-
-
-def has_shared_state(state: dict[str, Any], place: Place | None) -> bool:
-    """Whether a state lies in memory shared between processes, as Adagrad.share_memory() puts it."""
-    return any(
-        is_shared(value)
-        for key, value in state.items()
-        if place is None or not place.holds(key, value) or not place.packed
-    )
-
-
-def is_shared(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.is_cpu and value.is_shared()
-
-
-Write = tuple[Tensor, Tensor | float]
-"""A view, and what it is to be filled with."""
-
-
-class Change(NamedTuple):
-    """What becomes of a dict of tensors once its new ones are filled: an interrupt before that loses nothing."""
-
-    entries: dict[Any, Any]
-    new: dict[Any, Tensor]
-    gone: Sequence[str] = ()
-
-    def make(self) -> None:
-        self.entries.update(self.new)
-        for key in self.gone:
-            del self.entries[key]
-
-
-def begin_states(
-    optimizer: Any,
-    group: dict,
-    beginners: Sequence[tuple[Tensor, Tensor, Place]],
-    stored: Storage,
-    numbers: dict[str, Scalar],
-) -> tuple[list[Write], list[Change]]:
-    """Give every empty ``optimizer.state[p]`` views of its place. Returns what has to be written into them, where new
-    memory holds zeros, and who gets them then.
-
-    Args:
-        beginners: parameters of one group as the optimizer holds them, what this rank updates of them, and places.
-        numbers: what stands beside the states: the step count, where there is one, and the rule's scalars.
-    """
-    states: list[dict[str, Tensor]] = [{} for _ in beginners]
-    writes = []
-    for key, number in numbers.items():
-        for state, (_, _, place) in zip(states, beginners):
-            view = state[key] = place.open_number(key, number.dtype)
-            if number.value or place.terms is not None:
-                writes.append((view, number.value))
-    for role, form, parts in stored.kept_parts:
-        if not parts:
-            continue
-        initial = cache(partial(optimizer.initial_value, group, role))
-        alike = [initial()] if begins_alike(role, form) else None
-        for state, (_, p, place) in zip(states, beginners):
-            values = alike or beginning(role, form, p, place.strides, initial)
-            for (key, part), value in zip(parts.items(), values):
-                view = state[key] = place.open(key, part.dtype, part.per)
-                if place.terms is not None or isinstance(value, Tensor) or value:
-                    writes.append((local(view), value))
-    return writes, [Change(optimizer.state[owner], state) for (owner, _, _), state in zip(beginners, states)]
-
-
-def adopt_states(
-    optimizer: Any, p: Tensor, group: dict, place: Place, stored: Storage, numbers: dict[str, Scalar]
-) -> tuple[list[Write], Change]:
-    """The same for one parameter, where something is there already: the views get its values."""
-    change = Change(optimizer.state[p], {}, [])
-    here = {key: local(value) for key, value in change.entries.items()}
-    writes: list[Write] = []
-    for key, number in numbers.items():
-        if not place.holds(key, here.get(key)):
-            view = change.new[key] = place.open_number(key, number.dtype)
-            writes.append((view, number.value))
-    for role, form, parts in stored.kept_parts:
-        if parts and all([place.holds(key, here.get(key)) for key in parts]):
-            continue
-        value = here.get(role)
-        if form.plain and is_shared(value) and not place.packed:
-            place.keep(role, value)
-            continue
-        initial = partial(optimizer.initial_value, group, role)
-        values = converted(role, form, here, local(p), place.strides, initial) if parts else []
-        for (key, part), value in zip(parts.items(), values):
-            view = change.new[key] = place.open(key, part.dtype, part.per)
-            writes.append((local(view), value))
-        change.gone.extend(superseded(role, form, here, local(p)))
-    return writes, change
-
-
-def count_aside(optimizer: Any, p: Tensor, place: Place, stored: Storage, taken: int) -> list[Write]:
-    """Make the place count steps where torch does not, so that the device knows a first step from others. Goes before
-    the states. Returns what has to be written."""
-    state = optimizer.state.get(p, {})
-    if "step" in place.views and all(place.holds(key, state.get(key)) for key in stored.state_keys):
-        return []
-    return [(place.open_number("step", torch.float32), float(taken))]
-
-
-def write(optimizer: Any, writes: list[tuple[Tensor, Tensor | float]]) -> None:
-    """Fill views. Where states were exchanged, a value may be one of the views, and a view may still be the state
-    of another parameter: both are copied before anything is overwritten."""
-    views = {view.data_ptr(): view for view, _ in writes if view.numel()}
-    writes = [(v, x.clone() if isinstance(x, Tensor) and x.data_ptr() in views else x) for v, x in writes]
-    for state in optimizer.state.values() if any(isinstance(x, Tensor) for _, x in writes) else ():
-        for key, value in state.items() if isinstance(state, dict) else ():
-            part = local(value)
-            if isinstance(part, Tensor) and part is not views.get(part.data_ptr(), part):
-                state[key] = value.clone()
-    for view, value in writes:
-        view.copy_(value) if isinstance(value, Tensor) else view.fill_(value)
 
 
 def flatten(places: list[Place], params: list[Tensor], wanted: bool) -> bool:

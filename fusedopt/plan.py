@@ -20,10 +20,10 @@ import torch
 from torch import Tensor
 
 from . import means
-from .buckets import Bucket, Member, settle
+from .buckets import Bucket, Member, make_bucket
 from .cohorts import Slots
 from .counts import Counts
-from .distributed import Reduction, Wholes
+from .distributed import MeansOverRanks, Reduction
 from .flat import Space
 from .groups import Groups
 from .identity import same, same_tensors
@@ -72,7 +72,7 @@ class Plan:
         if optimizer._settings.needs_norm or optimizer._settings.track is not None:
             self.reduction.check()
         joined = means.needed(optimizer) if self.reduction.stages else 0
-        self.wholes = Wholes(self.params, self.reduction, joined) if joined else None
+        self.joined_means = MeansOverRanks(self.params, self.reduction, joined) if joined else None
         """What joins the ranks' parts of means over whole parameters, where means are needed."""
         newcomers = survey(optimizer, rules, grads, self.reduction, places)
         known = set(map(id, self.params))
@@ -80,7 +80,7 @@ class Plan:
             for stale in [p for p in kept if id(p) not in known]:
                 del kept[stale]
         with finished(places):
-            self.buckets = [settle(optimizer, key, entries, places) for key, entries in newcomers.items()]
+            self.buckets = [make_bucket(optimizer, key, entries, places) for key, entries in newcomers.items()]
 
         self.active = list(map(local, compress(self.params, self.present)))
         present_grads = list(compress(grads, self.present))
@@ -119,7 +119,7 @@ class Plan:
         """The plan for another set of gradients, with the attributes that the set decides, as others ``found`` them."""
         plan = copy.copy(self)
         vars(plan).update(found)
-        plan.wholes = None if self.wholes is None else self.wholes.for_other_executors()
+        plan.joined_means = None if self.joined_means is None else self.joined_means.for_other_executors()
         plan.as_planned = True
         plan._note_buckets()
         return plan
@@ -203,6 +203,15 @@ class Plan:
         for slots in self.slots:
             slots.write()
         self.counts.advance(by)
+
+    def drop_unwritten(self, optimizer: Any) -> None:
+        """Remove the states of parameters whose every step was skipped, where torch keeps no step count: a momentum
+        buffer exists only once it was written, and its absence means the first step."""
+        for bucket in self.counted:
+            for member in bucket.members:
+                if bucket.cohorts[member.cohort].t == 0:
+                    for key in bucket.stored.state_keys:
+                        optimizer.state[member.owner].pop(key, None)
 
 
 def _views(optimizer: Any, bucket: Bucket) -> Iterator[tuple[Callable[[dict], Tensor], list[dict], list[Tensor]]]:

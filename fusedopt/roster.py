@@ -31,7 +31,7 @@ from .gather import picker
 from .groups import get_params
 from .identity import same
 from .layouts import Among, Layouts
-from .places import terms
+from .places import adoption_key
 from .plan import Plan, get_dtype, get_kind
 from .shards import is_distributed, local
 
@@ -247,11 +247,11 @@ class Roster:
         """The parameters that the plan does not have, if their states are settled where they were."""
         addresses = dict(zip(compress(range(len(self.known)), self.known), self.addresses))
         for listed in self.listed:
-            agreed = terms(listed.bucket.rule, optimizer._settings, listed.bucket.capturable)
+            adoption = adoption_key(listed.bucket.rule, optimizer._settings, listed.bucket.capturable)
             for m in listed.bucket.members:
                 if plan.present[m.position] or m.param.data_ptr() != addresses[m.position]:
                     continue
-                if m.place.is_settled(m.param, optimizer.state.get(m.owner, {}), agreed):
+                if m.place.is_settled(m.param, optimizer.state.get(m.owner, {}), adoption):
                     yield listed.bucket, m, addresses[m.position]
 
 

@@ -1,7 +1,7 @@
-"""What one step is asked to do, looked at before anything is changed.
+"""The checks before a step is planned, and which parameters one kernel can update together.
 
-Every complaint about parameters, gradients and states is made here, so that an error leaves all of them
-as they were.
+Every complaint about parameters, gradients and states is made here, before anything is changed, so that an error leaves
+all of them as they were.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from torch.optim.optimizer import _get_scalar_dtype
 from . import means
 from .backends import Backend, backend
 from .cohorts import Scalar
-from .distributed import Reduction
-from .places import Place, terms
+from .distributed import ProcessGroups, Reduction
+from .places import Place, adoption_key
 from .rule import Rule
 from .shards import PLAIN, alike, is_distributed, local
 from .storage import Storage, quantization_problem, storage, traits
@@ -78,6 +78,21 @@ class Where(NamedTuple):
         return f"parameter {self.position} (group {self.group}, shape {tuple(self.owner.shape)})"
 
 
+class Key(NamedTuple):
+    """What the parameters of a bucket have in common."""
+
+    device: torch.device
+    dtype: torch.dtype
+    grad_dtype: torch.dtype
+    rule: Rule
+    backend: Backend
+    stored: Storage
+    spread: ProcessGroups | None
+    """The process groups over which DTensors are spread; None for other tensors."""
+    capturable: bool
+    scalar_dtypes: tuple[torch.dtype, ...]
+
+
 class Entry(NamedTuple):
     """One parameter with a gradient."""
 
@@ -108,9 +123,9 @@ def survey(
     grads: list[Tensor | None],
     reduction: Reduction,
     places: dict[Tensor, Place],
-) -> dict[tuple, list[Entry]]:
+) -> dict[Key, list[Entry]]:
     """Every parameter with a gradient, by bucket. Changes nothing, so an error leaves all as it was."""
-    buckets: dict[tuple, list[Entry]] = {}
+    buckets: dict[Key, list[Entry]] = {}
     choices: dict[torch.device, Backend] = {}
     active = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     if len(set(map(id, active))) != len(active):
@@ -119,7 +134,7 @@ def survey(
     position, eights = -1, 0
     for number, (group, rule) in enumerate(zip(optimizer.param_groups, rules)):
         capturable = optimizer.is_capturable(group)
-        agreed = terms(rule, optimizer._settings, capturable)
+        adoption = adoption_key(rule, optimizer._settings, capturable)
         read = _left_there if capturable else _number
         # Most parameters of a group are of one kind: what concerns the kind is looked at once.
         kinds: dict[tuple, tuple[Storage, tuple[Scalar, ...], list[Entry]]] = {}
@@ -139,7 +154,7 @@ def survey(
                 raise RuntimeError(f"the gradient of {Where(*here)} has shape {tuple(g.shape)}")
             if adaptive and (spread or hasattr(owner, "_fsdp_flattened")):
                 refuse_shards(owner, Where(*here))
-            settled = place is not None and place.is_settled(p, state, agreed)
+            settled = place is not None and place.is_settled(p, state, adoption)
             if state and not settled:
                 _look_at_state(owner, rule, state, Where(*here))
             if kind not in kinds:
@@ -151,10 +166,10 @@ def survey(
                     _refuse_capture(group, choices[p.device], where)
                 if hasattr(owner, "_fsdp_flattened"):
                     _refuse_means(optimizer, group, where)
-                key = p.device, p.dtype, g.dtype, rule, choices[p.device], stored, spread, capturable
                 scalars = _scalars(optimizer, rule, group, state, read, where)
                 dtypes = tuple(scalar.dtype for scalar in scalars)
-                kinds[kind] = stored, scalars, buckets.setdefault((*key, dtypes), [])
+                key = Key(p.device, p.dtype, g.dtype, rule, choices[p.device], stored, spread, capturable, dtypes)
+                kinds[kind] = stored, scalars, buckets.setdefault(key, [])
             stored, scalars, entries = kinds[kind]
             taken = 0
             if state:
