@@ -1,4 +1,5 @@
-"""Checks of the arguments of optimizers that torch lacks, in torch's words; of learning rates, whoever set them."""
+"""Checks of arguments, in torch's words: of optimizers that torch lacks, of parameter groups, and of learning rates,
+whoever set them."""
 
 from __future__ import annotations
 
@@ -38,6 +39,22 @@ def check_betas(betas: Any, count: int) -> None:
             raise ValueError(f"Invalid beta parameter at index {index}: {beta!r}, which is no number")
         if not 0.0 <= beta < 1.0:
             raise ValueError(f"Invalid beta parameter at index {index}: {beta}")
+
+
+def check_group(optimizer: Any, param_group: dict[str, Any]) -> None:
+    """ValueError or TypeError for options with which a group cannot be added to an optimizer of ours."""
+    optimizer._settings.refuse_in_group(param_group, optimizer.defaults)
+    group = {**optimizer.defaults, **param_group}
+    # torch's own classes look at theirs: in a group they let a negative one pass, and so do ours.
+    if "lr" in group and optimizer.step_of_torch is None:
+        check_nonnegative(lr=group["lr"])
+    for key, value in group.items():
+        if isinstance(value, float) and math.isnan(value):
+            raise ValueError(f"Invalid {key}: {value}; hyperparameters must be numbers")
+    optimizer.rule(group)  # raises where the options contradict the settings
+    lr = group.get("lr")
+    if isinstance(lr, float) and math.isinf(lr):
+        raise ValueError(f"Invalid learning rate: {lr}; give a finite number")
 
 
 def check_rates(optimizer: Any, groups: Sequence[dict[str, Any]]) -> None:

@@ -77,6 +77,7 @@ def check_rule(
 
     Raises:
         AssertionError: names the first difference: u or which state, its index, both values; or the broken promise.
+        TypeError: for anything but a rule or a class, ``h`` beside a class, ``options`` beside a rule.
         RuntimeError: where Triton functions cannot run.
     """
     rule, numbers, initial = _subject(rule, h, options)

@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -22,6 +22,21 @@ from .shards import is_distributed, like, local
 from .storage import MASTER_KEYS, part_key, storage
 
 MASTER = "master"
+
+
+def state_dict(optimizer: Any, compact: bool, state_dict_of_torch: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What ``optimizer.state_dict`` returns."""
+    if compact:
+        refuse_distributed(optimizer)
+        return state_dict_of_torch()
+    if optimizer.master is None and optimizer.state_dtype is None:
+        return state_dict_of_torch()
+    # First among the hooks: those of users see the result.
+    handle = optimizer.register_state_dict_post_hook(expand, prepend=True)
+    try:
+        return state_dict_of_torch()
+    finally:
+        handle.remove()
 
 
 def expand(optimizer: Any, state_dict: dict[str, Any]) -> dict[str, Any]:

@@ -17,7 +17,12 @@ CAUTIOUS = Stage("cautious", (), None, term="agreement")
 
 
 class Formula:
-    """What ``FusedOptimizer`` asks a subclass."""
+    """What ``FusedOptimizer`` asks a subclass: ``rule`` and ``hyper`` of each, the others where they differ from these.
+
+    ``group`` is a parameter group, ``t`` the step counted from 1, and ``scalars`` are the rule's (``Rule.scalars``).
+    Where a device counts the steps, ``t``, ``group["lr"]`` and the scalars are columns instead of numbers: float64
+    tensors [rows, 1], for which ``fusedopt.columns`` has ``number``, ``where``, ``minimum`` and ``maximum``.
+    """
 
     counts_steps = True
     """Whether torch keeps ``state[p]["step"]``."""
@@ -29,15 +34,15 @@ class Formula:
         """The formula that this group's options select. ValueError if they contradict the settings."""
         raise NotImplementedError(f"{type(self).__name__} has no rule(group) that returns a fusedopt.Rule")
 
-    def hyper(self, group: dict[str, Any], t: int, *scalars: Rounded) -> Numbers:
-        """The rule's ``h`` at the group's ``t``-th step, counted from 1, in float64. Where the device counts, ``t``,
-        ``group["lr"]`` and the scalars are columns: see columns.py."""
+    def hyper(self, group: dict[str, Any], t: Number, *scalars: Rounded) -> Numbers:
+        """The rule's ``h`` at the group's ``t``-th step, in float64."""
         raise NotImplementedError(f"{type(self).__name__} has no hyper(group, t) that returns its rule's numbers")
 
     def lr(self, group: dict[str, Any], t: Number, *scalars: Rounded) -> Number:
+        """The learning rate of the ``t``-th step: p <- p - lr u."""
         return number(group["lr"])
 
-    def averages(self, group: dict[str, Any], t: int, *scalars: Rounded) -> Numbers:
+    def averages(self, group: dict[str, Any], t: Number, *scalars: Rounded) -> Numbers:
         """The weight of the new parameter in each of the rule's averages."""
         return ()
 
@@ -46,7 +51,7 @@ class Formula:
         values = (self.initial_value(group, key) for key in self.rule(group).scalars)
         return tuple(scalar(value, _get_scalar_dtype()) for value in values)
 
-    def next_scalars(self, group: dict[str, Any], t: int, *scalars: Rounded) -> Sequence[Rounded]:
+    def next_scalars(self, group: dict[str, Any], t: Number, *scalars: Rounded) -> Sequence[Rounded]:
         """What the ``t``-th step makes of the rule's scalars; it used ``scalars``."""
         raise NotImplementedError
 
@@ -72,7 +77,7 @@ class Formula:
         group = {**group, "lr": 1.0}
         return self.update(group, 1, *self.initial_scalars(group))
 
-    def update(self, group: dict[str, Any], t: int, *scalars: Rounded) -> Update:
+    def update(self, group: dict[str, Any], t: Number, *scalars: Rounded) -> Update:
         """All numbers of one step of one group. Order as in torch: clip, negate, decay."""
         settings, sign = self._settings, -1.0 if group.get("maximize") else 1.0
         on_grad, on_update = _chains(settings.value_limits, sign, *self.decays(group), settings.cautious)

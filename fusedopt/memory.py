@@ -32,6 +32,7 @@ class Memory(NamedTuple):
 
     @property
     def total(self) -> float:
+        """Their sum."""
         return self.parameters + self.gradients + self.states + self.masters
 
 
@@ -58,8 +59,8 @@ def memory(
     Nothing is allocated. Gradients count in the parameters' dtype, buffers of the allocator and of a step do not count.
 
     Args:
-        model: a module, or what the optimizer would be given as ``params``. With an instance of an optimizer, whatever
-            stands here is ignored.
+        model: a module, or what the optimizer would be given as ``params``. An instance of an optimizer has its
+            parameters already, and is asked for those.
         optimizer: a class of fusedopt, or an instance of one.
         options: the class's arguments, if a class is given.
 

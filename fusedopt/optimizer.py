@@ -7,7 +7,6 @@ validation, parameter groups, hooks and checkpoints stay torch's own.
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor
 
 from . import checkpoints, conversion, ema, introspection, refresh, storage
-from .arguments import check_nonnegative
+from .arguments import check_group
 from .ema import EmaParameters
 from .engine import Engine
 from .flat_grads import FlatGrads
@@ -138,19 +137,10 @@ class FusedOptimizer(Formula, torch.optim.Optimizer):
         return functools.partial(step.__wrapped__ if getattr(step, "hooked", False) else step.__func__, self)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As torch's. ValueError or TypeError, and no group more, for options that are no numbers, that contradict the
+        settings, or that are settings of the whole optimizer."""
         if isinstance(param_group, dict):
-            self._settings.refuse_in_group(param_group, self.defaults)
-            group = {**self.defaults, **param_group}
-            # torch's own classes look at theirs: in a group they let a negative one pass, and so do ours.
-            if "lr" in group and self.step_of_torch is None:
-                check_nonnegative(lr=group["lr"])
-            for key, value in group.items():
-                if isinstance(value, float) and math.isnan(value):
-                    raise ValueError(f"Invalid {key}: {value}; hyperparameters must be numbers")
-            self.rule(group)  # raises where the options contradict the settings
-            lr = group.get("lr")
-            if isinstance(lr, float) and math.isinf(lr):
-                raise ValueError(f"Invalid learning rate: {lr}; give a finite number")
+            check_group(self, param_group)
         super().add_param_group(param_group)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -170,19 +160,12 @@ class FusedOptimizer(Formula, torch.optim.Optimizer):
             compact: keep 16- and 8-bit states, and what ``master`` keeps beside parameters, as they are stored:
                 smaller, exact to the last bit, and for fusedopt alone. Otherwise they are shown in float32, as new
                 tensors; the exact values of 16-bit parameters as "master".
+
+        Raises:
+            RuntimeError: for ``compact`` and 8-bit states of distributed parameters.
         """
         self._engine.synchronize(self)
-        if compact:
-            conversion.refuse_distributed(self)
-            return super().state_dict()
-        if self.master is None and self.state_dtype is None:
-            return super().state_dict()
-        # First among the hooks: those of users see the result.
-        handle = self.register_state_dict_post_hook(conversion.expand, prepend=True)
-        try:
-            return super().state_dict()
-        finally:
-            handle.remove()
+        return conversion.state_dict(self, compact, super().state_dict)
 
     def master_state_dict(self) -> dict[int | str, Tensor]:
         """The exact parameters: copies in float32 (float64 where the parameter is), by the names that the optimizer was
@@ -236,7 +219,9 @@ class FusedOptimizer(Formula, torch.optim.Optimizer):
             The norm before clipping, a 0-dim tensor.
 
         Raises:
-            RuntimeError: if ``max_grad_norm`` is set as well, or for a second call before ``step``.
+            ValueError: for a ``max_norm`` that is negative or NaN.
+            RuntimeError: if ``max_grad_norm`` is set as well, for a second call before ``step``, and under gradient
+                release.
         """
         max_norm, norm_type = float(max_norm), float(norm_type)
         if not max_norm >= 0:
@@ -272,7 +257,7 @@ class FusedOptimizer(Formula, torch.optim.Optimizer):
 
     def ema_parameters(self) -> EmaParameters:
         """The parameters' moving averages, if ``ema_decay`` is set: a list of tensors that later steps move on, and
-        a context manager within which the parameters are their averages."""
+        a context manager within which the parameters are their averages. RuntimeError if there are none."""
         return EmaParameters(self)
 
     def ema_state_dict(self) -> dict[int, Tensor]:

@@ -95,7 +95,7 @@ FAMILIES: dict[str, list[Rule]] = {
         Rule("F13 AdamW, λ = 0.3", "AdamW", {**BETAS, "weight_decay": 0.3}, GENTLE),
     ],
 }
-"""The textbook's formulas, F1 to F13."""
+"""The textbook's formulas, F1 to F13, as ``docs/rosetta.md`` numbers them."""
 
 OWN_PATHS = {
     "SGD": Rule("SGD, μ = 0.5", "SGD", {"momentum": 0.5}, GENTLE),

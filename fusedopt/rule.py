@@ -12,7 +12,7 @@ Numbers = tuple[float, ...]
 
 
 class Rule(NamedTuple):
-    """One update formula: u, states <- rule(g, states, h). The package's own stand in ``kernels/rules.py`` too.
+    """One update formula, u, states <- rule(g, states, h), as a torch function and a Triton one.
 
     Shapes: g, u and every state have the parameter's, or are blocks of their elements: a rule treats each element
     alike. Dtypes: all are float32, or float64 for float64 parameters. Errors: ``check_rule`` raises AssertionError

@@ -60,8 +60,8 @@ class CosineRestarts(_Schedule):
     Args:
         optimizer: any torch optimizer; ``lr`` a float or a tensor of any float dtype with one element.
         period (float): steps of the first cycle, at least 1. It need not be whole.
-        period_growth (float): at least 1; the notes recommend 1.5 to 2.
-        peak_decay (float): above 0 and at most 1; the notes recommend 0.7 to 0.9.
+        period_growth (float): at least 1; 1.5 to 2 are usual.
+        peak_decay (float): above 0 and at most 1; 0.7 to 0.9 are usual.
         eta_min (float): the lower end of every cycle; a peak never falls below it.
         last_epoch (int): as in torch's schedulers.
 

@@ -101,7 +101,7 @@ class SmallChange(Criterion):
     Args:
         optimizer: any torch optimizer; parameters of any shape and real or complex dtype.
         tolerance (float): above zero, 1e-4 by default.
-        check_every (int): look at every so-manieth step only, and let the host wait for the parameters' device.
+        check_every (int): look at every ``check_every``-th step only, since the host then waits for the device.
 
     Raises:
         TypeError, ValueError: for arguments of a wrong kind or size.
