@@ -3,7 +3,7 @@ GPU is needed for comes first."""
 
 from __future__ import annotations
 
-FIRST = "test_kernels.py", "test_kernel_norm.py", "test_kernel_memory.py", "test_optimizers.py"
+FIRST = "test_kernels.py", "test_kernel_norm.py", "test_kernel_skips.py", "test_kernel_memory.py", "test_optimizers.py"
 LAST = "test_compile.py", "test_compile_forms.py", "test_demo.py"
 """The same on every machine."""
 RANKS = {**{name: number - len(FIRST) for number, name in enumerate(FIRST)}, **dict.fromkeys(LAST, 1)}
