@@ -7,6 +7,7 @@ import math
 import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
+from operator import is_
 from typing import Any, NamedTuple
 
 import torch
@@ -138,13 +139,18 @@ class Deferred:
         if not any(same):
             # A rank without gradients has shared in the verdict of the others.
             return not any(present) and not any(self.grads)
-        versions = [None if g is None else g._version for g in grads]
-        if same != present or len(grads) != len(self.grads) or versions != self.versions:
+        if not self.is_valid(grads):
             raise RuntimeError(
                 "gradients were changed between clip_grad_norm_() and step(), which was to clip them: call "
                 "clip_grad_norm_() last, or zero_grad() to drop both"
             )
         return True
+
+    def is_valid(self, grads: Sequence[Tensor | None]) -> bool:
+        """Whether these are the gradients that were judged, as they were then."""
+        judged = [None if ref is None else ref() for ref in self.grads]
+        versions = [None if g is None else g._version for g in grads]
+        return len(grads) == len(judged) and all(map(is_, grads, judged)) and versions == self.versions
 
     def verdict_of_step(self, terms: Terms, scaling: Scaling | None) -> Verdict:
         """What the step that now applies it, and has these terms of its own, does with the gradients.
@@ -235,7 +241,8 @@ class Skips:
         if self.device is None or self.device.device != device:
             self.count = int(self.total())  # the model has moved
             self.unheard.clear()
-            self.device = torch.zeros(4, dtype=torch.float64, device=device)
+            with torch.inference_mode(False):  # a step outside it writes there too
+                self.device = torch.zeros(4, dtype=torch.float64, device=device)
             self.known = 0
         return self.device
 
@@ -247,7 +254,8 @@ class Skips:
             self.unheard.append((None, self.device[3:].clone()))
             return
         if not self.free:
-            copy = torch.empty(1, dtype=torch.float64, device="cpu", pin_memory=True)
+            with torch.inference_mode(False):
+                copy = torch.empty(1, dtype=torch.float64, device="cpu", pin_memory=True)
             self.free.append((torch.cuda.Event(), copy))
         event, copy = self.free.pop()
         with on(self.device.device):

@@ -92,7 +92,8 @@ class Engine:
                     f"the step clips to max_grad_norm={terms.clip[0]} by itself: leave clip_grad_norm_() out, or set "
                     "optimizer.max_grad_norm = None"
                 )
-            if self.deferred is not None and self.deferred.is_of(grads):
+            # Gradients that were added to since, the step left out, are judged anew.
+            if self.deferred is not None and self.deferred.is_valid(grads):
                 raise RuntimeError("clip_grad_norm_() was called twice for one step(): call it once, after backward()")
             terms = terms._replace(clip=(max_norm, *CLIP))
             self.verdict = self._judge(terms)
@@ -163,6 +164,8 @@ class Engine:
         self._follow(optimizer, plan)
         self.unlisted = plan
 
+    @torch.inference_mode(False)
+    @torch.no_grad()
     @without_collection()
     def _select(self, optimizer: Any, params: list[Tensor], grads: list[Tensor | None]) -> bool:
         """Put a plan together where all that changed is which of the known parameters have gradients."""

@@ -65,7 +65,8 @@ class Tracker:
         if self.reduction.communicates:
             found = self._over_ranks(self._here())
             if self.added is None:
-                self.added = found
+                with torch.inference_mode(False):  # or steps outside it could not write there
+                    self.added = tuple(x.clone() for x in found)
             else:
                 for old, new in zip(self.added, found):
                     old.copy_(new)

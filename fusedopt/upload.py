@@ -84,6 +84,8 @@ class Upload:
             self.device_copy.copy_(memory, non_blocking=True)
             event.record()
 
+    # Also where a step is taken in inference mode: what was made in it could not be written to outside.
+    @torch.inference_mode(False)
     def _freeze(self, values: np.ndarray) -> None:
         memory = torch.from_numpy(values.copy())
         if self.device.type == "cuda":
@@ -94,6 +96,7 @@ class Upload:
         self.frozen.append((self.device_copy, memory))
         self.is_frozen = True
 
+    @torch.inference_mode(False)
     def _allocate(self, values: np.ndarray) -> None:
         with on(self.device):
             if self.device_copy is not None and self.device_copy.is_cuda and not self.is_frozen:

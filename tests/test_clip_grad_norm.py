@@ -235,6 +235,18 @@ def test_a_checkpoint_between_clipping_and_the_first_step(backend, device):
     assert torch.equal(p.detach(), -torch.ones_like(p))  # no dampening of the first
 
 
+def test_a_step_that_is_left_out(backend, device):
+    """As torch's scaler leaves it out: gradients that backward then adds to are judged anew."""
+    (p,) = params = [torch.nn.Parameter(torch.zeros(4, device=device))]
+    optimizer = fusedopt.SGD(params, lr=1.0, backend=backend)
+    p.grad = torch.full_like(p, 3.0)
+    assert float(optimizer.clip_grad_norm_(1.0)) == 6.0
+    p.grad.add_(1.0)
+    assert float(optimizer.clip_grad_norm_(1.0)) == 8.0
+    optimizer.step()
+    torch.testing.assert_close(p.detach(), torch.full_like(p, -0.5))
+
+
 def test_a_scaler_clips_for_others_too(device):
     """An optimizer that is not ours, sparse gradients, and a scaler that is not enabled."""
     for optim in (torch.optim.SGD, fusedopt.SGD):

@@ -74,3 +74,26 @@ def test_a_step_in_inference_mode_disturbs_no_other(name):
             optimizer.step()
         optimizer.step()
     assert not q.is_inference()
+
+
+@pytest.mark.usefixtures("needs_triton")
+@pytest.mark.parametrize("settings", [{"max_grad_norm": 99.0, "skip_nonfinite": True}, {"capturable": True}], ids=str)
+def test_tables_of_a_step_in_inference_mode_serve_others(settings, device):
+    """Those of its first step, and of one with another set of gradients and a copy of a parameter with gaps."""
+    params = [torch.nn.Parameter(x[:, 0]) for x in torch.ones(2, 5, 2, device=device)]
+    optimizer = fusedopt.AdamW(params, lr=0.1, backend="triton", **settings)
+    for number in range(6):
+        params[0].grad = torch.ones_like(params[0])
+        params[1].grad = torch.ones_like(params[1]) if number in (2, 3) else None
+        with torch.inference_mode(number % 2 == 0):
+            optimizer.step()
+    expected = []
+    for count in (6, 2):
+        p = torch.nn.Parameter(torch.ones(5))
+        alone = torch.optim.AdamW([p], lr=0.1)
+        for _ in range(count):
+            p.grad = torch.ones_like(p)
+            alone.step()
+        expected.append(p)
+    for p, q in zip(params, expected):
+        torch.testing.assert_close(p.cpu(), q, rtol=1e-6, atol=1e-6)
