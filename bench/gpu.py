@@ -45,7 +45,8 @@ PARTS = {
     "small": Part(gpu_speed.small, 60),
     "rules": Part(gpu_speed.rules, 100),
     "equal": Part(gpu_checks.equal, 60),
-    "stress": Part(gpu_checks.stress, 40),
+    "stress": Part(gpu_checks.stress, 60),
+    "once": Part(gpu_speed.once, 40),
     "sweep": Part(gpu_speed.sweep, 60),
     "graph": Part(gpu_checks.graph, 30),
     "cold": Part(gpu_checks.cold, 60),
@@ -54,6 +55,7 @@ PARTS = {
     "train": Part(gpu_speed.training, 60),
     "models": Part(gpu_speed.models, 90),
     "packages": Part(gpu_speed.packages, 120),
+    "sanitize": Part(gpu_checks.sanitize, 240),
 }
 """Most important first. Together they may take longer than MINUTES: what is last then waits for ``--only``."""
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+from unittest import mock
 
 import torch
 from gpu_run import Run
@@ -16,6 +19,7 @@ from measure import outline
 from problem import Case, Problem
 
 import fusedopt
+from fusedopt import occupancy
 
 HERE = Path(__file__).parent
 
@@ -44,30 +48,54 @@ def bits(x: torch.Tensor) -> torch.Tensor:
 
 
 def stress(run: Run) -> None:
-    """10,000 clipped steps, alone and beside another stream that keeps the GPU busy: the same bits, and no hang."""
+    """10,000 clipped steps by one launch and by two, alone and beside another stream that keeps the GPU busy: the same
+    bits, and no hang. Then a cooperative launch of more programs than the GPU runs at a time, which it must refuse."""
     steps, size = (3, 64) if run.dry else (10_000, 4096)
     problem = Problem(Case("resnet50", "AdamW", clip=True), run.models["resnet50"], run.on.name, run.backend)
     a = torch.randn(size, size, device=run.on.name)
     b = torch.empty_like(a)
-    ended = []
-    for crowded in (False, True):
+    ended = {}
+    for launches, crowded in itertools.product((2, 1), (False, True)):
+        name = f"{steps} steps by {launches} launch{'es' * (launches > 1)}{', crowded' * crowded}"
         groups = problem.parameters()
-        optimizer, step = problem.made("fusedopt", groups, limit=1e-3)
+        optimizer = fusedopt.AdamW(groups, max_grad_norm=1e-3, launches=launches, **problem.settings)
         begin = time.perf_counter()
         norms = []
         for number in range(steps):
             if crowded and number % 10 == 0:
                 run.on.alongside(lambda: torch.mm(a, a, out=b))
-            step()
+            optimizer.step()
             if number % (steps // 3) == 0:
                 norms.append(optimizer.grad_norm)
         run.on.settle()
-        ended.append([p.detach().clone() for group in groups for p in group["params"]] + norms)
+        ended[name] = [p.detach().clone() for group in groups for p in group["params"]] + norms
         took = time.perf_counter() - begin
-        run.result("stress", f"{steps} steps{', crowded' * crowded}", "ok", f"{took / steps * 1e6:.1f} us per step")
-    same = all(torch.equal(bits(x), bits(y)) for x, y in zip(*ended))
-    finite = all(x.isfinite().all() for x in ended[0])
-    run.result("stress", "the same bits", "ok" if same and finite else "failed", f"equal: {same}, finite: {finite}")
+        run.result("stress", name, "ok", f"{took / steps * 1e6:.1f} us per step")
+    first, *others = ended.items()
+    finite = all(x.isfinite().all() for x in first[1])
+    for name, tensors in others:
+        same = all(torch.equal(bits(x), bits(y)) for x, y in zip(first[1], tensors, strict=True))
+        note = f"equal to {first[0]}: {same}, finite: {finite}"
+        run.result("stress", f"the same bits, {name}", "ok" if same and finite else "failed", note)
+    run.result("stress", "too large a grid", *too_large_a_grid(run, problem))
+
+
+def too_large_a_grid(run: Run, problem: Problem) -> tuple[str, str]:
+    """What the driver says to it, and whether the optimizer goes on with two launches."""
+    if run.dry:
+        return "skipped", "the interpreter runs one program after the other"
+    optimizer = fusedopt.AdamW(problem.parameters(), max_grad_norm=1e-3, launches=1)
+    with mock.patch.object(occupancy, "largest_grid", lambda *args: 1 << 20):
+        try:
+            optimizer.step()
+        except RuntimeError as error:
+            refusal = str(error)
+        else:
+            return "failed", "the driver took it"
+    optimizer.launches = 2
+    optimizer.step()
+    run.on.settle()
+    return "ok" if "refuses a cooperative launch" in refusal else "failed", refusal
 
 
 def graph(run: Run) -> None:
@@ -80,11 +108,12 @@ def graph(run: Run) -> None:
         params = [p for group in groups for p in group["params"]]
         lr = torch.tensor(1e-3, device=run.on.name)
         optimizer = fusedopt.AdamW(params, lr=lr, max_grad_norm=1e-3, capturable=True, **problem.settings)
+        run.on.settle()  # before another stream reads what was made here
         try:
             for _ in range(3):
                 run.on.alongside(optimizer.step)
-        except RuntimeError as problem:
-            run.result("graph", "capturable=True", "skipped", str(problem))
+        except RuntimeError as error:
+            run.result("graph", "capturable=True", "skipped", str(error))
             return
         run.on.settle()
         replay = run.on.capture(optimizer.step) if captured else optimizer.step
@@ -140,3 +169,26 @@ def huge(run: Run) -> None:
 
     wrong = [place for place in places if not right(place)]
     run.result("huge", f"{size} elements", "failed" if wrong else "ok", f"wrong from elements {wrong}" if wrong else "")
+
+
+TOOLS = "memcheck", "racecheck"
+
+
+def sanitize(run: Run) -> None:
+    """Steps of every kernel under CUDA's compute-sanitizer, where that is installed."""
+    program = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
+    if not (run.dry or Path(program).exists()):
+        run.result("sanitize", "compute-sanitizer", "skipped", "it is not installed")
+        return
+    for tool in run.few(TOOLS):
+        under = [] if run.dry else [program, "--tool", tool, "--error-exitcode", "1"]
+        # Without torch's cache every tensor is an allocation of its own, whose ends are watched.
+        done = subprocess.run(
+            [*under, sys.executable, str(HERE / "every_kernel.py"), *(["--few"] if run.dry else [])],
+            env=os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        lines = [
+            line for line in (done.stdout + done.stderr).splitlines() if "ERROR SUMMARY" in line or "Error" in line
+        ]
+        note = f"exit code {done.returncode}; {'; '.join(lines[:3])}"
+        run.result("sanitize", tool, "failed" if done.returncode else "ok", note)

@@ -17,6 +17,7 @@ from variants import VARIANTS
 CLIPS = False, True
 TORCHS = "foreach", "fused"
 OURS = "fusedopt", "fusedopt flatten"
+ONCE = "fusedopt one launch"
 
 
 def adamw(run: Run) -> None:
@@ -38,6 +39,13 @@ def rules(run: Run) -> None:
     run.measure(run.few(cases), ["fusedopt", *TORCHS], seconds=0.2)
 
 
+def once(run: Run) -> None:
+    """Clipping and update in one launch or in two, by size: what ``launches="auto"`` should be on this GPU."""
+    cases = [Case(model, "AdamW", clip=True) for model in ("mlp", "small1000", "resnet50", "gpt2")]
+    cases += [Case("resnet50", "AdamW", clip=True, dtype="bfloat16"), Case("resnet50", "AdamW", clip=True, amp=True)]
+    run.measure(run.few(cases), ["fusedopt", ONCE, "fused"])
+
+
 def amp(run: Run) -> None:
     cases = [Case(model, "AdamW", clip, amp=True) for model in ("gpt2", "small1000") for clip in CLIPS]
     run.measure(run.few(cases), ["fusedopt", *TORCHS])
@@ -53,7 +61,7 @@ def models(run: Run) -> None:
 
 def packages(run: Run) -> None:
     """Other packages, and torch's compiled step, which takes long to compile."""
-    others = [name for name in IMPLEMENTATIONS if name not in (*OURS, *TORCHS, "forloop", "compiled")]
+    others = [name for name in IMPLEMENTATIONS if name not in (*OURS, ONCE, *TORCHS, "forloop", "compiled")]
     cases = [Case(model, label) for model in ("gpt2", "small1000") for label in ("AdamW", "Lion") if label in VARIANTS]
     run.measure(run.few(cases), ["fusedopt", "fused", "foreach", *others], seconds=0.2)
     cases = [Case("resnet50", "AdamW", clip) for clip in CLIPS]

@@ -24,7 +24,7 @@ HOST = "<!-- host: made by bench/report.py from the rows of bench/host.py: do no
 RANKS = "<!-- many ranks: made by bench/report.py from the rows of bench/scale.py and ranks.py: do not edit -->"
 END = "<!-- end -->"
 
-OURS = "fusedopt", "fusedopt flatten", "fusedopt 8-bit"
+OURS = "fusedopt", "fusedopt flatten", "fusedopt 8-bit", "fusedopt one launch"
 
 MANY = 6
 """Checks of one kind, above which a summary only counts those that passed."""

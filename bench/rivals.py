@@ -15,7 +15,7 @@ from variants import LR, Variant
 
 import fusedopt
 
-CLIPS = "fusedopt", "fusedopt flatten", "fusedopt 8-bit"
+CLIPS = "fusedopt", "fusedopt flatten", "fusedopt 8-bit", "fusedopt one launch"
 """Those that clip inside their step; for the others ``clip_grad_norm_`` runs before it."""
 
 TORCH = "forloop", "foreach", "fused", "compiled"
@@ -46,6 +46,14 @@ def ours(**settings: Any) -> Callable:
         return fusedopt.registry[variant.name](groups, lr=LR, **variant.options, **settings, **more)
 
     return make
+
+
+def one_launch(variant: Variant, groups: list[dict[str, Any]], more: dict[str, Any]) -> torch.optim.Optimizer:
+    """With clipping. The kernels alone have launches to count."""
+    chosen = fusedopt.backend(groups[0]["params"][0].device, more.get("backend"))
+    if chosen.name != "triton":
+        raise Missing(f"launches=1 is for the kernels: {chosen.reason}")
+    return ours(launches=1)(variant, groups, more)
 
 
 def torchs(**choice: bool) -> Callable:
@@ -101,6 +109,7 @@ IMPLEMENTATIONS = {
         Implementation("fusedopt", ours()),
         Implementation("fusedopt flatten", ours(flatten=True)),
         Implementation("fusedopt 8-bit", ours(state_dtype="8bit"), EIGHT_BITS),
+        Implementation("fusedopt one launch", one_launch),
         Implementation("forloop", torchs(foreach=False)),
         Implementation("foreach", torchs(foreach=True)),
         Implementation("fused", torchs(fused=True)),

@@ -41,7 +41,7 @@ def problem_with_one_launch(
     if bucket.backend.name != "triton":
         return f"the backend is {bucket.backend} ({bucket.backend.reason})"
     if len(executors) > 1:
-        return f"parameters of {len(executors)} devices, dtypes or rules take a launch each"
+        return f"parameters of {len(executors)} devices, dtypes, rules or forms of states take a launch each"
     if is_deferred:
         return "clip_grad_norm_() takes the norm before the step"
     if reduction.communicates and terms.joins_ranks:

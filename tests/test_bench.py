@@ -223,9 +223,11 @@ def test_dry_run_of_the_gpu_script(tmp_path):
     assert problems == []
     assert {row.status for row in rows} <= {"ok", "skipped"}
     # The parts by their own rows or, where they time steps, by what these are of.
-    assert {row.part for row in rows} == {"tests", "step", "equal", "stress", "sweep", "graph", "cold", "huge", "train"}
+    parts = {"tests", "step", "equal", "stress", "sweep", "graph", "cold", "huge", "train", "sanitize"}
+    assert {row.part for row in rows} == parts
     steps = {(row.model, row.amp) for row in rows if row.part == "step"}
-    assert steps == {("gpt2", False), ("small1000", False), ("gpt2", True), ("llama1b", False), ("resnet50", False)}
+    assert steps == {("gpt2", True), *((model, False) for model in ("gpt2", "small1000", "mlp", "llama1b", "resnet50"))}
+    assert "fusedopt one launch" in {row.implementation for row in rows}
     assert "fusedopt" in (tmp_path / "info.txt").read_text()
     assert (tmp_path / "history.jsonl").stat().st_size > 0
     assert len(list(tmp_path.iterdir())) <= 8

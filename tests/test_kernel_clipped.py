@@ -106,7 +106,7 @@ def test_without_a_verdict_the_update_alone_is_one_launch(device):
 
 
 REFUSED = {
-    "several dtypes": ({}, "parameters of 2 devices, dtypes or rules"),
+    "several dtypes": ({}, "parameters of 2 devices, dtypes, rules or forms of states"),
     "means": ({"cautious": True}, "cautious=True"),
     "torch": ({"backend": "torch"}, "the backend is torch"),
 }
