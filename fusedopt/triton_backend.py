@@ -172,9 +172,10 @@ class Executor:
         )  # fmt: skip
 
     def step_at_once(self, update: Callable[..., Update], terms: Terms, skips: Skips) -> Verdict | None:
-        """Launch norm, verdict and update as one cooperative kernel. None if the driver refuses that, which it will do
-        at every step; RuntimeError if nothing else will do."""
-        return self.at_once.step(self, update, terms, skips)
+        """Launch norm, verdict and update as one cooperative kernel. None if there is nothing to update, where the
+        verdict is one launch by itself, or if the driver refuses, which it will do at every step; RuntimeError if
+        nothing else will do."""
+        return self.at_once.step(self, update, terms, skips) if self.tables.tiles.count else None
 
     def advance(self, optimizer: Any, verdict: Verdict) -> None:
         """Let the device count the step, unless the verdict skips it: after ``step``, for what is capturable."""
@@ -187,8 +188,6 @@ class Executor:
 
     def problem_with_one_launch(self, optimizer: Any) -> str | None:
         """Why ``step_at_once`` cannot be used, or None."""
-        if self.tables.tiles.count == 0:
-            return "all parameters are empty"
         if self.needs_means is None:
             self.needs_means = bool(stages_of(optimizer.first_update(self.bucket.cohorts[0].group)))
         if self.needs_means:

@@ -25,6 +25,9 @@ class Recorder(TorchDispatchMode):
         refuse_to_wait(func)
         if func.namespace == "c10d":
             return self.communicate(func, *args, **kwargs)
+        if not func._schema.returns:  # what it is about are lists of tensors
+            self.calls.append(lambda: func(*args, **kwargs))
+            return None
         out = args[0] if func._schema.is_mutable else func(*args, **kwargs)
         if isinstance(out, torch.Tensor):
             self.calls.append(lambda: again(func, args, kwargs, out))
