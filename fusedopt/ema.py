@@ -3,7 +3,8 @@
     a <- a + (1 - ema_decay) (p - a)        with the new p
 
 An average begins as its parameter before the first step, moves at every step at which the parameter is updated, and
-is float32 where the parameter has 16 bits, in which it would stand still.
+is float32 where the parameter has 16 bits, in which it would stand still. It follows what these are rounded from,
+except where torch's fused kernels round plain 16-bit parameters first.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ import os
 import pytest
 import torch
 from feature_runs import Run
-from features import FEATURES, KINDS, ORDER, STEPS, absent, program
+from features import FEATURES, KINDS, LR, ORDER, STEPS, absent, program
 from graphs import capture
 
 from fusedopt import storage
@@ -106,6 +106,20 @@ EXACT = 4e-6
 """Some roundings of float32: of a dozen operations, and of values a few times their result."""
 
 
+def slack(name, run):
+    """What arithmetic may differ by in all. A step's length is that of parameters' differences here, which float32
+    rounds; numbers of 16 bits add up to exactly zero now and then, on either side of which the cautious mean jumps by
+    an element in 35; and plain 16-bit parameters are averaged after they are rounded where torch's kernels do that."""
+    narrow = max(dtype.itemsize for dtype in run.program.dtypes) == 2
+    if name == "update_norm":
+        return 2e-6
+    if narrow and run.opt.cautious:
+        return 0.1 * LR
+    if narrow and name.startswith("average") and run.opt.master is None:
+        return (1 - run.opt.ema_decay) * max(torch.finfo(dtype).eps for dtype in run.program.dtypes)
+    return 0.0
+
+
 def grain(name, y, run):
     """The distance between neighbours of what is stored, near each of the values y."""
     kind, _, number = name.rpartition(" ")
@@ -138,7 +152,7 @@ def compare(number, kernel, twin):
         assert torch.equal(x[odd].nan_to_num(nan=0.5), y[odd].nan_to_num(nan=0.5)), f"{name} at step {number}"
         x, y = x[~odd], y[~odd]
         error, step = (x - y).abs(), grain(name, y, kernel)
-        exact = EXACT * (y.abs() + (y.abs().mean() if y.numel() else 0))
+        exact = EXACT * (y.abs() + (y.abs().mean() if y.numel() else 0)) + slack(name, kernel)
         worst = (error - 1.01 * step - exact).max() if y.numel() else 0
         assert worst <= 0, f"{name} at step {number} is off by {error.max():.3g}: {x} instead of {y}"
         assert (error > exact).sum() <= max(1, 0.03 * y.numel()), f"{name} at step {number}: {x} instead of {y}"
