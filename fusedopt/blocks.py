@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Sequence
+from itertools import repeat
 from typing import Any
 
 import torch
@@ -29,16 +30,22 @@ def is_plain(group: dict[str, Any], scale: Tensor | None) -> bool:
 
 
 def blocks(
-    group: dict[str, Any], scale: Tensor | None, params: Sequence[Tensor], grads: Sequence[Tensor], *states: list
-) -> Iterator[tuple[Tensor, ...]]:
+    group: dict[str, Any],
+    scale: Tensor | None,
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    *states: list,
+    rates: Sequence[float] | None = None,
+) -> Iterator[tuple]:
     """Block by block in the order of memory: the parameter, the gradient with all that comes before the rule, the
-    states. The engine hands over tensors of equal, dense strides. Gradients are clipped where they are, as torch's
-    fused kernels do; what else comes before the rule goes into a copy."""
+    states, and the parameter's learning rate where ``rates`` are given. The engine hands over tensors of equal, dense
+    strides. Gradients are clipped where they are, as torch's fused kernels do; what else comes before the rule goes
+    into a copy."""
     weight_decay = float(group["weight_decay"])
     factor = (-1 if group["maximize"] else 1) / (1 if scale is None else scale.item())
     copies = not is_plain(group, None)
     block = for_threads(BLOCK)
-    for tensors in zip(params, grads, *states):
+    for tensors, rate in zip(zip(params, grads, *states), repeat(()) if rates is None else zip(rates)):
         size = tensors[0].numel()
         parts = zip(*(x.as_strided((size,), (1,)).split(block) for x in tensors)) if size > block else (tensors,)
         for p, g, *state in parts:
@@ -48,7 +55,7 @@ def blocks(
                     g.add_(p, alpha=weight_decay)
             elif factor != 1:
                 g.mul_(factor)
-            yield p, g, *state
+            yield p, g, *state, *rate
 
 
 class _Scratch(threading.local):

@@ -7,7 +7,7 @@ beside its step count (``Rule.scalars``).
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -64,11 +64,11 @@ class Cohort:
             self.scalars = self.earlier
 
 
-def alike(cohorts: Sequence[Cohort]) -> list[list[Cohort]]:
+def alike(cohorts: Sequence[Cohort], aside: Set[str] = NOT_READ) -> list[list[Cohort]]:
     """Cohorts whose groups have the same options, the learning rate among them: all their numbers are the same, for as
-    long as that stays so (``Groups``)."""
+    long as that stays so (``Groups``). With ``aside`` = ``ASIDE`` their learning rates may differ."""
     found: dict[tuple, list[Cohort]] = {}
-    for cohort, first in zip(cohorts, Options([cohort.group for cohort in cohorts], NOT_READ).first_alike()):
+    for cohort, first in zip(cohorts, Options([cohort.group for cohort in cohorts], aside).first_alike()):
         scalars = tuple([(x.item(), x.dtype) for x in cohort.scalars])
         found.setdefault((first, cohort.t, scalars), []).append(cohort)
     return list(found.values())

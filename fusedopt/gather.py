@@ -27,8 +27,9 @@ class Ways(NamedTuple):
 
 
 def find_ways(bucket: Bucket, members: Sequence[Member], settings: Settings) -> Ways:
+    """``members`` are those that share all their numbers."""
     ways = Ways([], [], [])
-    lists = bucket.listed or (bucket.passing and bucket.fused)
+    lists = bucket.listed or (bucket.passing and bucket.fused) or len(members) == 1
     alone = ways.listed if settings.needs_norm and not bucket.passing else ways.direct
     for m in members:
         if not m.place.packed:

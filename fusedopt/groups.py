@@ -7,7 +7,7 @@ from operator import itemgetter
 from typing import Any
 
 from .identity import same, same_tensors
-from .options import NOT_READ, Options
+from .options import ASIDE, NOT_READ, Options
 
 get_params = itemgetter("params")
 
@@ -17,7 +17,8 @@ class Groups:
 
     Args:
         optimizer: whose groups they are.
-        joins: whether those with the same options are updated together, and so must go on having the same.
+        joins: whether those with the same options, or the same but for the learning rate, are updated together, and
+            so must go on having the same.
     """
 
     def __init__(self, optimizer: Any, joins: bool):
@@ -25,8 +26,9 @@ class Groups:
         self.rules = list(map(optimizer.rule, self.groups))
         self.kinds = list(map(_kind, self.groups))
         self.params = list(map(list, map(get_params, self.groups)))
-        self.options = Options(self.groups, NOT_READ) if joins and len(self.groups) > 1 else None
-        self.alike = None if self.options is None else self.options.first_alike()
+        joins = joins and len(self.groups) > 1
+        self.options = [Options(self.groups, aside) for aside in (NOT_READ, ASIDE)] if joins else []
+        self.alike = list(map(Options.first_alike, self.options))
         # A rule of a user's may follow from more than settings and groups, and is asked at every step.
         self.asks = not optimizer.rule.__module__.startswith("fusedopt.")
         self.latest = self._copies(self.groups)
@@ -49,7 +51,7 @@ class Groups:
             return True
         if not same(list(map(optimizer.rule, groups)), self.rules):
             return False
-        if self.options is not None and self.options.first_alike() != self.alike:
+        if list(map(Options.first_alike, self.options)) != self.alike:
             return False
         for group, latest in zip(groups, self.latest):
             if latest is not None and "lr" in group:

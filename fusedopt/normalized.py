@@ -14,6 +14,11 @@ from .rule import FOREVER
 KEEP = 1 - 2.0**-53
 """A beta with which an average stays what it was: 1 in float32, and at most an ulp of the gradient is added."""
 
+LONG_AGO = torch.tensor(-(2.0**53), device="cpu")
+"""A step count at which the bias correction of a beta above 1 is 1, and that of KEEP what ``KEPT`` is."""
+
+KEPT = 1 - KEEP ** LONG_AGO.item()
+
 
 def normalized(numerator: Tensor, g: Tensor, v: Tensor, weight: float, correction: float, eps: float) -> Tensor:
     """v <- (1 - weight) v + weight g^2, in place; returns numerator / (correction sqrt(v) + eps), and may use up
@@ -31,8 +36,9 @@ def step_normalized(
     lr: float, decay: float = 0.0,
 ) -> None:  # fmt: skip
     """v moves on in the same way, and p <- p - lr (numerator / (correction sqrt(v) + eps) + decay p): torch's fused
-    AdamW, whose first moment the numerator is."""
+    AdamW, whose first moment the numerator is. A ``weight`` of -1 makes v what 2 v - g^2 is."""
+    step, kept = (FOREVER, 1.0) if weight > 0 else (LONG_AGO, KEPT)
     torch._fused_adamw_(
-        [p], [g], [numerator], [v], [], [FOREVER], lr=lr / correction, beta1=KEEP, beta2=1 - weight,
-        weight_decay=decay * correction, eps=eps / correction, amsgrad=False, maximize=False,
+        [p], [g], [numerator], [v], [], [step], lr=kept * lr / correction, beta1=KEEP, beta2=1 - weight,
+        weight_decay=decay * correction / kept, eps=eps / correction, amsgrad=False, maximize=False,
     )  # fmt: skip

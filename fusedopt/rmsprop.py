@@ -21,7 +21,7 @@ from functools import partial
 import torch
 
 from .blocks import blocks, is_plain, scratch
-from .normalized import KEEP
+from .normalized import step_normalized
 from .optimizer import FusedOptimizer
 from .rule import FOREVER, Rule, divisible, root_of_sum, root_plus_eps
 from .settings import EpsSettings
@@ -51,9 +51,13 @@ def mean_square(g, v, h):
 
 
 def variance(g, v, a, h):
-    weight, eps, mu = h
-    a.lerp_(g, weight)
-    return torch.addcmul(mean_square(g, v, h), a, a, value=-1)
+    move(g, v, a, h)
+    return torch.addcmul(v, a, a, value=-1)
+
+
+def move(g, v, a, h):
+    mean_square(g, v, h)
+    a.lerp_(g, h[0])
 
 
 # torch has no fused RMSprop, but its fused Adam and AdamW do the work, where they are told to. Their square root
@@ -63,39 +67,62 @@ def variance(g, v, a, h):
 def fused(params, grads, states, t, group, scale):
     """Adam with beta1 = 0: its first moment is the gradient itself, and may share its memory, since the kernel
     writes back what it read (but for the sign of a zero, and NaN for inf), or what clipping made of it."""
-    lr, alpha = float(group["lr"]), float(group["alpha"])
+    lr, alpha, eps = float(group["lr"]), float(group["alpha"]), divisible(group["eps"])
     if is_plain(group, None):
-        return _adam(params, grads, grads, states[0], lr=lr, beta2=alpha, group=group, scale=scale)
+        torch._fused_adam_(
+            params, grads, grads, *states, [], [FOREVER] * len(params), lr=lr, beta1=0.0, beta2=alpha,
+            weight_decay=0.0, eps=eps, amsgrad=False, maximize=False, grad_scale=scale,
+        )  # fmt: skip
+        return
     for p, g, v in blocks(group, scale, params, grads, *states):
-        _adam([p], [g], [g], [v], lr=lr, beta2=alpha, group=group)
+        step_normalized(p, g, g, v, 1 - alpha, 1.0, eps, lr)
 
 
-def fused_momentum(params, grads, states, t, group, scale):
-    """b is AdamW's parameter: with lr = -1 and decay mu - 1 it becomes mu b + u."""
-    for p, g, v, b in blocks(group, scale, params, grads, *states):
-        _adamw_on_buffer([b], [g], [g], [v], beta2=float(group["alpha"]), group=group)
-        p.sub_(b, alpha=float(group["lr"]))
+def fused_momentum(params, grads, states, t, group, scale, rates):
+    weight, eps, mu = hyper(group)
+    for p, g, v, b, lr in blocks(group, scale, params, grads, *states, rates=rates):
+        # As its parameter, with lr = -1 and decay mu - 1, b becomes mu b + u.
+        step_normalized(b, g, g, v, weight, 1.0, eps, lr=-1.0, decay=mu - 1)
+        p.sub_(b, alpha=lr)
 
 
-def fused_centered(params, grads, states, t, group, scale):
-    lr = float(group["lr"])
-    for p, g, v, a in blocks(group, scale, params, grads, *states):
-        centered = _variance(g, v, a, group, scratch("variance", p))
-        _adam([p], [scratch("zeros", p)], [_writable(g)], [centered], lr=lr, beta1=KEEP, beta2=KEEP, group=group)
+def fused_centered(params, grads, states, t, group, scale, rates):
+    h, fits = hyper(group), _fit_in_cache(params)
+    for p, g, v, a, lr in blocks(group, scale, params, grads, *states, rates=rates):
+        step_normalized(p, _writable(g), a, _half_moved(g, v, a, h, fits), -1.0, 1.0, h[1], lr)
 
 
-def fused_centered_momentum(params, grads, states, t, group, scale):
-    for p, g, v, b, a in blocks(group, scale, params, grads, *states):
-        centered = _variance(g, v, a, group, scratch("variance", p))
-        _adamw_on_buffer([b], [scratch("zeros", p)], [_writable(g)], [centered], beta1=KEEP, beta2=KEEP, group=group)
-        p.sub_(b, alpha=float(group["lr"]))
+def fused_centered_momentum(params, grads, states, t, group, scale, rates):
+    h, fits = hyper(group), _fit_in_cache(params)
+    for p, g, v, b, a, lr in blocks(group, scale, params, grads, *states, rates=rates):
+        half = _half_moved(g, v, a, h, fits)
+        step_normalized(b, _writable(g), a, half, -1.0, 1.0, h[1], lr=-1.0, decay=h[2] - 1)
+        p.sub_(b, alpha=lr)
 
 
-def _variance(g, v, a, group, out):
-    """Adam moves both averages in one pass. What it makes of its parameter, without a learning rate, is overwritten."""
-    alpha = float(group["alpha"])
-    _adam([out], [g], [a], [v], lr=0.0, beta1=alpha, beta2=alpha, group=group)
-    return torch.addcmul(v, a, a, value=-1, out=out)
+def _half_moved(g, v, a, h, fits):
+    """Half of v after both averages have moved: the kernel itself makes 2 (v / 2) - a^2 of it."""
+    half = scratch("half", v)
+    if fits and v.numel() > FEW:
+        move(g, v, a, h)
+    else:
+        # One call of Adam, which waits for memory once. What becomes of its parameter does not matter.
+        torch._fused_adam_(
+            [half], [g], [a], [v], [], [FOREVER], lr=0.0, beta1=1 - h[0], beta2=1 - h[0],
+            weight_decay=0.0, eps=h[1], amsgrad=False, maximize=False,
+        )  # fmt: skip
+    return torch.mul(v, HALF, out=half)
+
+
+HALF = torch.tensor(0.5, device="cpu")
+
+FEW, CACHED = 1 << 14, 1 << 20
+"""Elements of a block for which calls cost more than arithmetic, and of parameters that lie in the cache, gradients and
+states too, when the next step begins."""
+
+
+def _fit_in_cache(params):
+    return sum(map(torch.Tensor.numel, params)) <= CACHED
 
 
 def _writable(g):
@@ -103,18 +130,8 @@ def _writable(g):
     return g.clone() if g.dtype == torch.float64 else g
 
 
-def _adam(params, grads, m, v, *, lr, beta1=0.0, beta2, group, scale=None):
-    torch._fused_adam_(
-        params, grads, m, v, [], [FOREVER] * len(params), lr=lr, beta1=beta1, beta2=beta2,
-        weight_decay=0.0, eps=divisible(group["eps"]), amsgrad=False, maximize=False, grad_scale=scale,
-    )  # fmt: skip
-
-
-def _adamw_on_buffer(b, grads, m, v, *, beta1=0.0, beta2, group):
-    torch._fused_adamw_(
-        b, grads, m, v, [], [FOREVER], lr=-1.0, beta1=beta1, beta2=beta2,
-        weight_decay=float(group["momentum"]) - 1, eps=divisible(group["eps"]), amsgrad=False, maximize=False,
-    )  # fmt: skip
+def hyper(group):
+    return 1 - float(group["alpha"]), divisible(group["eps"]), float(group["momentum"])
 
 
 DTYPES = frozenset((torch.float32, torch.float64))
@@ -123,15 +140,22 @@ SQUARES = ("square_avg",)
 EXACT = ("square_avg", "grad_avg")
 PLAIN = Rule("rmsprop", SQUARES, rmsprop, fused, DTYPES, squares=SQUARES)
 MOMENTUM = Rule(
-    "rmsprop_momentum", (*SQUARES, "momentum_buffer"), rmsprop_momentum, fused_momentum, DTYPES, squares=SQUARES
+    "rmsprop_momentum",
+    (*SQUARES, "momentum_buffer"),
+    rmsprop_momentum,
+    fused_momentum,
+    DTYPES,
+    takes_rates=True,
+    squares=SQUARES,
 )
-CENTERED = Rule("rmsprop_centered", EXACT, rmsprop_centered, fused_centered, DTYPES, exact=EXACT)
+CENTERED = Rule("rmsprop_centered", EXACT, rmsprop_centered, fused_centered, DTYPES, takes_rates=True, exact=EXACT)
 BOTH = Rule(
     "rmsprop_centered_momentum",
     ("square_avg", "momentum_buffer", "grad_avg"),
     rmsprop_centered_momentum,
     fused_centered_momentum,
     DTYPES,
+    takes_rates=True,
     exact=EXACT,
 )
 
@@ -160,4 +184,4 @@ class RMSprop(FusedOptimizer, torch.optim.RMSprop):
         return rule if group["alpha"] < 1 else WITHOUT_FUSED[rule.name]
 
     def hyper(self, group, t):
-        return 1 - float(group["alpha"]), divisible(group["eps"]), group["momentum"]
+        return hyper(group)

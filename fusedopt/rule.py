@@ -30,6 +30,9 @@ class Rule(NamedTuple):
     None, divides the gradients."""
     fused_dtypes: frozenset = frozenset()
     """Parameter dtypes in which that kernel is right."""
+    takes_rates: bool = False
+    """Whether it takes one argument more behind ``scale``, a list of the parameters' learning rates, so that one call
+    serves groups that differ in nothing else."""
     list_threads: float = 0
     """With up to this many threads one call of ``fused`` serves a whole list of small tensors well. With more,
     torch spends a parallel region on each tensor, and gathering them into one is faster; a kernel that is called

@@ -62,25 +62,36 @@ def momentum_average(g, state, h):
     return g.mul(weight).add_(m, alpha=mu) if nesterov else m
 
 
-def fused_plain(params, grads, states, t, group, scale):
-    if params[0].dtype.itemsize >= 4:
-        return fused(params, grads, states, t, group, scale)
-    # torch's fused kernel leaves whole SIMD blocks unchanged (torch issue 191763), its addition rounds the product too.
-    lr, weight_decay = float(group["lr"]), float(group["weight_decay"])
-    factor = (-1 if group["maximize"] else 1) / (1 if scale is None else scale.item())
-    if weight_decay == 0:
+def fused_plain(params, grads, states, t, group, scale, rates):
+    narrow, alike = params[0].dtype.itemsize < 4, rates.count(rates[0]) == len(rates)
+    if group["weight_decay"] == 0 and (narrow or not alike):
+        factor = _factor(group, scale)
         one = torch.ones((), dtype=params[0].dtype, device="cpu")
-        torch._foreach_addcmul_(params, grads, [one] * len(params), value=-lr * factor)
-        return
-    for pair in zip(params, grads):
-        for p, g in zip(*(x.view(-1).split(BLOCK) for x in pair)):
-            wide = p.float()
-            p.copy_(wide.sub_(g.float().mul_(factor).add_(wide, alpha=weight_decay), alpha=lr))
+        torch._foreach_addcmul_(params, grads, [one] * len(params), [-lr * factor for lr in rates])
+    elif narrow:
+        # torch's fused kernel leaves whole SIMD blocks unchanged (torch issue 191763), its addition rounds the product
+        # too.
+        _decayed(params, grads, float(group["weight_decay"]), _factor(group, scale), rates)
+    elif alike:
+        _one_rate(params, grads, group, scale, rates[0])
+    else:
+        for p, g, lr in zip(params, grads, rates):
+            _fused_sgd([p], [g], [], group, scale, lr)
 
 
-def fused(params, grads, states, t, group, scale):
-    lr = float(group["lr"])
-    if not states and group["weight_decay"] == 0:
+def _factor(group, scale):
+    return (-1 if group["maximize"] else 1) / (1 if scale is None else scale.item())
+
+
+def _decayed(params, grads, weight_decay, factor, rates):
+    for p, g, lr in zip(params, grads, rates):
+        for p_block, g_block in zip(*(x.view(-1).split(BLOCK) for x in (p, g))):
+            wide = p_block.float()
+            p_block.copy_(wide.sub_(g_block.float().mul_(factor).add_(wide, alpha=weight_decay), alpha=lr))
+
+
+def _one_rate(params, grads, group, scale, lr):
+    if group["weight_decay"] == 0:
         # The gradient occurs once: scaled through lr, it need not be written.
         lr, scale = lr / (1 if scale is None else scale.item()), None
         if len(params) == 1 or torch.get_num_threads() > 1 or not _small(params):
@@ -91,11 +102,18 @@ def fused(params, grads, states, t, group, scale):
             else:
                 torch._foreach_add_(params, grads, alpha=alpha)
             return
+    _fused_sgd(params, grads, [], group, scale, lr)
+
+
+def fused(params, grads, states, t, group, scale):
+    _fused_sgd(params, grads, states[0], group, scale, float(group["lr"]), is_first_step=t == 1)
+
+
+def _fused_sgd(params, grads, buffers, group, scale, lr, is_first_step=False):
     torch._fused_sgd_(
-        params, grads, states[0] if states else [],
-        lr=lr, momentum=float(group["momentum"]), dampening=float(group["dampening"]),
+        params, grads, buffers, lr=lr, momentum=float(group["momentum"]), dampening=float(group["dampening"]),
         weight_decay=float(group["weight_decay"]), nesterov=bool(group["nesterov"]),
-        maximize=bool(group["maximize"]), is_first_step=bool(states) and t == 1, grad_scale=scale,
+        maximize=bool(group["maximize"]), is_first_step=is_first_step, grad_scale=scale,
     )  # fmt: skip
 
 
@@ -117,7 +135,8 @@ def fused_average(params, grads, states, t, group, scale):
 
 
 DTYPES = frozenset((torch.float32, torch.float64))
-PLAIN = Rule("sgd", (), sgd, fused_plain, DTYPES | {torch.bfloat16, torch.float16}, list_threads=math.inf)
+NARROW = {torch.bfloat16, torch.float16}
+PLAIN = Rule("sgd", (), sgd, fused_plain, DTYPES | NARROW, takes_rates=True, list_threads=math.inf)
 MOMENTUM = Rule("momentum", ("momentum_buffer",), momentum, fused, DTYPES, list_threads=1)
 VELOCITY = Rule("momentum_velocity", ("velocity",), momentum_velocity)
 AVERAGE = Rule("momentum_average", ("grad_avg",), momentum_average, fused_average, DTYPES, list_threads=1)

@@ -7,10 +7,9 @@ call into a scratch buffer, and their parameters too, unless ``flatten`` made th
 
 from __future__ import annotations
 
-import dataclasses
-import itertools
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import accumulate, chain, groupby, repeat
 
 import torch
 from torch import Tensor
@@ -22,7 +21,9 @@ from .clipping import Skips, Verdict
 from .cohorts import Cohort, StepNumbers, alike
 from .flat import contiguous, memory_order
 from .gather import Gather, Ways, each_once, find_ways, neighbours, picker
+from .options import ASIDE, NOT_READ
 from .rule import Stage, Update
+from .runs import Run
 from .settings import Settings
 from .torch_norm import norm
 from .torch_stages import follow, through
@@ -30,28 +31,6 @@ from .torch_tally import Tally
 
 BLOCK = 1 << 17
 """Elements per block of a rule that torch has no fused kernel for."""
-
-
-@dataclasses.dataclass(slots=True)
-class Run:
-    """The tensors of cohorts that are alike: pieces of gathered buffers first, then tensors used where they are."""
-
-    cohort: Cohort
-    """One of them."""
-    params: list[Tensor]
-    states: list[list[Tensor]]
-    averages: list[list[Tensor]]
-    gathered: list[Tensor]
-    """The gradients in the scratch buffer that go with the first parameters."""
-    direct: list[Member]
-    """The members whose own gradients go with the other parameters."""
-    blocks: list[list[tuple[Tensor, ...]]] = dataclasses.field(default_factory=list)
-    """For each parameter, its blocks, its states' and its averages', by memory; none with a fused kernel."""
-    members: list[Member] = dataclasses.field(default_factory=list)
-    """In the order of their elements in these."""
-    sizes: list[list[int]] = dataclasses.field(default_factory=list)
-    """For each of these, the elements of the parameters that it is made of."""
-    grads: list[Tensor] = dataclasses.field(default_factory=list)
 
 
 class Executor:
@@ -67,9 +46,9 @@ class Executor:
         self.computes_in_place = dtypes | {bucket.dtype} == {self.compute_dtype}
         largest = max(m.param.numel() for m in bucket.members) or 1
         self.block = for_threads(BLOCK) if bucket.device.type == "cpu" else largest
-        cohorts = alike(bucket.cohorts)
-        members = [[m for cohort in some for m in cohort.members] for some in cohorts]
-        ways = [find_ways(bucket, some, settings) for some in members]
+        families = alike(bucket.cohorts, ASIDE if bucket.fused and rule.takes_rates else NOT_READ)
+        ways_of = [[self._ways(some) for some in alike(family)] for family in families]
+        ways = list(chain.from_iterable(ways_of))
         joined = [m for way in ways for m in way.joined]
         gathered = joined + [m for way in ways for m in way.listed]
         self.gather = Gather(gathered, bucket.grad_dtype)
@@ -82,10 +61,10 @@ class Executor:
             buffer.zero_()  # gradients of parameters that have none at this step
         in_copies = set(map(id, staged))
         self.in_place = [m.param for m in bucket.members if id(m) not in in_copies]
-        self.runs = [self._run(some[0], ms, way) for some, ms, way in zip(cohorts, members, ways)]
+        self.runs = [self._run(family[0], some) for family, some in zip(families, ways_of)]
         self.direct = [m for run in self.runs for m in run.direct]
         self.pick = picker([m.position for m in self.direct])
-        ends = list(itertools.accumulate((len(run.direct) for run in self.runs), initial=0))
+        ends = list(accumulate((len(run.direct) for run in self.runs), initial=0))
         self.parts = list(map(slice, ends, ends[1:]))
         """Of these, those of each run."""
         self.in_layout = False
@@ -104,11 +83,17 @@ class Executor:
         """Those whose memory must stay where it is: what is only ever taken from the parameter itself may be moved."""
         self.tally = None if settings.track is None else Tally(self.runs, self.block, bucket.device)
 
-    def _run(self, cohort: Cohort, members: list[Member], ways: Ways) -> Run:
+    def _ways(self, cohorts: list[Cohort]) -> Ways:
+        return find_ways(self.bucket, [m for cohort in cohorts for m in cohort.members], self.settings)
+
+    def _run(self, cohort: Cohort, ways: list[Ways]) -> Run:
+        """``ways`` are those of cohorts that share all their numbers."""
         lists = [[] for _ in self.keys]
         count = len(self.bucket.rule.states)
-        run = Run(cohort, [], lists[:count], lists[count:], [], ways.direct)
-        for row in neighbours(ways.joined):
+        rows = [row for way in ways for row in neighbours(way.joined)]
+        listed, direct = ([m for way in ways for m in way[k]] for k in (1, 2))
+        run = Run(cohort, [], lists[:count], lists[count:], [], direct)
+        for row in rows:
             first, last, space = row[0], row[-1], row[0].place.space
             run.members += row
             part = slice(space.offsets[first.place.index], space.end(last.place.index))
@@ -119,13 +104,17 @@ class Executor:
             run.gathered.append(space.packed_copies("grad", self.bucket.grad_dtype)[part])
             for tensors, key in zip(lists, self.keys):
                 tensors.append(space.buffers[key][part])
-        run.gathered += [contiguous(m.place.packed_copy("grad", self.bucket.grad_dtype)) for m in ways.listed]
-        alone = ways.listed + ways.direct
+        run.gathered += [contiguous(m.place.packed_copy("grad", self.bucket.grad_dtype)) for m in listed]
+        alone = listed + direct
         run.members += alone
         run.params += [contiguous(m.param) for m in alone]
         run.sizes += [[m.param.numel()] for m in alone]
         for tensors, key in zip(lists, self.keys):
             tensors += [contiguous(m.place.views[key]) for m in alone]
+        firsts = [*(row[0] for row in rows), *alone]
+        for _, some in groupby(firsts, key=lambda m: m.cohort):
+            some = list(some)
+            run.groups.append((self.bucket.cohorts[some[0].cohort].group, len(some)))
         if not self.bucket.fused:
             for tensors in zip(run.params, *lists):
                 flat = tuple(map(memory_order, tensors))
@@ -225,7 +214,8 @@ class Executor:
         for run in self.runs:
             before = None if self.tally is None else self.tally.copies(run)
             cohort = run.cohort
-            fused(run.params, run.grads, run.states, cohort.t + 1, cohort.group, scale, *cohort.scalars)
+            rates = (run.rates(),) if self.bucket.rule.takes_rates else ()
+            fused(run.params, run.grads, run.states, cohort.t + 1, cohort.group, scale, *rates, *cohort.scalars)
             if before is not None:
                 self.tally.compare(before, run)
             # While the parameters lie in the cache.
@@ -244,7 +234,7 @@ class Executor:
                 continue
             directions = (self._direction(self._load(tensors), g, update, factor) for tensors, g in parts)
             if joined is not None:
-                found = itertools.repeat(next(joined).unbind())
+                found = repeat(next(joined).unbind())
             elif len(parts) == 1:
                 directions = list(directions)
                 found = self._means(terms, directions, sizes)
@@ -278,7 +268,7 @@ class Executor:
         blocks = self._terms(stages, directions)
         if len(sizes) > 1:
             return means.of_neighbours(list(blocks), sizes)
-        return itertools.repeat([(total / sizes[0]).to(self.compute_dtype) for total in means.sums(blocks)])
+        return repeat([(total / sizes[0]).to(self.compute_dtype) for total in means.sums(blocks)])
 
     def _follow(self, tensors: Sequence[Tensor], direction: tuple, found: Sequence[Tensor], update: Update) -> None:
         u, g, p, kept = direction

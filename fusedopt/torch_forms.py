@@ -18,9 +18,9 @@ from .forms import QUANTIZED, TWINS
 from .gather import Ways
 from .philox import Draw
 from .rule import Update
+from .runs import Run
 from .settings import Settings
 from .storage import part_key
-from .torch_backend import Run
 
 
 class Block(NamedTuple):
@@ -41,7 +41,8 @@ class Executor(torch_backend.Executor):
         self.t = 0
         super().__init__(bucket, settings)
 
-    def _run(self, cohort: Cohort, members: list[Member], ways: Ways) -> Run:
+    def _run(self, cohort: Cohort, ways: list[Ways]) -> Run:
+        members = [m for way in ways for some in way for m in some]
         # Quantized elements that share a scale stay together.
         self.block = -(-self.block // QUANTIZED) * QUANTIZED
         blocks = [self._blocks(m) for m in members]

@@ -3,15 +3,15 @@
 import numpy as np
 import pytest
 import torch
-from cases import every_kind
+from cases import KINDS, every_kind
 from pairs import Pair
 
 import fusedopt
 
 
-def in_own_groups(name, **options):
+def in_own_groups(name, options=None):
     """Every parameter in a group of its own."""
-    pair = Pair(name, groups=False, **options)
+    pair = Pair(name, options, groups=False)
     for attribute, cls, params in (("opt", type(pair.opt), pair.ours), ("oracle", type(pair.oracle), pair.theirs)):
         defaults = getattr(pair, attribute).defaults
         known = {key: value for key, value in defaults.items() if key not in ("foreach", "decoupled_weight_decay")}
@@ -30,17 +30,23 @@ def updated_together(optimizer):
     return [len(run.members) for executor in optimizer._engine.executors for run in executor.runs]
 
 
+def takes_rates(pair):
+    return pair.opt.rule(pair.opt.param_groups[0]).takes_rates
+
+
 @every_kind
 def test_groups_part_and_meet_again(name):
     pair = in_own_groups(name)
     count = len(pair.ours)
     pair.step(2)
     assert updated_together(pair.opt) == [count]
+    # Some rules take a learning rate for each parameter.
+    apart = not takes_rates(pair)
     usual = {key: pair.opt.param_groups[0][key] for key in ("lr", "weight_decay")}
     steps = [
-        ({1: {"lr": 0.07}, 2: {"weight_decay": 0.3}}, 3),
+        ({1: {"lr": 0.07}, 2: {"weight_decay": 0.3}}, 2 + apart),
         # As a scheduler does: others, but the same where they were.
-        ({k: {"lr": 0.05 if k < 2 else 0.02} for k in range(count)}, 3),
+        ({k: {"lr": 0.05 if k < 2 else 0.02} for k in range(count)}, 2 + apart),
         ({k: usual for k in range(count)}, 1),
     ]
     for changes, runs in steps:
@@ -50,6 +56,26 @@ def test_groups_part_and_meet_again(name):
         assert len(updated_together(pair.opt)) == runs or name == "ASGD"
         pair.step()
         pair.check()
+
+
+RATED = [("SGD", {}), ("RMSprop", {"momentum": 0.9}), ("RMSprop", {"centered": True})]
+
+
+@pytest.mark.parametrize(("name", "options"), [(name, None) for name in KINDS] + RATED)
+@pytest.mark.parametrize("weight_decay", [0, 0.1])
+def test_groups_with_learning_rates_of_their_own(name, options, weight_decay):
+    """As in layer-wise decay. Then one, which had its rate for itself, differs in more than that."""
+    pair = in_own_groups(name, options)
+    last = len(pair.ours) - 1
+    change(pair, {k: {"lr": 0.02 + 0.001 * (k // 2), "weight_decay": weight_decay} for k in range(last + 1)})
+    change(pair, {last: {"lr": 0.05}})
+    rates = len({group["lr"] for group in pair.opt.param_groups})
+    for runs in (1, 2):
+        pair.step(2)
+        assert len(updated_together(pair.opt)) == (runs if takes_rates(pair) else rates) or name == "ASGD"
+        change(pair, {last: {"weight_decay": 0.2}})
+    pair.step()
+    pair.check()
 
 
 @every_kind
