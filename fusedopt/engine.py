@@ -257,6 +257,7 @@ class Engine:
             return False
         problem = problem_with_one_launch(optimizer, self.executors, terms, self.plan.reduction, is_deferred)
         if problem is not None and launches == 1:
+            self._drop_unwritten(optimizer)
             raise RuntimeError(clipping.IMPOSSIBLE.format(problem))
         # Without a verdict the update is one launch by itself.
         return problem is None and terms.any

@@ -129,6 +129,20 @@ def test_where_it_cannot_be(reason, device):
     made.step()
 
 
+def test_a_refused_first_step_leaves_no_momentum(device):
+    """Whose presence would mean that there was one."""
+    params = parameters([5], device)
+    made = optimizer("momentum", params, launches=1, max_grad_norm=1.0, cautious=True)
+    set_gradients(params, tensors([5], device))
+    made.state.clear()
+    with pytest.raises(RuntimeError, match="launches=1 is not possible here"):
+        made.step()
+    assert not any(map(len, made.state_dict()["state"].values()))
+    made.launches = 2
+    made.step()
+    assert set(made.state[params[0]]) == {"momentum_buffer"}
+
+
 def test_not_with_clip_grad_norm(device):
     params = parameters([5], device)
     made = optimizer("adam", params, launches=1)
