@@ -30,14 +30,14 @@ def ema(average, x, weight):
 
 @triton.jit
 def ema_of_squares(average, x, weight):
-    """``ema`` of x^2, with one weight for all. An average that once overflowed stays infinite, as in torch, until a NaN
-    comes."""
+    """``ema`` of x^2, with one weight for all. An average that once overflowed stays infinite, as in torch, instead of
+    NaN."""
     square = x * x
-    moved = average + tl.where(average < float("inf"), weight * (square - average), square)
+    moved = tl.where(average < float("inf"), average + weight * (square - average), average)
     # From the nearer end: a small square would drown in the rounding of a large average that hardly counts any more,
     # and the root of nothing is what others are divided by. By a branch: to select for each element takes longer.
     if weight >= 0.5:
-        moved = square + tl.where(square < float("inf"), (weight - 1) * (square - average), average)
+        moved = tl.where(square < float("inf"), square + (weight - 1) * (square - average), square)
     return moved
 
 
