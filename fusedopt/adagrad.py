@@ -39,14 +39,11 @@ def fused(params, grads, states, t, group, scale):
 
 STATES = ("sum",)
 ADAGRAD = Rule(
-    "adagrad", STATES, adagrad, fused, frozenset((torch.float32, torch.float64)), list_threads=1,
-    squares=STATES,
+    "adagrad", STATES, adagrad, fused, list_threads=1, squares=STATES,
     # In codes a sum that began to grow late would soon stop, far below those that it should reach.
     uncoded=STATES,
 )  # fmt: skip
-EPS_INSIDE = ADAGRAD._replace(
-    name="adagrad_eps_inside", twin=partial(adagrad, denominator=root_of_sum), fused=None, fused_dtypes=frozenset()
-)
+EPS_INSIDE = ADAGRAD._replace(name="adagrad_eps_inside", twin=partial(adagrad, denominator=root_of_sum), fused=None)
 
 
 class Adagrad(FusedOptimizer, torch.optim.Adagrad):

@@ -47,8 +47,7 @@ def step_size(group, t):
     return number(group["lr"]) / (1 - float(group["betas"][0]) ** t)
 
 
-DTYPES = frozenset((torch.float32, torch.float64))
-ADAMAX = Rule("adamax", ("exp_avg", "exp_inf"), adamax, fused, DTYPES, squares=("exp_inf",))
+ADAMAX = Rule("adamax", ("exp_avg", "exp_inf"), adamax, fused, squares=("exp_inf",))
 
 
 class Adamax(FusedOptimizer, torch.optim.Adamax):

@@ -20,6 +20,7 @@ from torch.nn.parameter import is_lazy
 
 from . import conversion
 from .arguments import check_rates
+from .rule import Rule
 from .shards import is_distributed, local
 from .storage import MASTER_KEYS, NARROW, quantization_problem
 
@@ -157,35 +158,39 @@ def _check_entry(optimizer: Any, group: dict[str, Any], p: Tensor, entry: Any, w
         _check_step(entry["step"], where)
     elif "step" in entry and (optimizer.master or optimizer.state_dtype):  # random bits depend on it
         _check_step(entry["step"], where)
-    for key in optimizer.rule(group).scalars:
+    rule = optimizer.rule(group)
+    for key in rule.scalars:
         if key not in entry:
             raise ValueError(f"{where} has no {key!r}, only {_listed(entry)}; {ANOTHER}")
         _number(entry[key], f"{where}[{key!r}]")
-    for key in optimizer.rule(group).keys:
-        value = entry.get(key)
-        if value is None and not optimizer.counts_steps:
+    for key in rule.keys:
+        if entry.get(key) is None and not optimizer.counts_steps:
             continue  # SGD's buffer is absent, or None, before the first step
         if key not in entry:
             raise ValueError(f"{where} has no {key!r}, only {_listed(entry)}; {ANOTHER}")
-        if not isinstance(value, Tensor):
-            raise TypeError(f"{where}[{key!r}] must be a tensor, got {type(value).__name__}")
-        if is_distributed(value) != is_distributed(p):
-            raise ValueError(
-                f"{where}[{key!r}] is a {type(value).__name__} and the parameter a {type(p).__name__}; load states of "
-                "distributed parameters with torch.distributed.checkpoint.state_dict.set_optimizer_state_dict"
-            )
-        if not is_lazy(p) and value.shape != p.shape:
-            raise ValueError(f"{where}[{key!r}] has shape {tuple(value.shape)}, the parameter {tuple(p.shape)}")
-        scale = entry.get(f"{key}_scale")
-        if problem := quantization_problem(optimizer.rule(group), key, local(value), scale):
-            raise ValueError(f"{where}: {problem}")
-        if value.is_floating_point() and scale is not None and f"{key}_scale" not in optimizer.rule(group).keys:
-            raise ValueError(
-                f"{where}[{key!r}] has dtype {value.dtype}, but {key + '_scale'!r} beside it belongs to 8 bits: who "
-                "cast the one lost what the other means"
-            )
+        _check_state(rule, key, entry, p, where)
     if p.dtype in NARROW:
         _check_master(entry, p, where)
+
+
+def _check_state(rule: Rule, key: str, entry: Mapping, p: Tensor, where: str) -> None:
+    value, scale = entry[key], entry.get(f"{key}_scale")
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{where}[{key!r}] must be a tensor, got {type(value).__name__}")
+    if is_distributed(value) != is_distributed(p):
+        raise ValueError(
+            f"{where}[{key!r}] is a {type(value).__name__} and the parameter a {type(p).__name__}; load states of "
+            "distributed parameters with torch.distributed.checkpoint.state_dict.set_optimizer_state_dict"
+        )
+    if not is_lazy(p) and value.shape != p.shape:
+        raise ValueError(f"{where}[{key!r}] has shape {tuple(value.shape)}, the parameter {tuple(p.shape)}")
+    if problem := quantization_problem(rule, key, local(value), scale):
+        raise ValueError(f"{where}: {problem}")
+    if value.is_floating_point() and scale is not None and f"{key}_scale" not in rule.keys:
+        raise ValueError(
+            f"{where}[{key!r}] has dtype {value.dtype}, but {key + '_scale'!r} beside it belongs to 8 bits: who "
+            "cast the one lost what the other means"
+        )
 
 
 def _check_master(entry: Mapping, p: Tensor, where: str) -> None:

@@ -33,6 +33,14 @@ class Verdict(NamedTuple):
     may_skip: bool = False
     """Whether the device may decide to skip the step, of which the host has to hear."""
 
+    def grad_norm(self, dtype: torch.dtype) -> Tensor | None:
+        """The norm as a new tensor, where it is known."""
+        if self.norm is None:
+            return None
+        if self.device is not None:
+            return self.device[0].to(dtype, copy=True)
+        return torch.tensor(self.norm, dtype=dtype, device="cpu")
+
     def found_inf(self, device: torch.device) -> Tensor:
         """Whether the step is skipped, as GradScaler.update() takes it: a new float32 scalar."""
         if self.device is not None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.optim.optimizer import _get_scalar_dtype
 
 from .encodings import converted, decode, decode_master, encode, encode_master, found, is_rounded, wide
-from .flat import is_dense
+from .flat import strides_of_state
 from .forms import Form
 from .rule import Rule
 from .shards import is_distributed, like, local
@@ -110,7 +110,7 @@ def _held(optimizer: Any, rule: Rule, p: Tensor, entry: dict[str, Any]) -> dict[
     for role, form in stored.kept:
         if not isinstance(here.get(role), Tensor):
             continue
-        values = converted(role, form, here, part, _strides(part), float)
+        values = converted(role, form, here, part, strides_of_state(part), float)
         held.pop(f"{role}_scale", None)
         held |= _named(role, form, p, [x.to(y.dtype) for x, y in zip(values, form.parts)])
     masters = {key: held.pop(key) for key in MASTER_KEYS if isinstance(held.get(key), Tensor)}
@@ -118,9 +118,9 @@ def _held(optimizer: Any, rule: Rule, p: Tensor, entry: dict[str, Any]) -> dict[
         if MASTER in masters:
             master, form = here[MASTER].float(), stored.param
             if is_rounded(master, part).all():
-                values = [part, *encode_master(form, master, part, _strides(part))]
+                values = [part, *encode_master(form, master, part, strides_of_state(part))]
             else:  # the parameter may be loaded later
-                values = encode(form, master, _strides(part))
+                values = encode(form, master, strides_of_state(part))
             held |= _named("", form, p, values)
         else:
             held |= {key: Held(value.to(part.device)) for key, value in masters.items()}
@@ -143,10 +143,6 @@ def release(states: dict[Any, Any]) -> None:
         for key, value in entry.items() if isinstance(entry, dict) else ():
             if isinstance(value, Held):
                 entry[key] = value.tensor
-
-
-def _strides(p: Tensor) -> tuple[int, ...]:
-    return p.stride() if is_dense(p) else torch.empty(p.size(), device="meta").stride()
 
 
 # Masters
@@ -183,7 +179,7 @@ def load_master_state_dict(optimizer: Any, masters: Mapping[int | str, Tensor]) 
         part, value = local(p), local(masters[key])
         stored = storage(p, optimizer.rule(group), optimizer._settings, optimizer.state.get(p, {}))
         value = value.to(part.device, wide(part))
-        values = encode(stored.param, value, _strides(part))
+        values = encode(stored.param, value, strides_of_state(part))
         part.copy_(values[0])
         for key in MASTER_KEYS:  # another form's parts, if ``master`` was changed since they were stored
             optimizer.state.get(p, {}).pop(key, None)
@@ -199,7 +195,8 @@ def load_master_state_dict(optimizer: Any, masters: Mapping[int | str, Tensor]) 
                 initial = partial(optimizer.initial_value, group, role)
                 made = [torch.full(part.size(), initial(), dtype=wide(part), device=part.device)]
                 state |= {
-                    k: held.tensor for k, held in _named(role, form, p, encode(form, *made, _strides(part))).items()
+                    k: held.tensor
+                    for k, held in _named(role, form, p, encode(form, *made, strides_of_state(part))).items()
                 }
         state |= {k: held.tensor for k, held in _named("", stored.param, p, values).items()}
 

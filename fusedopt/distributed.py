@@ -12,6 +12,7 @@ all_reduce, also one that has no gradient at all. The same holds for means over 
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -155,6 +156,16 @@ class MeansOverRanks:
             rows = [self.rows[id(m.owner)] for m in executor.ordered]
             self.known[id(executor)] = torch.tensor(rows, device=self.device)
         return self.known[id(executor)]
+
+
+def warn_of_replaced_parameters() -> None:
+    """At a first step at which nothing has a gradient."""
+    if dist.is_available() and dist.is_initialized():
+        warnings.warn(
+            "no parameter of this optimizer has a gradient at its first step. Was it built before fully_shard(), "
+            "which replaces a model's parameters? Build it afterwards, or it will never change anything.",
+            stacklevel=5,  # the line that called optimizer.step()
+        )
 
 
 def _groups_of(clip_group: Any) -> list[Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from itertools import chain
 from operator import attrgetter
@@ -14,7 +13,8 @@ from torch import Tensor
 from . import capture, clipping
 from .arguments import check_rates
 from .cohorts import StepNumbers
-from .executors import executor, judge_of, prefer_one_launch, problem_with_one_launch
+from .distributed import warn_of_replaced_parameters
+from .executors import judge_of, make_executor, prefer_one_launch, problem_with_one_launch
 from .groups import get_params
 from .metrics import Metrics, Tracker
 from .places import Place
@@ -76,7 +76,9 @@ class Engine:
         if self.tracker is not None:
             self.tracker.finish()
         if not self.began:
-            self._begin()
+            self.began = True
+            if not self.executors and not self.released:
+                warn_of_replaced_parameters()
 
     def clip(self, optimizer: Any, max_norm: float) -> Tensor:
         """Judge the gradients now, and leave it to the next step to clip them. Returns their norm."""
@@ -138,16 +140,6 @@ class Engine:
                 executor.release()
         return True
 
-    def _begin(self) -> None:
-        self.began = True
-        idle = not self.executors and not self.released
-        if idle and torch.distributed.is_available() and torch.distributed.is_initialized():
-            warnings.warn(
-                "no parameter of this optimizer has a gradient at its first step. Was it built before fully_shard(), "
-                "which replaces a model's parameters? Build it afterwards, or it will never change anything.",
-                stacklevel=5,  # the line that called optimizer.step()
-            )
-
     @torch.inference_mode(False)  # states made in inference mode could not be written to outside it
     @torch.no_grad()  # which the line above switches off
     @without_collection()
@@ -185,7 +177,7 @@ class Engine:
 
     def _follow(self, optimizer: Any, plan: Plan) -> None:
         self.plan, self.tracker, self.verdict = None, None, clipping.UNJUDGED
-        self.executors = [executor(bucket, optimizer._settings) for bucket in plan.buckets]
+        self.executors = [make_executor(bucket, optimizer._settings) for bucket in plan.buckets]
         self.judge, self.prefers_one_launch = judge_of(self.executors), prefer_one_launch(self.executors)
         tracks = optimizer._settings.track is not None
         self.tracker = Tracker(plan.params, self.executors, plan.reduction) if tracks else None
@@ -196,9 +188,28 @@ class Engine:
         captures = self.plan.may_be_captured and capture.check(optimizer, self.plan)
         if captures:
             self.captured.append(captured(self, optimizer))
-        terms, reduction = clipping.terms(optimizer, self.scaling), self.plan.reduction
         update = StepNumbers(optimizer)
+        waiting = self._decide(optimizer, grads, update)
+        joined_means, found = self.plan.joined_means, {}
+        if joined_means is not None:
+            # Also for a step that is skipped: other ranks may leave it to their devices to skip it.
+            found = joined_means.means([] if self.verdict.skip else waiting, update, self.verdict, self.skips)
+        if self.verdict.skip:
+            for executor in waiting if self.tracker is not None else ():
+                executor.step(update, self.verdict, self.skips)
+            self._drop_unwritten(optimizer)
+            return
 
+        for executor in waiting:
+            executor.step(update, self.verdict, self.skips, found.get(id(executor)))
+        if self.plan.shards is not None:
+            torch.autograd.graph.increment_version(self.plan.shards.params)
+        self._count(optimizer, captures)
+
+    def _decide(self, optimizer: Any, grads: list[Tensor | None], update: StepNumbers) -> list[Any]:
+        """Pass the verdict on this step's gradients. Returns the executors that are still to update: all, or none where
+        one launch does both."""
+        terms = clipping.terms(optimizer, self.scaling)
         waiting = self.executors
         is_deferred = self.deferred is not None and self.deferred.is_of(grads)
         at_once = None
@@ -215,22 +226,12 @@ class Engine:
         if self.tracker is not None:
             self.verdict = self.verdict._replace(loss_scale=terms.loss_scale)
         if self.scaling is not None:
-            device = self.executors[0].bucket.device if self.executors else reduction.device
+            device = self.executors[0].bucket.device if self.executors else self.plan.reduction.device
             self.scaling.found_inf = self.verdict.found_inf(device)
-        joined_means, found = self.plan.joined_means, {}
-        if joined_means is not None:
-            # Also for a step that is skipped: other ranks may leave it to their devices to skip it.
-            found = joined_means.means([] if self.verdict.skip else waiting, update, self.verdict, self.skips)
-        if self.verdict.skip:
-            for executor in waiting if self.tracker is not None else ():
-                executor.step(update, self.verdict, self.skips)
-            self._drop_unwritten(optimizer)
-            return
+        return waiting
 
-        for executor in waiting:
-            executor.step(update, self.verdict, self.skips, found.get(id(executor)))
-        if self.plan.shards is not None:
-            torch.autograd.graph.increment_version(self.plan.shards.params)
+    def _count(self, optimizer: Any, captures: bool) -> None:
+        """Count the step that was taken, as far as the host knows."""
         if self.verdict.device is not None and self.plan.slots:
             # What the latest step makes of the scalars depends on whether the one before it was skipped.
             self._hear(optimizer, wait=True)
@@ -286,11 +287,7 @@ class Engine:
         self.plan = self.roster = self.unlisted = None
 
     def grad_norm(self) -> Tensor | None:
-        if self.verdict.norm is None:
-            return None
-        if self.verdict.device is not None:
-            return self.verdict.device[0].to(self._norm_dtype(), copy=True)
-        return torch.tensor(self.verdict.norm, dtype=self._norm_dtype(), device="cpu")
+        return self.verdict.grad_norm(self._norm_dtype())
 
     def metrics(self, track: str) -> Metrics | None:
         return None if self.tracked is None else self.tracked.metrics(track)

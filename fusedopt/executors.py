@@ -11,7 +11,7 @@ from .distributed import Reduction
 from .settings import Settings
 
 
-def executor(bucket: Bucket, settings: Settings) -> Any:
+def make_executor(bucket: Bucket, settings: Settings) -> Any:
     if bucket.backend.name == "torch":
         kind = torch_backend.Executor if bucket.stored.plain else torch_forms.Executor
         return kind(bucket, settings)
@@ -30,6 +30,7 @@ def judge_of(executors: list[Any]) -> Callable[..., clipping.Verdict]:
 
 
 def prefer_one_launch(executors: list[Any]) -> bool:
+    """Whether the table of the GPU says so."""
     return any(executor.bucket.backend.name == "triton" and executor.prefers_one_launch for executor in executors)
 
 

@@ -22,6 +22,11 @@ def is_dense(tensor: Tensor) -> bool:
     return tensor.is_contiguous() or torch.ops.aten.is_non_overlapping_and_dense(tensor)
 
 
+def strides_of_state(p: Tensor) -> tuple[int, ...]:
+    """Its parameter's, where these fill memory, as torch's states have them; else those of a contiguous tensor."""
+    return p.stride() if is_dense(p) else torch.empty(p.size(), device="meta").stride()
+
+
 def memory_order(tensor: Tensor) -> Tensor:
     """A dense tensor's elements as one dimension, in the order of its memory."""
     tensor = tensor.detach()
@@ -54,8 +59,7 @@ class Space:
         """Whether step counts and their like are on the device too, instead of on the host."""
         self.dtype = params[0].dtype
         self.sizes = [p.size() for p in params]
-        # States and copies follow the parameter's strides where these fill memory, as torch's do.
-        self.strides = [p.stride() if is_dense(p) else torch.empty(p.size(), device="meta").stride() for p in params]
+        self.strides = list(map(strides_of_state, params))
         self.offsets: list[int] = []
         self.packed = packed
         self.packed_size = end = 0

@@ -28,7 +28,7 @@ class Rule(NamedTuple):
     """torch's fused CPU kernel for the same formula, decay and step included:
     ``fused(params, grads, states, t, group, scale, *scalars)`` for the ``t``-th step; ``scale``, a float32 tensor or
     None, divides the gradients."""
-    fused_dtypes: frozenset = frozenset()
+    fused_dtypes: frozenset = frozenset((torch.float32, torch.float64))
     """Parameter dtypes in which that kernel is right."""
     takes_rates: bool = False
     """Whether it takes one argument more behind ``scale``, a list of the parameters' learning rates, so that one call

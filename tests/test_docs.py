@@ -83,15 +83,6 @@ def test_every_page_is_in_the_navigation():
         assert re.search(rf"{re.escape(name)}\b", api), f"{name} is not on docs/api.md"
 
 
-@pytest.mark.parametrize("folder", ["fusedopt", "kernels", "bench"])
-def test_every_module_is_on_the_map(folder):
-    """Of CONTRIBUTING, once; and nothing else is."""
-    text = (ROOT / "CONTRIBUTING.md").read_text()
-    (table,) = re.findall(rf"^\| in `{folder}/` .*\n\|---\|---\|\n((?:\|.*\n)+)", text, re.MULTILINE)
-    listed = [name for row in table.splitlines() for name in re.findall(r"`(\w+)`", row.split("|")[1])]
-    assert sorted(listed) == sorted(path.stem for path in ROOT.glob(f"{folder}/*.py") if path.stem != "__init__")
-
-
 def test_every_optimizer_is_in_the_readmes_table_of_formulas():
     formulas = generated.readme("The formulas")
     for name in NAMES:

@@ -1,7 +1,9 @@
-"""Imports run one way: kernels -> triton; fusedopt.<optimizer> -> optimizer -> engine -> what it is made of."""
+"""Imports run one way: kernels -> triton; fusedopt.<optimizer> -> optimizer -> engine -> what it is made of. And every
+module is where a reader of CONTRIBUTING looks for it."""
 
 import ast
 import graphlib
+import re
 import sys
 from pathlib import Path
 
@@ -103,3 +105,12 @@ def test_nothing_imports_tests_or_benchmarks(path):
     files = (file.stem for folder in ("tests", "bench") for file in (ROOT / folder).glob("*.py"))
     outside = {"tests", "bench", "pytest", *files}
     assert not [name for name, _ in imports(path, "fusedopt") if name.split(".")[0] in outside]
+
+
+@pytest.mark.parametrize("folder", ["fusedopt", "kernels", "bench"])
+def test_every_module_is_on_the_map(folder):
+    """Of CONTRIBUTING, once; and nothing else is."""
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    (table,) = re.findall(rf"^\| in `{folder}/` .*\n\|---\|---\|\n((?:\|.*\n)+)", text, re.MULTILINE)
+    listed = [name for row in table.splitlines() for name in re.findall(r"`(\w+)`", row.split("|")[1])]
+    assert sorted(listed) == sorted(path.stem for path in ROOT.glob(f"{folder}/*.py") if path.stem != "__init__")
