@@ -57,7 +57,7 @@ def adopt(
     beginners: dict[int, tuple[dict, dict[str, Scalar], list[tuple[Tensor, Tensor, Place]]]] = {}
     """By group."""
     for place, entry in zip(homes, entries):
-        owner, group, number = entry.owner, entry.group, entry.number
+        owner, group, number = entry.owner, entry.group, entry.group_number
         if key.capturable and count_dtype is None:
             writes += count_aside(optimizer, owner, place, stored, entry.taken)
         if not entry.settled or place.adoption is None:

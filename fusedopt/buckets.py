@@ -32,7 +32,7 @@ FEW, FEW_LISTED = 2, 8
 
 @dataclasses.dataclass(slots=True, eq=False)
 class Member:
-    """One parameter with a gradient."""
+    """One parameter with a gradient, as part of a bucket."""
 
     owner: Tensor
     """The parameter as the optimizer holds it, the key of its state."""
@@ -179,7 +179,7 @@ def _homes(key: Key, entries: Sequence[Entry], packed: Sequence[bool], count_dty
         return homes
     # Small ones first, and group by group, so that each cohort's lie side by side; within a group by shape, so
     # that gradients can be gathered by few calls.
-    homeless.sort(key=lambda one: (not one[2], one[1].number, one[1].param.shape[1:] if one[2] else ()))
+    homeless.sort(key=lambda one: (not one[2], one[1].group_number, one[1].param.shape[1:] if one[2] else ()))
     space = Space([entry.param for _, entry, _ in homeless], sum(pack for *_, pack in homeless), key.capturable)
     for number, (index, entry, pack) in enumerate(homeless):
         owned = entry.place is not None and entry.place.flattened == entry.owner.data_ptr()
@@ -203,7 +203,7 @@ def _grouped(key: Key, entries: Sequence[Entry], homes: Sequence[Place]) -> tupl
     cohorts: dict[Any, Cohort] = {}
     members = []
     for place, entry in zip(homes, entries):
-        numbers = entry.number if key.capturable else (entry.number, entry.taken, entry.scalars)
+        numbers = entry.group_number if key.capturable else (entry.group_number, entry.taken, entry.scalars)
         if numbers not in cohorts:
             known = (0,) if key.capturable else (entry.taken, tuple(map(Scalar.number, entry.scalars)))
             cohorts[numbers] = Cohort(len(cohorts), entry.group, *known)

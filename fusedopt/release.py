@@ -145,14 +145,14 @@ class Single:
         self.optimizer = optimizer
         # A view of the group, where schedulers write.
         self.param_groups = [ChainMap({"params": [p]}, group)]
-        self.state = Entry(lambda: optimizer.state, p)
-        self._ema = Entry(lambda: optimizer._ema, p)
+        self.state = SingleEntry(lambda: optimizer.state, p)
+        self._ema = SingleEntry(lambda: optimizer._ema, p)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.optimizer, name)
 
 
-class Entry(MutableMapping):
+class SingleEntry(MutableMapping):
     """One parameter's part of a dict, which may be replaced."""
 
     def __init__(self, whole: Callable[[], dict[Tensor, Any]], p: Tensor):

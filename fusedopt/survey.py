@@ -94,15 +94,14 @@ class Key(NamedTuple):
 
 
 class Entry(NamedTuple):
-    """One parameter with a gradient."""
+    """One parameter with a gradient, before it has its place in a bucket."""
 
     owner: Tensor
     """The parameter as the optimizer holds it, the key of its state."""
     param: Tensor
     """What this rank updates: the owner, or its local part."""
     position: int
-    number: int
-    """Its group's."""
+    group_number: int
     group: dict[str, Any]
     taken: int | Tensor
     """Steps taken: what the state holds, if the device counts."""

@@ -1,4 +1,4 @@
-"""Small tables on their way to a device, and numbers on their way back, without anybody waiting."""
+"""Small tables on their way to a device, without anybody waiting."""
 
 from __future__ import annotations
 

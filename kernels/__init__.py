@@ -1,8 +1,23 @@
 """The kernels. They import triton and nothing else: no torch, no fusedopt."""
 
-from . import address, clipped, means, norm, philox, rounding, rules, stages, step, tally, tracked, tuning, units
+from . import (
+    address,
+    arithmetic,
+    clipped,
+    means,
+    norm,
+    philox,
+    rounding,
+    rules,
+    stages,
+    step,
+    tally,
+    tracked,
+    tuning,
+    units,
+)
 
 __all__ = [
-    "address", "clipped", "means", "norm", "philox", "rounding", "rules", "stages", "step", "tally", "tracked",
-    "tuning", "units",
+    "address", "arithmetic", "clipped", "means", "norm", "philox", "rounding", "rules", "stages", "step", "tally",
+    "tracked", "tuning", "units",
 ]  # fmt: skip

@@ -55,8 +55,8 @@ TABLE = {
 
 def tuning(backend: str, architecture: int | str) -> Tuning:
     """The row for a Triton target, e.g. ("cuda", 90) or ("hip", "gfx942"); for one that is not listed the row of the
-    nearest older one of its kind, else the default."""
+    nearest older one, else the default; of AMD's gfx942's."""
     if backend != "cuda":
-        return TABLE.get(str(architecture).split(":")[0], DEFAULT if backend == "cuda" else TABLE["gfx942"])
+        return TABLE.get(str(architecture).split(":")[0], TABLE["gfx942"])
     older = [int(name[3:]) for name in TABLE if name.startswith("sm_") and int(name[3:]) <= architecture]
     return TABLE[f"sm_{max(older)}"] if older else DEFAULT
