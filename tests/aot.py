@@ -145,6 +145,16 @@ def zeroing_facts(target):
                     yield found | {"dtype": str(dtype), "quantizes": "state_dtype" in settings}
 
 
+def units_facts(target):
+    """Facts about Adam's kernels with adaptive clipping, in two launches and in one."""
+    for dtype in ("float32", "bfloat16"):
+        gpu = NoGPU(target, f"{dtype} units")
+        driver.set_active(gpu)
+        for settings in ({}, {"launches": 1}):
+            step_once("adam", "scattered", dtype, **CHAINS["clip norm"], adaptive_grad_clip=0.1, **settings)
+        yield from (facts(kernel) | {"dtype": dtype} for kernel in gpu.compiled())
+
+
 def instructions_per_element(dtype):
     """Of Adam on sm_90, plain and with averages and norms: once around the loop over tiles, and, shared by all tiles
     of a program, adding up its threads."""
@@ -228,7 +238,7 @@ def main(jobs):
             report[job] |= {f"{case}, means": compiles(case, "flat", **more) for case, more in WITH_MEANS.items()}
         else:
             target, what = job.split(":")
-            found = {"stored": stored_facts, "zeroed": zeroing_facts}.get(what)
+            found = {"stored": stored_facts, "zeroed": zeroing_facts, "units": units_facts}.get(what)
             report[job] = list(all_facts(target, what) if found is None else found(target))
     print(json.dumps(report))
 

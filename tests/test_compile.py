@@ -20,8 +20,8 @@ DTYPES = {
     for target in TARGETS
 }
 
-ZEROING = ["sm_90", "gfx942"]
-"""The GPUs for which kernels that zero gradients are compiled."""
+ONE_OF_EACH = ["sm_90", "gfx942"]
+"""The GPUs for which kernels that zero gradients, or clip them by units, are compiled."""
 
 MAX_REGISTERS = {"float32": 64, "mixed": 80, "float64": 80, "bfloat16": 80}
 """Per thread. At 64 an SM holds 1024 threads, each with 16 bytes per tensor under way. Eight elements in float32 need
@@ -44,7 +44,7 @@ def report(request):
     jobs = [
         "launches",
         "instructions",
-        *(f"{target}:zeroed" for target in ZEROING),
+        *(f"{target}:{what}" for target in ONE_OF_EACH for what in ("zeroed", "units")),
         *(f"{target}:{dtype}" for target in TARGETS for dtype in DTYPES[target]),
     ]
     extent, found = compiled(request.param, jobs)
@@ -238,7 +238,7 @@ def test_means_kernel(target, report):
             )
 
 
-@pytest.mark.parametrize("target", ZEROING)
+@pytest.mark.parametrize("target", ONE_OF_EACH)
 def test_zeros_are_stored_in_vectors(target, report):
     """Another store of 16 bytes for every 16 bytes of gradients where a step leaves zeros in their place. None comes
     before all threads have read theirs, which need not be the same elements."""
@@ -254,6 +254,29 @@ def test_zeros_are_stored_in_vectors(target, report):
         registers = 176 if key[2] else 80 if key[0] == "clipped_adam" else 64
         assert zeroing["stack"] == 0 and zeroing["registers"] <= registers, key
         assert zeroing["unfenced"] == 0, key
+
+
+@pytest.mark.parametrize("target", ONE_OF_EACH)
+def test_adaptive_clipping(target, report):
+    """No spills, and a unit's last program sees what its others stored."""
+    kernels = report[f"{target}:units"]
+    for dtype in ("float32", "bfloat16"):
+        found = {kernel["name"]: kernel for kernel in kernels if kernel["dtype"] == dtype}
+        assert found.keys() == {"ratios_of_units", "sum_of_squares", "step_adam", "clipped_adam"}
+        registers = {name: kernel["registers"] for name, kernel in found.items()}
+        assert registers["step_adam"] <= MAX_REGISTERS[dtype], registers
+        # A program has 128 threads and adds float64; clipped as in test_registers_suffice.
+        assert registers["ratios_of_units"] <= 128 and registers["clipped_adam"] <= (80 if target in NVIDIA else 512)
+        assert found["ratios_of_units"]["stack"] == found["step_adam"]["stack"] == 0
+        ratios = found["ratios_of_units"]
+        if target in NVIDIA:
+            assert count(ratios, r"atom\..*") == count(ratios, r"atom\.global\.gpu\.acq_rel\.add\.u32") == 1
+            # Not from the first-level cache, which may hold older values.
+            assert count(ratios, r"ld\.global\.cg\..*") >= 2
+        else:
+            assert (
+                count(ratios, "buffer_wbl2") == count(ratios, "global_atomic_add") == count(ratios, "buffer_inv") == 1
+            )
 
 
 def test_numbers_never_recompile(report):
