@@ -162,7 +162,9 @@ class Columns:
             rows = np.flatnonzero(np.isin(cohorts, numbers))
             order.extend(rows)
             on_device = (torch.from_numpy(x).to(device) for x in (rows, np.searchsorted(numbers, cohorts[rows])))
-            self.classes.append(Class([groups[k] for k in numbers], *on_device, Upload(device), Upload(device)))
+            rates = Upload(device)
+            rates.prepare(np.empty((len(numbers), 1)))  # eager steps send none where they are equal
+            self.classes.append(Class([groups[k] for k in numbers], *on_device, rates, Upload(device)))
         self.order = torch.from_numpy(np.argsort(order)).to(device)
         self.alike = alike
 

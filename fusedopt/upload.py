@@ -54,6 +54,8 @@ class Upload:
         self.device = device
         self.device_copy: Tensor | None = None
         self.ring: Ring | None = None
+        self.spare: Tensor | None = None
+        """Pinned memory for a graph. Before 2.11 torch can make none during a capture."""
         self.frozen: list[tuple[Tensor, Tensor]] = []
         """What belongs to graphs."""
         self.is_frozen = False
@@ -89,12 +91,24 @@ class Upload:
     def _freeze(self, values: np.ndarray) -> None:
         memory = torch.from_numpy(values.copy())
         if self.device.type == "cuda":
-            memory = memory.pin_memory()
+            memory = self._pinned(memory)
         with on(self.device):
             self.device_copy = torch.empty_like(memory, device=self.device)
             self.device_copy.copy_(memory, non_blocking=True)
         self.frozen.append((self.device_copy, memory))
         self.is_frozen = True
+
+    def prepare(self, values: np.ndarray) -> None:
+        """For a graph that will send the like of these, be it the first to send any."""
+        if self.device.type == "cuda":
+            self.spare = torch.empty_like(torch.from_numpy(values), pin_memory=True)
+
+    def _pinned(self, values: Tensor) -> Tensor:
+        """The values in pinned memory that nobody else has."""
+        spare, self.spare = self.spare, None
+        if spare is None or (spare.shape, spare.dtype) != (values.shape, values.dtype):
+            return values.pin_memory()
+        return spare.copy_(values)
 
     @torch.inference_mode(False)
     def _allocate(self, values: np.ndarray) -> None:
@@ -103,5 +117,7 @@ class Upload:
                 # A kernel on this stream may still read it, wherever it was allocated.
                 self.device_copy.record_stream(torch.cuda.current_stream())
             self.device_copy = torch.empty_like(torch.from_numpy(values), device=self.device)
-        self.ring = Ring(self.device_copy) if self.device_copy.is_cuda else None
+        if self.device_copy.is_cuda:
+            self.ring = Ring(self.device_copy)
+        self.prepare(values)
         self.is_frozen = False
