@@ -15,6 +15,7 @@ from features import FEATURES, KINDS, LR, ORDER, STEPS, absent, program
 from graphs import capture
 
 from fusedopt import storage
+from fusedopt.settings import EpsSettings, Settings
 
 pytestmark = [
     pytest.mark.usefixtures("needs_triton"),
@@ -87,6 +88,12 @@ def covering(pairs):
         left -= set(itertools.combinations(sorted(row, key=ORDER.index), 2))
         rows.append(tuple(sorted(row, key=ORDER.index)))
     return rows
+
+
+def test_every_setting_is_a_feature():
+    """But for the backend, which is what is compared, and what ranks share."""
+    used = {name for features in FEATURES.values() for feature in features for name in program([feature]).settings}
+    assert used == {name for cls in (Settings, EpsSettings) for name in cls.fields()} - {"backend", "clip_group"}
 
 
 def steps(names, device, monkeypatch):
