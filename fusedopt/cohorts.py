@@ -52,12 +52,9 @@ class Cohort:
     """The same one step earlier."""
     members: list[Any] = dataclasses.field(default_factory=list)
 
-    def turn(self, optimizer: Any, rule: Rule, by: int) -> None:
-        """Count ``by`` steps, and move the scalars along: forwards one step, or back the latest one."""
-        self.t += by
-        if not rule.scalars:
-            return
-        if by > 0:
+    def turn(self, optimizer: Any, forwards: bool) -> None:
+        """Move the scalars along with the count: forwards one step, or back the latest one."""
+        if forwards:
             now = optimizer.next_scalars(self.group, self.t, *self.scalars)
             self.scalars, self.earlier = tuple(map(like, now, self.scalars)), self.scalars
         else:

@@ -213,7 +213,8 @@ class Engine:
         waiting = self.executors
         is_deferred = self.deferred is not None and self.deferred.is_of(grads)
         at_once = None
-        if self._takes_one_launch(optimizer, terms, is_deferred):
+        may_launch_once = self.prefers_one_launch or optimizer._settings.launches == 1
+        if may_launch_once and self._takes_one_launch(optimizer, terms, is_deferred):
             at_once = self.executors[0].step_at_once(update, terms, self.skips)
         if at_once is not None:
             self.verdict, waiting = at_once, []
@@ -221,7 +222,7 @@ class Engine:
             self.verdict = self.deferred.verdict_of_step(terms, self.scaling)
             self.skips.count_in(self.verdict)
         else:
-            self.verdict = self._judge(terms)
+            self.verdict = clipping.UNJUDGED if terms is clipping.NONE else self._judge(terms)
         self.deferred = None
         if self.tracker is not None:
             self.verdict = self.verdict._replace(loss_scale=terms.loss_scale)
@@ -254,7 +255,7 @@ class Engine:
     def _takes_one_launch(self, optimizer: Any, terms: clipping.Terms, is_deferred: bool) -> bool:
         """Whether norm and update run as one launch. RuntimeError if that was asked for and cannot be."""
         launches = optimizer._settings.launches
-        if launches == 2 or not self.executors or (launches == "auto" and not self.prefers_one_launch):
+        if launches == 2 or not self.executors:
             return False
         problem = problem_with_one_launch(optimizer, self.executors, terms, self.plan.reduction, is_deferred)
         if problem is not None and launches == 1:

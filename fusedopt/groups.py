@@ -43,23 +43,23 @@ class Groups:
         )
 
     def hold(self, optimizer: Any) -> bool:
-        """Whether the same plan serves them. Most steps change nothing in a group, or its learning rate."""
+        """Whether the same plan serves them. Most steps change nothing in a group, or its learning rate, which no rule
+        of the package follows from."""
         groups = optimizer.param_groups
-        if not same(groups, self.groups):
-            return False
-        if same_tensors(groups, self.latest):
-            return True
-        if not same(list(map(optimizer.rule, groups)), self.rules):
-            return False
-        if list(map(Options.first_alike, self.options)) != self.alike:
+        if not same(groups, self.groups) or list(map(Options.first_alike, self.options)) != self.alike:
             return False
         for group, latest in zip(groups, self.latest):
             if latest is not None and "lr" in group:
                 latest["lr"] = group["lr"]
-        if not same_tensors(groups, self.latest):
-            if list(map(_kind, groups)) != self.kinds or not same_tensors(list(map(get_params, groups)), self.params):
-                return False
-            self.latest = self._copies(groups)
+        if same_tensors(groups, self.latest):
+            return True
+        if (
+            not same(list(map(optimizer.rule, groups)), self.rules)
+            or list(map(_kind, groups)) != self.kinds
+            or not same_tensors(list(map(get_params, groups)), self.params)
+        ):
+            return False
+        self.latest = self._copies(groups)
         return True
 
     def _copies(self, groups: Sequence[dict[str, Any]]) -> list[dict[str, Any] | None]:

@@ -199,7 +199,9 @@ class Plan:
             return
         for bucket in self.counted:
             for cohort in bucket.cohorts:
-                cohort.turn(optimizer, bucket.rule, by)
+                cohort.t += by
+                if bucket.rule.scalars:
+                    cohort.turn(optimizer, forwards=by > 0)
         for slots in self.slots:
             slots.write()
         self.counts.advance(by)

@@ -37,4 +37,7 @@ class Run:
 
     def rates(self) -> list[float]:
         """The learning rate of each parameter."""
-        return [lr for group, count in self.groups for lr in [float(group["lr"])] * count]
+        rates: list[float] = []
+        for group, count in self.groups:
+            rates += [float(group["lr"])] * count
+        return rates

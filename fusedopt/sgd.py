@@ -63,46 +63,34 @@ def momentum_average(g, state, h):
 
 
 def fused_plain(params, grads, states, t, group, scale, rates):
-    narrow, alike = params[0].dtype.itemsize < 4, rates.count(rates[0]) == len(rates)
-    if group["weight_decay"] == 0 and (narrow or not alike):
-        factor = _factor(group, scale)
+    weight_decay = float(group["weight_decay"])
+    factor = (-1 if group["maximize"] else 1) / (1 if scale is None else scale.item())
+    lr, alike = rates[0], rates.count(rates[0]) == len(rates)
+    if params[0].dtype.itemsize < 4:
+        _narrow(params, grads, weight_decay, factor, rates)
+    elif weight_decay != 0:
+        for some in [slice(None)] if alike else [slice(k, k + 1) for k in range(len(params))]:
+            _fused_sgd(params[some], grads[some], [], group, scale, rates[some][0])
+    # Without decay the gradient occurs once: scaled through lr, it need not be written.
+    elif len(params) < MANY or not alike:
+        for p, g, lr in zip(params, grads, rates):
+            p.add_(g, alpha=-lr * factor)
+    elif torch.get_num_threads() == 1 and _small(params):
+        _fused_sgd(params, grads, [], group, None, lr * abs(factor))
+    else:
+        torch._foreach_add_(params, grads, alpha=-lr * factor)
+
+
+def _narrow(params, grads, weight_decay, factor, rates):
+    # torch's fused kernel leaves whole SIMD blocks unchanged (torch issue 191763), its addition rounds the product too.
+    if weight_decay == 0:
         one = torch.ones((), dtype=params[0].dtype, device="cpu")
         torch._foreach_addcmul_(params, grads, [one] * len(params), [-lr * factor for lr in rates])
-    elif narrow:
-        # torch's fused kernel leaves whole SIMD blocks unchanged (torch issue 191763), its addition rounds the product
-        # too.
-        _decayed(params, grads, float(group["weight_decay"]), _factor(group, scale), rates)
-    elif alike:
-        _one_rate(params, grads, group, scale, rates[0])
-    else:
-        for p, g, lr in zip(params, grads, rates):
-            _fused_sgd([p], [g], [], group, scale, lr)
-
-
-def _factor(group, scale):
-    return (-1 if group["maximize"] else 1) / (1 if scale is None else scale.item())
-
-
-def _decayed(params, grads, weight_decay, factor, rates):
+        return
     for p, g, lr in zip(params, grads, rates):
         for p_block, g_block in zip(*(x.view(-1).split(BLOCK) for x in (p, g))):
             wide = p_block.float()
             p_block.copy_(wide.sub_(g_block.float().mul_(factor).add_(wide, alpha=weight_decay), alpha=lr))
-
-
-def _one_rate(params, grads, group, scale, lr):
-    if group["weight_decay"] == 0:
-        # The gradient occurs once: scaled through lr, it need not be written.
-        lr, scale = lr / (1 if scale is None else scale.item()), None
-        if len(params) == 1 or torch.get_num_threads() > 1 or not _small(params):
-            # One addition: torch's plain call is the faster one, and for one tensor the plainest.
-            alpha = lr if group["maximize"] else -lr
-            if len(params) == 1:
-                params[0].add_(grads[0], alpha=alpha)
-            else:
-                torch._foreach_add_(params, grads, alpha=alpha)
-            return
-    _fused_sgd(params, grads, [], group, scale, lr)
 
 
 def fused(params, grads, states, t, group, scale):
@@ -119,14 +107,13 @@ def _fused_sgd(params, grads, buffers, group, scale, lr, is_first_step=False):
 
 def _small(params):
     # Looking at every one of them would take a tenth of the step; an odd stride sees weights and biases in turn.
-    if len(params) < MANY:
-        return params[0].numel() < SMALL
     some = params[:: len(params) // MANY | 1]
     return sum(map(torch.Tensor.numel, some)) < SMALL * len(some)
 
 
 MANY, SMALL = 8, 32768
-"""Below this average of elements the fused kernel is faster on one thread; of fewer tensors only the first is asked."""
+"""Tensors from which a call for all of them is worth looking for, and the average of elements below which the fused
+kernel is that call on one thread."""
 
 
 def fused_average(params, grads, states, t, group, scale):
