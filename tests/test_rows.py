@@ -6,8 +6,9 @@ import math
 import numpy as np
 import pytest
 import torch
-from cases import every_option
+from cases import every_option, label
 from options import LR
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fusedopt
 from fusedopt import triton_rows
@@ -84,6 +85,42 @@ def test_formulas_are_evaluated_once_for_all_groups(device, monkeypatch):
         group["betas"] = (0.8, 0.9 + number / 1000)
     optimizer.step()
     assert len(calls) == 4 + COUNT
+
+
+class Operations(TorchDispatchMode):
+    """Of torch, by name."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"max_grad_norm": 1.0}, {"track": "total", "ema_decay": 0.9}, {"flatten": True, "flat_grads": "zeroed"}],
+    ids=label,
+)
+def test_a_step_sends_its_rows_and_allocates_nothing(settings, device):
+    """Adam's corrections are new at every step; the addresses are not, which stay where they are."""
+    params = [torch.nn.Parameter(torch.ones(40, device=device)) for _ in range(5)]
+    optimizer = fusedopt.AdamW(params, backend="triton", **settings)
+    for p in params:
+        p.grad = torch.ones_like(p) if p.grad is None else p.grad
+    for _ in range(3):
+        optimizer.step()
+    if device.type == "cuda":
+        torch.cuda.synchronize()  # pinned memory is free again
+    with Operations() as seen:
+        optimizer.step()
+    assert sorted(set(seen.names) - {"lift_fresh"}) == ["copy_"] and seen.names.count("copy_") == 1
+    params[0].grad = torch.ones_like(params[0])
+    with Operations() as seen:
+        optimizer.step()
+    assert seen.names.count("copy_") == 2
 
 
 class RoundedLR(fusedopt.Adam):
