@@ -58,7 +58,7 @@ def scenarios(extent):
     for form, settings in FORMS.items():
         for launches in (1, 2):
             about = {"dtype": torch.bfloat16, "launches": launches, "max_grad_norm": 0.5, **settings}
-            found[f"adam, bfloat16, {form}, {launches} launches"] = {**about, "sizes": [5000, 33]}
+            found[f"adam, bfloat16, {form}, {launches} launches"] = {**about, "sizes": [5000, 4500]}
     return found
 
 
