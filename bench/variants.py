@@ -11,7 +11,11 @@ LR = 1e-4
 
 OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
     "SGD": {"momentum": {"momentum": 0.9}},
-    "RMSprop": {"centered-momentum": {"centered": True, "momentum": 0.9}},
+    "RMSprop": {
+        "momentum": {"momentum": 0.9},
+        "centered": {"centered": True},
+        "centered-momentum": {"centered": True, "momentum": 0.9},
+    },
     "Adam": {"amsgrad": {"amsgrad": True}},
 }
 """Beside the defaults of each optimizer: a label, and the options that it stands for."""
