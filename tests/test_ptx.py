@@ -84,6 +84,11 @@ def test_instructions(code, expected):
     assert out.unique().tolist() == [expected]
 
 
+def test_tensors_without_memory_of_their_own_stand_by():
+    bystanders = [torch.zeros(2, 2).to_sparse(), torch.zeros(2, device="meta"), torch.zeros(2, 2).to_mkldnn()]
+    assert run("st.global.b32 [%rd1], 1;", zeros()).unique().tolist() == [1], bystanders
+
+
 def test_threads_part_and_come_together():
     """A loop that each thread leaves after its own number of turns; then the sum over a warp."""
     body = """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 
 import numpy as np
@@ -179,7 +180,11 @@ class Global(Memory):
     """The memory of all tensors that there are."""
 
     def __init__(self) -> None:
-        storages = [x.untyped_storage() for x in gc.get_objects() if type(x) in (torch.Tensor, torch.nn.Parameter)]
+        storages = []
+        for x in gc.get_objects():
+            if type(x) in (torch.Tensor, torch.nn.Parameter) and x.is_cpu:
+                with contextlib.suppress(NotImplementedError):  # sparse ones and their like have none
+                    storages.append(x.untyped_storage())
         pieces = sorted({(s.data_ptr(), s.data_ptr() + s.nbytes()) for s in storages if s.nbytes()})
         joined: list[list[int]] = []
         for start, end in pieces:
