@@ -34,8 +34,7 @@ def fused(params, grads, states, t, group, scale, eta, mu):
     )  # fmt: skip
 
 
-DTYPES = frozenset((torch.float32, torch.float64))
-ASGD_RULE = Rule("asgd", (), asgd, fused, DTYPES, averages=("ax",), scalars=("eta", "mu"))
+ASGD_RULE = Rule("asgd", (), asgd, fused, averages=("ax",), scalars=("eta", "mu"))
 
 
 class ASGD(FusedOptimizer, torch.optim.ASGD):

@@ -19,8 +19,8 @@ Number = Any
 """A float, or a column."""
 
 Rounded = np.floating | Tensor
-"""One of a rule's scalars where the host knows it, in the dtype of its state: a number of NumPy, which calculates in a
-tenth of the time that torch takes for a 0-dim tensor, or such a tensor for a dtype that NumPy lacks. A column else."""
+"""One of a rule's scalars where the host knows it, in the dtype of its state: a number of NumPy, which calculates
+faster than a 0-dim tensor of torch's, or such a tensor for a dtype that NumPy lacks. A column else."""
 
 
 def is_column(x: Any) -> bool:

@@ -54,9 +54,8 @@ def hyper(group, t, mu_product):
     return 1 - beta1, 1 - beta2, divisible(group["eps"]), g_weight, m_weight, (1 - beta2**t) ** -0.5
 
 
-DTYPES = frozenset((torch.float32, torch.float64))
 STATES = ("exp_avg", "exp_avg_sq")
-NADAM = Rule("nadam", STATES, nadam, fused, DTYPES, scalars=("mu_product",), squares=STATES[1:])
+NADAM = Rule("nadam", STATES, nadam, fused, scalars=("mu_product",), squares=STATES[1:])
 
 
 class NAdam(FusedOptimizer, torch.optim.NAdam):

@@ -134,27 +134,24 @@ def hyper(group):
     return 1 - float(group["alpha"]), divisible(group["eps"]), float(group["momentum"])
 
 
-DTYPES = frozenset((torch.float32, torch.float64))
 SQUARES = ("square_avg",)
 # A root of a difference of states: rounded ones could make it negative.
 EXACT = ("square_avg", "grad_avg")
-PLAIN = Rule("rmsprop", SQUARES, rmsprop, fused, DTYPES, squares=SQUARES)
+PLAIN = Rule("rmsprop", SQUARES, rmsprop, fused, squares=SQUARES)
 MOMENTUM = Rule(
     "rmsprop_momentum",
     (*SQUARES, "momentum_buffer"),
     rmsprop_momentum,
     fused_momentum,
-    DTYPES,
     takes_rates=True,
     squares=SQUARES,
 )
-CENTERED = Rule("rmsprop_centered", EXACT, rmsprop_centered, fused_centered, DTYPES, takes_rates=True, exact=EXACT)
+CENTERED = Rule("rmsprop_centered", EXACT, rmsprop_centered, fused_centered, takes_rates=True, exact=EXACT)
 BOTH = Rule(
     "rmsprop_centered_momentum",
     ("square_avg", "momentum_buffer", "grad_avg"),
     rmsprop_centered_momentum,
     fused_centered_momentum,
-    DTYPES,
     takes_rates=True,
     exact=EXACT,
 )

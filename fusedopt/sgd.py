@@ -121,12 +121,11 @@ def fused_average(params, grads, states, t, group, scale):
     fused(params, grads, states, 0, {**group, "dampening": group["momentum"]}, scale)
 
 
-DTYPES = frozenset((torch.float32, torch.float64))
-NARROW = {torch.bfloat16, torch.float16}
-PLAIN = Rule("sgd", (), sgd, fused_plain, DTYPES | NARROW, takes_rates=True, list_threads=math.inf)
-MOMENTUM = Rule("momentum", ("momentum_buffer",), momentum, fused, DTYPES, list_threads=1)
+WITH_NARROW = frozenset((torch.float32, torch.float64, torch.bfloat16, torch.float16))
+PLAIN = Rule("sgd", (), sgd, fused_plain, WITH_NARROW, takes_rates=True, list_threads=math.inf)
+MOMENTUM = Rule("momentum", ("momentum_buffer",), momentum, fused, list_threads=1)
 VELOCITY = Rule("momentum_velocity", ("velocity",), momentum_velocity)
-AVERAGE = Rule("momentum_average", ("grad_avg",), momentum_average, fused_average, DTYPES, list_threads=1)
+AVERAGE = Rule("momentum_average", ("grad_avg",), momentum_average, fused_average, list_threads=1)
 AVERAGE_AHEAD = AVERAGE._replace(fused=None)
 FORMS = {"accumulated": MOMENTUM, "velocity": VELOCITY, "average": AVERAGE}
 

@@ -31,6 +31,8 @@ def clip_settings(clip, kind):
 
 # numpy's, in the interpreter, where numbers overflow or are no numbers on purpose.
 interpreter_noise = pytest.mark.filterwarnings("ignore:(overflow|invalid value|divide):RuntimeWarning:triton")
+kernels_overflow = pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning")
+"""numpy's warnings, in the interpreter, where numbers overflow on purpose."""
 
 
 def options_of(name):

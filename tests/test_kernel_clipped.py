@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from cases import kernels_overflow
 from rule_cases import (
     ADDRESSES,
     AT_ONCE,
@@ -25,11 +26,7 @@ from rule_cases import (
 import fusedopt
 from fusedopt import occupancy
 
-# The warnings are numpy's, in the interpreter, where numbers overflow on purpose.
-pytestmark = [
-    pytest.mark.usefixtures("needs_triton"),
-    pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning"),
-]
+pytestmark = [pytest.mark.usefixtures("needs_triton"), kernels_overflow]
 
 # Empty, less than a vector, several tiles of the update in one of the norm, several tiles of the norm.
 SIZES = [5, 0, 2100, (3, 7)]

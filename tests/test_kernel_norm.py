@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from cases import kernels_overflow
 from rule_cases import ADDRESSES, optimizer, parameters, same_bits, set_gradients, tensors
 
 from fusedopt import triton_norm
@@ -13,11 +14,7 @@ SIZES = [1, 9, 1031, (), 0, 5000, (3, 7)]
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
-# The warnings are numpy's, in the interpreter, where numbers overflow on purpose.
-pytestmark = [
-    pytest.mark.usefixtures("needs_triton"),
-    pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning"),
-]
+pytestmark = [pytest.mark.usefixtures("needs_triton"), kernels_overflow]
 
 
 def norm_of(grads, **settings):

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from cases import kernels_overflow
 from rule_cases import (
     ADDRESSES,
     CASES,
@@ -19,11 +20,7 @@ from rule_cases import (
 
 from fusedopt.clipping import Skips
 
-# The warnings are numpy's, in the interpreter, where numbers overflow on purpose.
-pytestmark = [
-    pytest.mark.usefixtures("needs_triton"),
-    pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning"),
-]
+pytestmark = [pytest.mark.usefixtures("needs_triton"), kernels_overflow]
 
 
 def steps_of(made):

@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from cases import kernels_overflow
 from oracles import oracle_class
 from rule_cases import (
     ADDRESSES,
@@ -30,11 +31,7 @@ from rule_cases import (
 
 from fusedopt import kernels, means, torch_stages, triton_backend
 
-# The warnings are numpy's, in the interpreter, where numbers overflow on purpose.
-pytestmark = [
-    pytest.mark.usefixtures("needs_triton"),
-    pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning"),
-]
+pytestmark = [pytest.mark.usefixtures("needs_triton"), kernels_overflow]
 
 
 def test_vocabularies_are_equal():
