@@ -13,6 +13,7 @@ from torch import Tensor
 from . import setting_checks
 from .optimizer import FusedOptimizer
 from .setting_checks import MASTERS
+from .sgd import SGD
 from .storage import NARROW, storage
 
 STATE_DTYPES = (None, torch.float32, torch.bfloat16, "8bit")
@@ -59,13 +60,14 @@ def memory(
     Nothing is allocated. Gradients count in the parameters' dtype, buffers of the allocator and of a step do not count.
 
     Args:
-        model: a module, or what the optimizer would be given as ``params``. An instance of an optimizer has its
-            parameters already, and is asked for those.
+        model: a module, or what the optimizer would be given as ``params``. Of an instance of an optimizer, which has
+            its parameters already, it must hold them all; what else it holds does not count.
         optimizer: a class of fusedopt, or an instance of one.
         options: the class's arguments, if a class is given.
 
     Raises:
         TypeError: for anything but an optimizer of fusedopt, and for options beside an instance.
+        ValueError: for an instance that updates parameters of another model.
 
     Example::
 
@@ -78,6 +80,7 @@ def memory(
     elif isinstance(optimizer, FusedOptimizer):
         if options:
             raise TypeError(f"{', '.join(options)}: an optimizer that is made already has its options")
+        _check_holds(params, optimizer)
         made = optimizer
     else:
         raise TypeError(f"memory takes an optimizer of fusedopt or its class, got {optimizer!r}")
@@ -87,12 +90,23 @@ def memory(
     masters = [m for m in MASTERS if narrow and not (half and m.startswith("split"))]
     state_dtypes = STATE_DTYPES if any(rule.keys for _, rule in entries) else (None,)
     settings = copy.copy(made._settings)
+    settings.seed = None  # not every choice rounds at random
     rows = MemoryTable()
     for master, state_dtype in itertools.product([None, *masters], state_dtypes):
         settings.master, settings.state_dtype = master, state_dtype
         chosen = (master, state_dtype) == (made.master, made.state_dtype)
         rows.append(Memory(master, state_dtype, *_bytes(entries, settings), chosen))
     return rows
+
+
+def _check_holds(params: Iterable[Any], optimizer: FusedOptimizer) -> None:
+    theirs = {p for group in SGD(params).param_groups for p in group["params"]}
+    missing = [p for group in optimizer.param_groups for p in group["params"] if p not in theirs]
+    if missing:
+        raise ValueError(
+            f"the model lacks {len(missing)} of the parameters that this {type(optimizer).__name__} updates, the first "
+            f"of shape {tuple(missing[0].shape)}: give the model that it was made for"
+        )
 
 
 def _bytes(entries: list[tuple[Tensor, Any]], settings: Any) -> tuple[float, float, float, float]:

@@ -16,6 +16,8 @@ import math
 from collections.abc import Callable, Collection
 from typing import Any
 
+import torch
+
 from . import setting_checks
 from .setting_checks import flag, one_of
 
@@ -128,10 +130,11 @@ class Settings:
         torch.bfloat16 is rounded stochastically. "8bit" keeps 256 elements of a state to a float32 scale, the roots
         of averages of squares, and in float32 states of fewer than 4096 elements and those that codes would break.""",
     )
-    seed: int = setting(
-        0,
+    seed: int | None = setting(
+        None,
         setting_checks.seed,
-        """(int): of stochastic rounding, which depends on it, the step and the element's number only.""",
+        """(int, optional): of stochastic rounding, which depends on it, the step and the element's number only; None is
+        0. An error unless something is rounded so: by master="stochastic" or state_dtype=torch.bfloat16.""",
     )
     backend: str | None = setting(
         None,
@@ -160,6 +163,13 @@ class Settings:
             raise ValueError(
                 f"grad_norm_mode={values['grad_norm_mode']!r} needs max_grad_norm, the norm to scale to: "
                 "give both, or grad_norm_mode='clip'"
+            )
+        if values["seed"] is not None and not (
+            values["master"] == "stochastic" or values["state_dtype"] is torch.bfloat16
+        ):
+            raise ValueError(
+                f"seed={values['seed']} changes nothing, since nothing is rounded at random: leave it out, or give "
+                "master='stochastic' or state_dtype=torch.bfloat16 with it"
             )
 
     @classmethod
@@ -192,6 +202,10 @@ class Settings:
         if self.max_grad_norm is None:
             return None
         return (self.max_grad_norm, *(CLIP if self.grad_norm_mode == "clip" else NORMALIZE))
+
+    @functools.cached_property
+    def random_seed(self) -> int:
+        return self.seed or 0
 
     @functools.cached_property
     def needs_norm(self) -> bool:

@@ -74,7 +74,9 @@ def test_kernels_store_what_their_twins_store(case, stored, device, monkeypatch)
         state_dtype = None
     # A tile, a block of 256 in the next, and a remainder; small enough to have no quantized states.
     sizes = [1024 + 265, 33]
-    chain = {"max_grad_norm": 50.0, "weight_decay": 0.1, "master": master, "state_dtype": state_dtype, "seed": 7}
+    chain = {"max_grad_norm": 50.0, "weight_decay": 0.1, "master": master, "state_dtype": state_dtype}
+    if master == "stochastic" or state_dtype is torch.bfloat16:
+        chain["seed"] = 7
     ours, theirs = ([torch.nn.Parameter(p) for p in tensors(sizes, device, dtype)] for _ in range(2))
     kernel, twin = optimizer(case, ours, **chain), optimizer(case, theirs, **chain | {"backend": "torch"})
     for t in (1, 2):
@@ -141,12 +143,13 @@ def test_kernel_and_twin_store_the_same_bits(master, dtype, device):
     if dtype is torch.float16 and master.startswith("split"):
         return
     x = special_values(dtype).to(device)
+    seed = 2**40 + 3 if master == "stochastic" else None
     made = []
     for backend in ("triton", "torch"):
         p = torch.nn.Parameter(torch.zeros(x.shape, dtype=dtype, device=device))
         p.grad_dtype = None
         p.grad = -x
-        opt = fusedopt.SGD([p], lr=1.0, master=master, backend=backend, seed=2**40 + 3)
+        opt = fusedopt.SGD([p], lr=1.0, master=master, backend=backend, seed=seed)
         opt.step()
         made.append([p.detach(), *(v for k, v in opt.state[p].items() if k != "step")])
     for a, b in zip(*made, strict=True):

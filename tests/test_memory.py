@@ -52,6 +52,24 @@ def test_it_prints_a_table_and_knows_what_makes_no_sense():
         fusedopt.memory(model, fusedopt.Adam(model.parameters()), lr=1.0)
 
 
+def test_an_instance_is_asked_about_with_its_own_model():
+    """Whose parameters it updates, all or some."""
+    model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.Linear(3, 2))
+    optimizer = fusedopt.Adam(model[1].parameters())
+    ways = [model, model[1], model.named_parameters(), [{"params": list(model[1].parameters())}]]
+    (table, *same) = (fusedopt.memory(way, optimizer) for way in ways)
+    assert all(other == table for other in same)
+    with pytest.raises(ValueError, match=r"lacks 2 of the parameters .*, the first of shape \(2, 3\)"):
+        fusedopt.memory(model[0], optimizer)
+
+
+@pytest.mark.parametrize("chosen", [{"master": "stochastic"}, {"state_dtype": "bfloat16"}], ids=str)
+def test_a_seed_is_of_no_account(chosen):
+    model = torch.nn.Linear(4, 3, dtype=torch.bfloat16)
+    table = fusedopt.memory(model, fusedopt.Adam, seed=3, **chosen)
+    assert table == fusedopt.memory(model, fusedopt.Adam, **chosen)
+
+
 def test_gradients_stay_as_they_are():
     """An optimizer with flat_grads would move and zero them."""
     model = torch.nn.Linear(4, 3)
