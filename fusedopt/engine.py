@@ -23,6 +23,7 @@ from .refresh import Captured, captured
 from .roster import Roster
 from .settings import CLIP
 from .shards import any_distributed, local_grads
+from .skips import Skips
 from .survey import left_to_torch
 
 get_grad = attrgetter("grad")
@@ -54,7 +55,7 @@ class Engine:
         """For the plan, where ``track`` is set."""
         self.tracked: Tracker | None = None
         """The one of the latest step."""
-        self.skips = clipping.Skips()
+        self.skips = Skips()
         self.scaling: clipping.Scaling | None = None
         """What a GradScaler of ours asks of the step that it calls."""
         self.deferred: clipping.Deferred | None = None

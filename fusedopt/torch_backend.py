@@ -17,7 +17,7 @@ from torch import Tensor
 from . import means, units
 from .blocks import for_threads
 from .buckets import Bucket, Member
-from .clipping import Skips, Verdict
+from .clipping import Verdict
 from .cohorts import Cohort, StepNumbers, alike
 from .flat import contiguous, memory_order
 from .gather import Gather, Ways, each_once, find_ways, neighbours, picker
@@ -25,6 +25,7 @@ from .options import ASIDE, NOT_READ
 from .rule import Stage, Update
 from .runs import Run
 from .settings import Settings
+from .skips import Skips
 from .torch_norm import norm
 from .torch_stages import follow, through
 from .torch_tally import Tally

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import torch_backend
 from .buckets import Bucket, Member
-from .clipping import Skips, Verdict
+from .clipping import Verdict
 from .cohorts import Cohort, StepNumbers
 from .flat import is_dense, memory_order
 from .forms import QUANTIZED, TWINS
@@ -20,6 +20,7 @@ from .philox import Draw
 from .rule import Update
 from .runs import Run
 from .settings import Settings
+from .skips import Skips
 from .storage import part_key
 
 

@@ -7,9 +7,10 @@ from typing import Any
 
 from . import occupancy, triton_norm
 from .backends import interpreting
-from .clipping import IMPOSSIBLE, Skips, Terms, Verdict
+from .clipping import IMPOSSIBLE, Terms, Verdict
 from .kernels.clipped import clipped_step
 from .rule import Update
+from .skips import Skips
 from .triton_norm import on_device
 
 REFUSALS = "cooperative", "not supported"

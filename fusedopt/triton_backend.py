@@ -16,7 +16,7 @@ from triton.runtime.interpreter import InterpretedFunction
 from triton.runtime.jit import JITFunction
 
 from .buckets import Bucket, Member
-from .clipping import Skips, Terms, Verdict
+from .clipping import Terms, Verdict
 from .flat import is_dense
 from .gather import picker
 from .kernels import means, rules, tracked
@@ -25,6 +25,7 @@ from .launch import Launches
 from .means import Chunks, stages_of
 from .rule import Rule, Update
 from .settings import Settings
+from .skips import Skips
 from .triton_at_once import AtOnce
 from .triton_columns import Columns
 from .triton_norm import Norm, judge, scaler_argument

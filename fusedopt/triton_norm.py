@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .clipping import Skips, Terms, Verdict
+from .clipping import Terms, Verdict
 from .distributed import Reduction
 from .kernels import norm
 from .launch import Launches
+from .skips import Skips
 from .triton_tables import Tables
 
 SLOTS = 1024

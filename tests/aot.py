@@ -34,7 +34,7 @@ from rule_cases import (
 from triton.runtime import driver
 
 from fusedopt import backends, launch, means
-from fusedopt.clipping import Skips
+from fusedopt.skips import Skips
 
 # The benchmarks' reading of machine code.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "bench"))

@@ -18,7 +18,7 @@ from rule_cases import (
     twin_step,
 )
 
-from fusedopt.clipping import Skips
+from fusedopt.skips import Skips
 
 pytestmark = [pytest.mark.usefixtures("needs_triton"), kernels_overflow]
 

@@ -1,0 +1,90 @@
+"""Steps that were skipped, of which only the device may know yet."""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .upload import on
+
+
+def _is_over(event: torch.cuda.Event | None) -> bool:
+    """Whether the device has come as far as this; without an event it has."""
+    return event is None or event.query()
+
+
+class Skips:
+    """How many steps were skipped, and how many of those the host has heard of.
+
+    A GPU decides by itself whether to skip a step. The host learns of it later, without waiting, from
+    a copy of the device's count; until then it writes hyperparameters for every count that is possible.
+    """
+
+    FURTHEST = 32
+    """Steps the host may run ahead of its knowledge before it waits for the oldest."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.device: Tensor | None = None
+        self.known = 0
+        self.unheard: deque[tuple[torch.cuda.Event | None, Tensor]] = deque()
+        self.free: list[tuple[torch.cuda.Event, Tensor]] = []
+
+    def verdict(self, device: torch.device) -> Tensor:
+        """The device's verdict, with the count that it carries on from step to step."""
+        if self.device is None or self.device.device != device:
+            self.count = int(self.total())  # the model has moved
+            self.unheard.clear()
+            with torch.inference_mode(False):  # a step outside it writes there too
+                self.device = torch.zeros(4, dtype=torch.float64, device=device)
+            self.known = 0
+        return self.device
+
+    def listen(self) -> None:
+        """Ask for the count as it is after the step just launched."""
+        if self.device is None:
+            return
+        if not self.device.is_cuda:
+            self.unheard.append((None, self.device[3:].clone()))
+            return
+        if not self.free:
+            with torch.inference_mode(False):
+                copy = torch.empty(1, dtype=torch.float64, device="cpu", pin_memory=True)
+            self.free.append((torch.cuda.Event(), copy))
+        event, copy = self.free.pop()
+        with on(self.device.device):
+            copy.copy_(self.device[3:], non_blocking=True)
+            event.record()
+        self.unheard.append((event, copy))
+
+    def resolve(self, wait: bool = False) -> int:
+        """How many skipped steps the host has newly heard of."""
+        heard = self.known
+        while self.unheard and (wait or len(self.unheard) > self.FURTHEST or _is_over(self.unheard[0][0])):
+            event, copy = self.unheard.popleft()
+            if event is not None:
+                event.synchronize()
+                self.free.append((event, copy))
+            heard = int(copy)
+        new, self.known = heard - self.known, heard
+        return new
+
+    def count_in(self, verdict: Any, sign: int = 1) -> None:
+        """Count the step that a ``clipping.Verdict`` skips, or with -1 take it back."""
+        if verdict.device is None:
+            self.count += sign * verdict.skip
+        else:
+            verdict.device[3].add_(verdict.device[2], alpha=sign)
+
+    @property
+    def variants(self) -> int:
+        """How many counts are possible now."""
+        return len(self.unheard) + 1
+
+    def total(self) -> Tensor:
+        if self.device is None:
+            return torch.tensor(self.count, device="cpu")
+        return self.device[3].to(torch.int64) + self.count
