@@ -90,7 +90,6 @@ def memory(
     masters = [m for m in MASTERS if narrow and not (half and m.startswith("split"))]
     state_dtypes = STATE_DTYPES if any(rule.keys for _, rule in entries) else (None,)
     settings = copy.copy(made._settings)
-    settings.seed = None  # not every choice rounds at random
     rows = MemoryTable()
     for master, state_dtype in itertools.product([None, *masters], state_dtypes):
         settings.master, settings.state_dtype = master, state_dtype

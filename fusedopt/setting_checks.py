@@ -93,9 +93,7 @@ def state_dtype(name: str, value: Any) -> Any:
     raise ValueError(f"Invalid {name}: {value!r}; choose torch.float32, torch.bfloat16, '8bit' or None")
 
 
-def seed(name: str, value: Any) -> int | None:
-    if value is None:
-        return None
+def seed(name: str, value: Any) -> int:
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(f"{name} must be a whole number, got {value!r}")
     if not 0 <= value < 2**63:

@@ -16,8 +16,6 @@ import math
 from collections.abc import Callable, Collection
 from typing import Any
 
-import torch
-
 from . import setting_checks
 from .setting_checks import flag, one_of
 
@@ -130,11 +128,11 @@ class Settings:
         torch.bfloat16 is rounded stochastically. "8bit" keeps 256 elements of a state to a float32 scale, the roots
         of averages of squares, and in float32 states of fewer than 4096 elements and those that codes would break.""",
     )
-    seed: int | None = setting(
-        None,
+    seed: int = setting(
+        0,
         setting_checks.seed,
-        """(int, optional): of stochastic rounding, which depends on it, the step and the element's number only; None is
-        0. An error unless something is rounded so: by master="stochastic" or state_dtype=torch.bfloat16.""",
+        """(int): of stochastic rounding, which depends on it, the step and the element's number only. Where nothing is
+        rounded at random every seed gives the same, and it waits for a ``master`` or ``state_dtype`` set later.""",
     )
     backend: str | None = setting(
         None,
@@ -163,13 +161,6 @@ class Settings:
             raise ValueError(
                 f"grad_norm_mode={values['grad_norm_mode']!r} needs max_grad_norm, the norm to scale to: "
                 "give both, or grad_norm_mode='clip'"
-            )
-        if values["seed"] is not None and not (
-            values["master"] == "stochastic" or values["state_dtype"] is torch.bfloat16
-        ):
-            raise ValueError(
-                f"seed={values['seed']} changes nothing, since nothing is rounded at random: leave it out, or give "
-                "master='stochastic' or state_dtype=torch.bfloat16 with it"
             )
 
     @classmethod
@@ -204,10 +195,6 @@ class Settings:
         return (self.max_grad_norm, *(CLIP if self.grad_norm_mode == "clip" else NORMALIZE))
 
     @functools.cached_property
-    def random_seed(self) -> int:
-        return self.seed or 0
-
-    @functools.cached_property
     def needs_norm(self) -> bool:
         return self.max_grad_norm is not None or self.skip_nonfinite
 
@@ -235,7 +222,8 @@ class Settings:
     def active(self) -> list[str]:
         """The names of the settings that ask for more than torch.optim does."""
         plain = {name: field.default for name, field in self.fields().items()} | {"backend": "torch"}
-        return [name for name in self.fields() if getattr(self, name) not in (None, plain[name])]
+        # A seed asks for nothing by itself.
+        return [name for name in self.fields() if name != "seed" and getattr(self, name) not in (None, plain[name])]
 
     @classmethod
     def documentation(cls) -> str:

@@ -73,7 +73,7 @@ class Executor(torch_backend.Executor):
         return [twin.load(parts, self.compute_dtype) for twin, parts in zip(self.twins, block.roles)]
 
     def _store(self, block: Block, values: list[Tensor]) -> None:
-        draw = Draw(self.settings.random_seed, self.t, block.first_draw)
+        draw = Draw(self.settings.seed, self.t, block.first_draw)
         for role, (twin, parts, x) in enumerate(zip(self.twins, block.roles, values)):
             twin.store(parts, x, draw, role)
 

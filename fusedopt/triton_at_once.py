@@ -45,7 +45,7 @@ class AtOnce:
         variant = chains.used, variant, forms is tables.forms
         args = (
             tables.device_copy, tiles.table, tiles.count, executor.rows.table, slots, barrier, verdict,
-            *judging, known, variants, settings.random_seed, executor.limits(), places,
+            *judging, known, variants, settings.seed, executor.limits(), places,
             tables.roles, forms, chains.h, chains.on_grad, chains.on_update, chains.averages,
         )  # fmt: skip
         constants = constants | shared | {

@@ -137,7 +137,7 @@ class Executor:
             found = torch.stack([found[:, k] for k in chains.means], dim=1)
         tables = self.tables
         variant = chains.used, heeding[0] is None, forms is tables.forms
-        numbers = self.rows.table, found, *heeding, self.settings.random_seed, self.limits()
+        numbers = self.rows.table, found, *heeding, self.settings.seed, self.limits()
         formulas = tables.roles, forms, chains.h, chains.on_grad, chains.on_update, chains.averages
         shared = shared | {"DRAWS": self.tables.draws, "MEANS": len(chains.terms)}
         if self.settings.track is None:

@@ -151,14 +151,14 @@ FEATURES = {
         "two dtypes": attribute(dtypes=(torch.float32, torch.float64)),
     },
     "master": {
-        "stochastic": stored(master="stochastic", seed=12345),
-        **{master: stored(master=master) for master in ("kahan", "split", "split8", "fp32")},
+        master: stored(master=master) for master in ("stochastic", "kahan", "split", "split8", "fp32")
     },
     "states": {
         "float32 states": stored(state_dtype=torch.float32),
         "bfloat16 states": stored(state_dtype=torch.bfloat16),
         "8-bit states": stored(state_dtype="8bit"),
     },
+    "seed": {"seed": setting(seed=12345)},
     "device counts": {
         "capturable": option(capturable=True),
         "graph": all_of(option(capturable=True), attribute(captures=True)),

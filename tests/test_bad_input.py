@@ -239,40 +239,6 @@ def test_settings(setting, value, error):
     assert getattr(optimizer, setting) == before
 
 
-def narrow_model():
-    return [torch.nn.Parameter(torch.ones(3, dtype=torch.bfloat16))]
-
-
-@pytest.mark.parametrize("chosen", [{}, {"master": "kahan"}, {"state_dtype": torch.float32}, {"state_dtype": "8bit"}])
-def test_a_seed_needs_something_random(chosen):
-    with pytest.raises(ValueError, match="seed=0 changes nothing, since nothing is rounded at random"):
-        fusedopt.Adam(narrow_model(), seed=0, **chosen)
-    optimizer = fusedopt.Adam(narrow_model(), **chosen)
-    with pytest.raises(ValueError, match="seed=5 changes nothing"):
-        optimizer.seed = 5
-    assert optimizer.seed is None
-    optimizer.master = "stochastic"
-    optimizer.seed = 5
-    with pytest.raises(ValueError, match="seed=5 changes nothing"):
-        optimizer.master, optimizer.state_dtype = None, None
-    optimizer.seed = None
-
-
-@pytest.mark.parametrize("chosen", [{"master": "stochastic"}, {"state_dtype": "bfloat16"}], ids=str)
-def test_without_a_seed_it_is_0(chosen, backend, device):
-    """And another changes the result."""
-    found = []
-    for seed in (None, 0, 1):
-        p = torch.nn.Parameter(torch.linspace(-1, 1, 5000, device=device).to(torch.bfloat16))
-        optimizer = fusedopt.Adam([p], seed=seed, backend=backend, **chosen)
-        for _ in range(3):
-            p.grad = (p.detach() * 1.1).to(p.dtype)
-            optimizer.step()
-        found.append(torch.cat([p.detach().float(), optimizer.state[p]["exp_avg"].float()]))
-    assert torch.equal(found[0], found[1])
-    assert not torch.equal(found[0], found[2])
-
-
 @pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16, "8bit"], ids=str)
 def test_a_state_dtype_needs_states(state_dtype):
     """When it is set later, too."""

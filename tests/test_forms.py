@@ -74,9 +74,7 @@ def test_kernels_store_what_their_twins_store(case, stored, device, monkeypatch)
         state_dtype = None
     # A tile, a block of 256 in the next, and a remainder; small enough to have no quantized states.
     sizes = [1024 + 265, 33]
-    chain = {"max_grad_norm": 50.0, "weight_decay": 0.1, "master": master, "state_dtype": state_dtype}
-    if master == "stochastic" or state_dtype is torch.bfloat16:
-        chain["seed"] = 7
+    chain = {"max_grad_norm": 50.0, "weight_decay": 0.1, "master": master, "state_dtype": state_dtype, "seed": 7}
     ours, theirs = ([torch.nn.Parameter(p) for p in tensors(sizes, device, dtype)] for _ in range(2))
     kernel, twin = optimizer(case, ours, **chain), optimizer(case, theirs, **chain | {"backend": "torch"})
     for t in (1, 2):
@@ -143,13 +141,12 @@ def test_kernel_and_twin_store_the_same_bits(master, dtype, device):
     if dtype is torch.float16 and master.startswith("split"):
         return
     x = special_values(dtype).to(device)
-    seed = 2**40 + 3 if master == "stochastic" else None
     made = []
     for backend in ("triton", "torch"):
         p = torch.nn.Parameter(torch.zeros(x.shape, dtype=dtype, device=device))
         p.grad_dtype = None
         p.grad = -x
-        opt = fusedopt.SGD([p], lr=1.0, master=master, backend=backend, seed=seed)
+        opt = fusedopt.SGD([p], lr=1.0, master=master, backend=backend, seed=2**40 + 3)
         opt.step()
         made.append([p.detach(), *(v for k, v in opt.state[p].items() if k != "step")])
     for a, b in zip(*made, strict=True):
@@ -271,3 +268,30 @@ def test_nan_and_inf_fill_their_block_and_no_other(form, bad):
     assert back[256:512].isnan().all()
     torch.testing.assert_close(back[:256], x[:256])
     torch.testing.assert_close(back[512:], x[512:])
+
+
+@pytest.mark.parametrize("later", [{"master": "stochastic"}, {"state_dtype": torch.bfloat16}], ids=str)
+def test_a_seed_waits_for_something_random(later, backend, device):
+    """Without, any seed gives the same; it counts from the step on at which a rounding is set."""
+    found = []
+    for seed in (0, 5):
+        p = torch.nn.Parameter(torch.linspace(-1, 1, 5000, device=device).to(torch.bfloat16))
+        optimizer = fusedopt.Adam([p], seed=seed, backend=backend)
+        for step in range(4):
+            if step == 2:
+                found.append(p.detach().clone())
+                for name, value in later.items():
+                    setattr(optimizer, name, value)
+            p.grad = (p.detach() * 1.1).to(p.dtype)
+            optimizer.step()
+        found.append(torch.cat([p.detach().float(), optimizer.state[p]["exp_avg"].float()]))
+    assert torch.equal(found[0], found[2])
+    assert not torch.equal(found[1], found[3])
+
+
+def test_a_seed_alone_leaves_a_step_to_torch():
+    embedding = torch.nn.Embedding(4, 3, sparse=True)
+    optimizer = fusedopt.SGD(embedding.parameters(), lr=0.1, seed=5)
+    embedding(torch.tensor([1, 2])).sum().backward()
+    optimizer.step()
+    assert optimizer.layout().startswith("torch.optim's own step: a sparse gradient")

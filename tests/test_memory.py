@@ -63,13 +63,6 @@ def test_an_instance_is_asked_about_with_its_own_model():
         fusedopt.memory(model[0], optimizer)
 
 
-@pytest.mark.parametrize("chosen", [{"master": "stochastic"}, {"state_dtype": "bfloat16"}], ids=str)
-def test_a_seed_is_of_no_account(chosen):
-    model = torch.nn.Linear(4, 3, dtype=torch.bfloat16)
-    table = fusedopt.memory(model, fusedopt.Adam, seed=3, **chosen)
-    assert table == fusedopt.memory(model, fusedopt.Adam, **chosen)
-
-
 def test_gradients_stay_as_they_are():
     """An optimizer with flat_grads would move and zero them."""
     model = torch.nn.Linear(4, 3)
