@@ -96,7 +96,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", choices=MODELS)
     parser.add_argument("--optimizers", nargs="+", choices=VARIANTS)
     parser.add_argument("--implementations", nargs="+", choices=IMPLEMENTATIONS, default=USUAL)
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
     parser.add_argument("--clip", action=argparse.BooleanOptionalAction, help="only with, or only without")
     parser.add_argument("--amp", action="store_true", help="with a GradScaler")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: a GPU where there is one")

@@ -65,9 +65,9 @@ class _Scratch(threading.local):
         self.buffers: dict[tuple, Tensor] = {}
         self.views: dict[tuple, Tensor] = {}
 
-    def __call__(self, role: str, p: Tensor) -> Tensor:
-        """Memory laid out as a block. Zeros, until somebody writes there."""
-        key = role, p.dtype, p.size(), p.stride()
+    def __call__(self, role: str, p: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """Memory laid out as a block, of its dtype if no other is asked for. Zeros, until somebody writes there."""
+        key = role, dtype or p.dtype, p.size(), p.stride()
         found = self.views.get(key)
         return self._view(key, p) if found is None else found
 
@@ -76,7 +76,7 @@ class _Scratch(threading.local):
         if buffer is None or buffer.numel() < p.numel():
             # Memory made in inference mode could not be written to outside it.
             with torch.inference_mode(False):
-                buffer = self.buffers[key[:2]] = torch.zeros(p.numel(), dtype=p.dtype, device="cpu")
+                buffer = self.buffers[key[:2]] = torch.zeros(p.numel(), dtype=key[1], device="cpu")
             self.views = {other: view for other, view in self.views.items() if other[:2] != key[:2]}
         with torch.inference_mode(False):
             view = self.views[key] = buffer.as_strided(p.size(), p.stride())

@@ -60,6 +60,15 @@ def each_once(grads: list[Tensor]) -> list[Tensor]:
     return [g.clone() if id(g) in seen or seen.add(id(g)) else g for g in grads]
 
 
+def in_layout_of(member: Member, g: Tensor) -> Tensor:
+    """The gradient in its parameter's layout: torch's fused kernels pair elements by memory, and are
+    silently wrong where the two differ."""
+    space, index = member.place.space, member.place.index
+    if g.stride() == space.strides[index]:
+        return g
+    return torch.empty_strided(space.sizes[index], space.strides[index], dtype=g.dtype, device=g.device).copy_(g)
+
+
 class Gather:
     """Copies gradients into scratch buffers: rows of neighbours whose shapes differ in the first dimension only by one
     concatenation, which is three times faster than copying one by one; the others by one list copy."""

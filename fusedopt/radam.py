@@ -17,8 +17,9 @@ from __future__ import annotations
 
 import torch
 
+from .blocks import blocks, scratch
 from .columns import Number, maximum, where
-from .normalized import normalized
+from .normalized import normalized, step_normalized
 from .optimizer import FusedOptimizer
 from .rule import Rule, divisible
 
@@ -33,7 +34,28 @@ def radam(g, state, h):
     return normalized(m.mul(correction1 * rectification), g, v, weight2, 1.0, eps)
 
 
-RADAM = Rule("radam", ("exp_avg", "exp_avg_sq"), radam, squares=("exp_avg_sq",))
+def fused(params, grads, states, t, group, scale):
+    """torch has no fused RAdam, but its fused AdamW divides by the root and takes the step."""
+    weight1, weight2, eps, correction1, rectification = hyper(group, t)
+    lr, decay = float(group["lr"]), 0.0
+    if group["decoupled_weight_decay"]:
+        decay, group = float(group["weight_decay"]), {**group, "weight_decay": 0.0}
+    for p, g, m, v in blocks(group, scale, params, grads, *states):
+        m.lerp_(g, weight1)
+        if rectification == 0:
+            v.mul_(1 - weight2).addcmul_(g, g, value=weight2)
+            p.mul_(1 - lr * decay).sub_(m, alpha=lr * correction1)
+        else:
+            above = torch.mul(m, correction1 * rectification, out=scratch("numerator", p))
+            step_normalized(p, above, g, v, weight2, 1.0, eps, lr, decay)
+
+
+def hyper(group, t):
+    beta1, beta2 = map(float, group["betas"])
+    return 1 - beta1, 1 - beta2, divisible(group["eps"]), 1 / (1 - beta1**t), rectification(beta2, t)
+
+
+RADAM = Rule("radam", ("exp_avg", "exp_avg_sq"), radam, fused, squares=("exp_avg_sq",))
 
 
 class RAdam(FusedOptimizer, torch.optim.RAdam):
@@ -43,8 +65,7 @@ class RAdam(FusedOptimizer, torch.optim.RAdam):
         return RADAM
 
     def hyper(self, group, t):
-        beta1, beta2 = map(float, group["betas"])
-        return 1 - beta1, 1 - beta2, divisible(group["eps"]), 1 / (1 - beta1**t), rectification(beta2, t)
+        return hyper(group, t)
 
     def decoupled(self, group):
         return group["decoupled_weight_decay"]

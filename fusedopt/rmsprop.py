@@ -67,15 +67,28 @@ def move(g, v, a, h):
 def fused(params, grads, states, t, group, scale):
     """Adam with beta1 = 0: its first moment is the gradient itself, and may share its memory, since the kernel
     writes back what it read (but for the sign of a zero, and NaN for inf), or what clipping made of it."""
-    lr, alpha, eps = float(group["lr"]), float(group["alpha"]), divisible(group["eps"])
     if is_plain(group, None):
-        torch._fused_adam_(
-            params, grads, grads, *states, [], [FOREVER] * len(params), lr=lr, beta1=0.0, beta2=alpha,
-            weight_decay=0.0, eps=eps, amsgrad=False, maximize=False, grad_scale=scale,
-        )  # fmt: skip
+        _adam(params, grads, grads, *states, group, scale)
         return
+    weight, eps, _ = hyper(group)
     for p, g, v in blocks(group, scale, params, grads, *states):
-        step_normalized(p, g, g, v, 1 - alpha, 1.0, eps, lr)
+        step_normalized(p, g, g, v, weight, 1.0, eps, float(group["lr"]))
+
+
+def fused_narrow(p, g, states, t, group, scale):
+    """The same, and what else comes before the rule stays in the kernel: a copy would be rounded."""
+    if scale is not None:
+        g = scratch("gradient", p).copy_(g)
+    moment = g if is_plain(group, None) else scratch("moment", p).zero_()
+    _adam([p], [g], [moment], states, group, scale)
+
+
+def _adam(params, grads, moments, squares, group, scale):
+    torch._fused_adam_(
+        params, grads, moments, squares, [], [FOREVER] * len(params), lr=float(group["lr"]), beta1=0.0,
+        beta2=float(group["alpha"]), weight_decay=float(group["weight_decay"]), eps=divisible(group["eps"]),
+        amsgrad=False, maximize=bool(group["maximize"]), grad_scale=scale,
+    )  # fmt: skip
 
 
 def fused_momentum(params, grads, states, t, group, scale, rates):
@@ -137,7 +150,7 @@ def hyper(group):
 SQUARES = ("square_avg",)
 # A root of a difference of states: rounded ones could make it negative.
 EXACT = ("square_avg", "grad_avg")
-PLAIN = Rule("rmsprop", SQUARES, rmsprop, fused, squares=SQUARES)
+PLAIN = Rule("rmsprop", SQUARES, rmsprop, fused, fused_narrow=fused_narrow, squares=SQUARES)
 MOMENTUM = Rule(
     "rmsprop_momentum",
     (*SQUARES, "momentum_buffer"),

@@ -25,13 +25,13 @@ import math
 
 import torch
 
-from .blocks import BLOCK
 from .capture import CapturableSettings
 from .columns import number, where
 from .optimizer import FusedOptimizer
 from .rule import Rule
 from .setting_checks import one_of
 from .settings import setting
+from .widened import COPIED, widened
 
 
 def sgd(g, state, h):
@@ -67,7 +67,7 @@ def fused_plain(params, grads, states, t, group, scale, rates):
     factor = (-1 if group["maximize"] else 1) / (1 if scale is None else scale.item())
     lr, alike = rates[0], rates.count(rates[0]) == len(rates)
     if params[0].dtype.itemsize < 4:
-        _narrow(params, grads, weight_decay, factor, rates)
+        _narrow(params, grads, group, scale, factor, rates)
     elif weight_decay != 0:
         for some in [slice(None)] if alike else [slice(k, k + 1) for k in range(len(params))]:
             _fused_sgd(params[some], grads[some], [], group, scale, rates[some][0])
@@ -81,16 +81,17 @@ def fused_plain(params, grads, states, t, group, scale, rates):
         torch._foreach_add_(params, grads, alpha=-lr * factor)
 
 
-def _narrow(params, grads, weight_decay, factor, rates):
+def _narrow(params, grads, group, scale, factor, rates):
     # torch's fused kernel leaves whole SIMD blocks unchanged (torch issue 191763), its addition rounds the product too.
-    if weight_decay == 0:
+    if group["weight_decay"] == 0:
         one = torch.ones((), dtype=params[0].dtype, device="cpu")
         torch._foreach_addcmul_(params, grads, [one] * len(params), [-lr * factor for lr in rates])
         return
     for p, g, lr in zip(params, grads, rates):
-        for p_block, g_block in zip(*(x.view(-1).split(BLOCK) for x in (p, g))):
-            wide = p_block.float()
-            p_block.copy_(wide.sub_(g_block.float().mul_(factor).add_(wide, alpha=weight_decay), alpha=lr))
+        for p_block, g_block in zip(*(x.view(-1).split(COPIED) for x in (p, g))):
+            wide, wide_g = widened([p_block, g_block], torch.float32)
+            _fused_sgd([wide], [wide_g], [], group, scale, lr)
+            p_block.copy_(wide)
 
 
 def fused(params, grads, states, t, group, scale):

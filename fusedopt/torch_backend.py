@@ -20,7 +20,7 @@ from .buckets import Bucket, Member
 from .clipping import Verdict
 from .cohorts import Cohort, StepNumbers, alike
 from .flat import contiguous, memory_order
-from .gather import Gather, Ways, each_once, find_ways, neighbours, picker
+from .gather import Gather, Ways, each_once, find_ways, in_layout_of, neighbours, picker
 from .options import ASIDE, NOT_READ
 from .rule import Stage, Update
 from .runs import Run
@@ -29,6 +29,7 @@ from .skips import Skips
 from .torch_norm import norm
 from .torch_stages import follow, through
 from .torch_tally import Tally
+from .widened import COPIED, fused_step, widened
 
 BLOCK = 1 << 17
 """Elements per block of a rule that torch has no fused kernel for."""
@@ -44,9 +45,12 @@ class Executor:
         self.keys = (*rule.states, *bucket.averages)
         dtypes = {form.parts[0].dtype for _, form in bucket.stored.roles}
         self.compute_dtype = torch.promote_types(bucket.dtype, torch.float32)
+        self.fused_step = fused_step(bucket, settings)
+        """What torch's fused kernels make of a block of 16-bit tensors."""
         self.computes_in_place = dtypes | {bucket.dtype} == {self.compute_dtype}
         largest = max(m.param.numel() for m in bucket.members) or 1
-        self.block = for_threads(BLOCK) if bucket.device.type == "cpu" else largest
+        block = BLOCK if self.computes_in_place else COPIED
+        self.block = for_threads(block) if bucket.device.type == "cpu" else largest
         families = alike(bucket.cohorts, ASIDE if bucket.fused and rule.takes_rates else NOT_READ)
         ways_of = [[self._ways(some) for some in alike(family)] for family in families]
         ways = list(chain.from_iterable(ways_of))
@@ -135,7 +139,7 @@ class Executor:
             in_layout = list(map(Tensor.stride, direct)) == self.strides
             self.in_layout = as_planned and in_layout
             if not in_layout:
-                direct = [_in_layout_of(m, g) for m, g in zip(self.direct, direct)]
+                direct = [in_layout_of(m, g) for m, g in zip(self.direct, direct)]
         for k, size in self.reordered:
             direct[k] = direct[k].as_strided((size,), (1,))
         for run, part in zip(self.runs, map(direct.__getitem__, self.parts)):
@@ -207,7 +211,7 @@ class Executor:
         if clips:
             for g in (g for run in self.runs for g in run.grads):
                 g.clamp_(*self.settings.value_limits)
-        scale = None if factor == 1 else torch.tensor(1 / factor if factor else math.inf, device="cpu")
+        scale = _scale(factor)
         if scale is not None:
             # Where they write it back, autograd does not see it.
             torch.autograd.graph.increment_version([g for run in self.runs for g in run.grads[len(run.gathered) :]])
@@ -226,9 +230,14 @@ class Executor:
 
     def _step_in_blocks(self, run: Run, update: Update, factor: float, joined: Iterator[Tensor] | None = None) -> None:
         terms = means.stages_of(update)
+        scale = None if self.fused_step is None else _scale(factor)
         for blocks, sizes, g in zip(run.blocks, run.sizes, run.grads):
             flat = memory_order(g)
             parts = list(zip(blocks, flat.split(self.block) if len(blocks) > 1 else (flat,)))
+            if self.fused_step is not None:
+                for tensors, g_block in parts:
+                    self.fused_step(tensors, g_block, run.cohort, scale, update)
+                continue
             if not terms:
                 for tensors, g_block in parts:
                     self._follow(tensors, self._direction(self._load(tensors), g_block, update, factor), (), update)
@@ -248,7 +257,8 @@ class Executor:
     def _direction(self, loaded: Sequence[Tensor], g: Tensor, update: Update, factor: float) -> tuple:
         """What the rule makes of one block: (u, g, p, states and averages), in the dtype of arithmetic."""
         p, *kept = loaded
-        g = g.to(self.compute_dtype)
+        if g.dtype != self.compute_dtype:
+            (g,) = widened([g], self.compute_dtype, "gradient")
         g = through(update.on_grad, g if factor == 1 else g * factor, p)
         return self.bucket.rule.twin(g, kept[: len(self.bucket.rule.states)], update.h), g, p, kept
 
@@ -289,17 +299,13 @@ class Executor:
 
     def _load(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
         """A block's parameter, states and averages in the dtype of arithmetic."""
-        return tensors if self.computes_in_place else [t.to(self.compute_dtype) for t in tensors]
+        return tensors if self.computes_in_place else widened(tensors, self.compute_dtype)
 
     def _store(self, tensors: Sequence[Tensor], values: list[Tensor]) -> None:
         if not self.computes_in_place:
             torch._foreach_copy_(tensors, values)
 
 
-def _in_layout_of(member: Member, g: Tensor) -> Tensor:
-    """The gradient in its parameter's layout: torch's fused kernels pair elements by memory, and are
-    silently wrong where the two differ."""
-    space, index = member.place.space, member.place.index
-    if g.stride() == space.strides[index]:
-        return g
-    return torch.empty_strided(space.sizes[index], space.strides[index], dtype=g.dtype, device=g.device).copy_(g)
+def _scale(factor: float) -> Tensor | None:
+    """What the fused kernels divide gradients by."""
+    return None if factor == 1 else torch.tensor(1 / factor if factor else math.inf, device="cpu")

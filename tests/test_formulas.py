@@ -14,6 +14,7 @@ from cases import (
     interpreter_noise,
     model,
     options_of,
+    random,
 )
 from options import LR, NAMES, OPTIONS, STATEFUL
 from oracles import oracle_class
@@ -146,6 +147,33 @@ def assert_rounded_once(new, exact, old, where):
     # Both overflow alike.
     wrong &= ~(new.isnan() & exact.to(new.dtype).isnan())
     assert not wrong.any(), f"{where}: {new[wrong][:3]} instead of {exact[wrong][:3]}"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+@pytest.mark.parametrize("stateful", [False, True])
+@every_optimizer
+def test_large_16_bit_parameters_are_what_float32_ones_round_to(name, stateful, dtype):
+    """Several blocks with an end, clipped, beside float32 parameters that begin every step with the same numbers: bit
+    for bit, but where norms that differ by 1e-7 make a value fall on the other side of a tie, which is 2^-9 wide."""
+    options = STATEFUL[name] if stateful else {} if name == "Rprop" else {"weight_decay": 0.1, "maximize": True}
+    narrow = [torch.nn.Parameter(random((70_001,), 1).to(dtype)), torch.nn.Parameter(random((130, 131), 2).to(dtype))]
+    wide = [torch.nn.Parameter(p.detach().float()) for p in narrow]
+    ours, reference = (fusedopt.registry[name](params, lr=1e-2, **options) for params in (narrow, wide))
+    for step in range(4):
+        for k, (p, q) in enumerate(zip(narrow, wide)):
+            p.grad = (random(tuple(p.shape), 10 * step + k) * 0.1).to(dtype)
+            q.grad = p.grad.float()
+        for optimizer in (ours, reference):
+            optimizer.clip_grad_norm_(20.0)
+            optimizer.step()
+        for p, q in zip(narrow, wide):
+            pairs = [(p.detach(), q.detach())]
+            pairs += [
+                (ours.state[p][key], reference.state[q][key]) for key in ours.state[p] if ours.state[p][key].dim()
+            ]
+            for got, expected in pairs:
+                assert (got != expected.to(dtype)).float().mean() < 1e-3
+                expected.copy_(got)
 
 
 def test_the_first_step_is_exact_to_a_rounding(backend, device):
