@@ -14,7 +14,7 @@ from . import capture, clipping
 from .arguments import check_rates
 from .cohorts import StepNumbers
 from .distributed import warn_of_replaced_parameters
-from .executors import judge_of, make_executor, prefer_one_launch, problem_with_one_launch
+from .executors import compile_ahead, judge_of, make_executor, prefer_one_launch, problem_with_one_launch
 from .groups import get_params
 from .metrics import Metrics, Tracker
 from .places import Place
@@ -217,6 +217,9 @@ class Engine:
         may_launch_once = self.prefers_one_launch or optimizer._settings.launches == 1
         if may_launch_once and self._takes_one_launch(optimizer, terms, is_deferred):
             at_once = self.executors[0].step_at_once(update, terms, self.skips)
+        if at_once is None and not self.began:
+            judged = self.deferred.verdict if is_deferred else None
+            compile_ahead(self.executors, update, judged, terms, self.skips, self.plan.reduction)
         if at_once is not None:
             self.verdict, waiting = at_once, []
         elif is_deferred:

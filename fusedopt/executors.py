@@ -29,6 +29,12 @@ def judge_of(executors: list[Any]) -> Callable[..., clipping.Verdict]:
     return clipping.judge
 
 
+def compile_ahead(executors: list[Any], *step: Any) -> None:
+    """Compile the kernels of a first step together, where one device holds all buckets: see ``triton_ahead``."""
+    if judge_of(executors) is not clipping.judge:
+        executors[0].compile_ahead(executors, *step)
+
+
 def prefer_one_launch(executors: list[Any]) -> bool:
     """Whether the table of the GPU says so."""
     return any(executor.bucket.backend.name == "triton" and executor.prefers_one_launch for executor in executors)

@@ -6,7 +6,8 @@ microseconds. What a kernel was compiled for is known here, so its handle is kep
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+import functools
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
@@ -30,6 +31,8 @@ class Launches:
     def __init__(self, device: torch.device):
         self.device = device
         self.known: dict[tuple, tuple] = {}
+        self.foreseen: list[Callable[[], Any]] | None = None
+        """Where launches of what is not known yet are left as calls that compile it, instead of being made."""
 
     def compiled(self, kernel: Any, *args: Any, **constants: Any) -> Any:
         """The kernel that these arguments need, loaded, without launching it."""
@@ -50,6 +53,9 @@ class Launches:
             constants: compile-time arguments and launch options.
         """
         known = self.known.get((id(kernel), variant))
+        if known is None and self.foreseen is not None:
+            self.foreseen.append(functools.partial(kernel.warmup, *args, grid=(1,), **constants))
+            return
         # Profilers want to hear of launches.
         if known is None and DIRECT and capturing(self.device):
             raise RuntimeError(

@@ -26,6 +26,7 @@ from .means import Chunks, stages_of
 from .rule import Rule, Update
 from .settings import Settings
 from .skips import Skips
+from .triton_ahead import compile_ahead
 from .triton_at_once import AtOnce
 from .triton_columns import Columns
 from .triton_norm import Norm, judge, scaler_argument
@@ -39,6 +40,7 @@ class Executor:
     """Runs one bucket."""
 
     judge = staticmethod(judge)
+    compile_ahead = staticmethod(compile_ahead)
 
     def __init__(self, bucket: Bucket, settings: Settings):
         self.bucket = bucket
@@ -128,6 +130,21 @@ class Executor:
             if self.bucket.capturable:
                 self.rows.look()
             return
+        self._launch(update, verdict, skips, found, forms)
+        self.finish()
+
+    def foresee(self, update: Callable[..., Update], verdict: Verdict, skips: Skips) -> None:
+        """Go through the launches of ``step``, which ``launch`` leaves to be compiled."""
+        owes_zeros = self.owes_zeros
+        if self.tables.tiles.count:
+            self._launch(update, verdict, skips, None, self.forms())
+        self.owes_zeros = owes_zeros
+        if self.units is not None:
+            self.units.forget()
+
+    def _launch(
+        self, update: Callable[..., Update], verdict: Verdict, skips: Skips, found: Tensor | None, forms: Any
+    ) -> None:
         chains, shared, heeding = self._prepare_after(update, verdict, skips)
         if not chains.terms:
             found = None
@@ -147,7 +164,6 @@ class Executor:
             )  # fmt: skip
         else:
             self._launch_tracked(variant, numbers, formulas, shared, verdict.loss_scale)
-        self.finish()
 
     def forms(self) -> Any:
         """The forms that this step's kernel stores in."""

@@ -73,37 +73,53 @@ class Norm:
 def judge(executors: Sequence[Any], terms: Terms, skips: Skips, reduction: Reduction) -> Verdict:
     """Pass the verdict on the gradients of all buckets of one device."""
     verdict = skips.verdict(executors[0].bucket.device)
-    last = executors[-1].norms
     if reduction.communicates and terms.joins_ranks:
         _judge_with_other_ranks(executors, terms, verdict, reduction)
-        return terms.left_to(verdict)
+    else:
+        _judge_alone(executors, terms, verdict)
+    return terms.left_to(verdict)
+
+
+def foresee(executors: Sequence[Any], terms: Terms, verdict: Tensor, reduction: Reduction) -> None:
+    """Go through the launches of ``judge`` that wait for no other rank, where ``launch`` leaves them to be compiled."""
+    if reduction.communicates and terms.joins_ranks:
+        _squares_by_spread(executors, terms, verdict, reduction.keys)
+    else:
+        _judge_alone(executors, terms, verdict)
+
+
+def _judge_alone(executors: Sequence[Any], terms: Terms, verdict: Tensor) -> None:
+    last = executors[-1].norms
     filled = [executor.norms for executor in executors if executor.tables.tiles.count] if terms.needs_norm else []
     slots, ticket, _ = last.workspace(max(len(filled), 1))
     for i, norms in enumerate(filled):
         norms.add_squares(slots, i * SLOTS, ticket if norms is filled[-1] else None, verdict, terms)
     if not filled:
         last.judge(slots, verdict, terms)
-    return terms.left_to(verdict)
 
 
 def _judge_with_other_ranks(executors: Sequence[Any], terms: Terms, verdict: Tensor, reduction: Reduction) -> None:
     """The sums of squares by spread, one all_reduce per group, then the verdict in a launch of its own."""
-    device, last = executors[0].bucket.device, executors[-1].norms
-    keys = reduction.keys
-    alike = [[executor for executor in executors if executor.bucket.spread == key] for key in keys]
-    longest = max(map(len, alike)) if terms.needs_norm else 0
-    squares = torch.zeros(len(keys), dtype=torch.float64, device=device)
-    if longest:
-        slots, *_ = last.workspace(len(keys) * longest)
-        for i, row in enumerate(alike):
-            for k, executor in enumerate(row):
-                if executor.tables.tiles.count:
-                    executor.norms.add_squares(slots, (i * longest + k) * SLOTS, None, verdict, terms)
-        squares = slots.view(len(keys), -1).sum(1)
+    device = executors[0].bucket.device
+    squares = _squares_by_spread(executors, terms, verdict, reduction.keys)
     total = reduction.total(squares.to(reduction.device), terms.found_inf).to(device, non_blocking=True)
     if terms.found_inf is not None:
         terms = terms._replace(found_inf=total[1:])
-    last.judge(torch.nn.functional.pad(total[:1], (0, SLOTS - 1)), verdict, terms)
+    executors[-1].norms.judge(torch.nn.functional.pad(total[:1], (0, SLOTS - 1)), verdict, terms)
+
+
+def _squares_by_spread(executors: Sequence[Any], terms: Terms, verdict: Tensor, keys: Sequence[Any]) -> Tensor:
+    """This rank's sums of squares: float64 [keys]."""
+    alike = [[executor for executor in executors if executor.bucket.spread == key] for key in keys]
+    longest = max(map(len, alike)) if terms.needs_norm else 0
+    if not longest:
+        return torch.zeros(len(keys), dtype=torch.float64, device=executors[0].bucket.device)
+    slots, *_ = executors[-1].norms.workspace(len(keys) * longest)
+    for i, row in enumerate(alike):
+        for k, executor in enumerate(row):
+            if executor.tables.tiles.count:
+                executor.norms.add_squares(slots, (i * longest + k) * SLOTS, None, verdict, terms)
+    return slots.view(len(keys), -1).sum(1)
 
 
 def on_device(device: torch.device, terms: Terms) -> tuple[tuple, Mapping[str, bool], tuple]:

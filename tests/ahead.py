@@ -1,0 +1,111 @@
+"""First steps of optimizers that need several kernels, compiled for a GPU that is not there.
+
+A program of its own, started by test_ahead.py: what was compiled, and where, is printed as JSON.
+"""
+
+import hashlib
+import json
+import tempfile
+import threading
+from unittest import mock
+
+import absent_gpu
+import torch
+import triton
+from triton import knobs
+from triton.backends.nvidia.compiler import CUDABackend
+from triton.runtime import driver
+
+import fusedopt
+from fusedopt import backends, launch, triton_ahead
+
+CASES = {
+    "clipped": {"max_grad_norm": 1.0},
+    "clipped before": {},
+    "8 bits": {"master": "split8", "state_dtype": "8bit", "max_grad_norm": 1.0},
+    "capturable": {"max_grad_norm": 1.0, "capturable": True},
+    "scaler": {"skip_nonfinite": True},
+    "means": {"cautious": True, "max_grad_norm": 1.0},
+    "units": {"adaptive_grad_clip": 0.1},
+    "tracked": {"track": "total", "max_grad_norm": 1.0},
+    "one launch": {"max_grad_norm": 1.0, "launches": 1},
+}
+
+
+def trained(name, folder, steps=1):
+    """Take first steps. Returns their GPU."""
+    gpu = absent_gpu.NoGPU("sm_90", f"{name} {folder}")
+    driver.set_active(gpu)
+    dtypes = [torch.bfloat16] * 2 if name == "8 bits" else [torch.float32]
+    if name == "clipped before":
+        dtypes = [torch.float32, torch.bfloat16]
+    params = [torch.nn.Parameter(torch.zeros(size, dtype=dtype)) for size, dtype in zip((5000, 33), dtypes)]
+    # Whatever compiles soonest.
+    optimizer = fusedopt.Lion(params, backend="triton", **CASES[name])
+    for p in params:
+        p.grad = torch.ones_like(p)
+    knobs.cache.dir = folder
+    for _ in range(steps):
+        if name == "scaler":
+            optimizer.grad_scale, optimizer.found_inf = torch.ones(1), torch.zeros(1)
+        if name == "clipped before":
+            optimizer.clip_grad_norm_(1.0)
+        optimizer.step()
+    return gpu
+
+
+def binaries(gpu):
+    return sorted([k.metadata.name, hashlib.sha256(k.asm["cubin"]).hexdigest()] for k in gpu.compiled())
+
+
+def report(name):
+    """Where the kernels of a first step were compiled, which ones, and how many threads are left."""
+    where = []
+
+    def listener(cache_hit, **kwargs):
+        if not cache_hit:
+            where.append("alone" if threading.current_thread() is threading.main_thread() else "beside others")
+
+    threads = threading.active_count()
+    with tempfile.TemporaryDirectory() as folder, mock.patch.object(knobs.compilation, "listener", listener):
+        gpu = trained(name, folder)
+        counts = {kind: where.count(kind) for kind in ("alone", "beside others")}
+    return counts | {"kernels": binaries(gpu), "threads": threading.active_count() - threads}
+
+
+def one_by_one(name):
+    """The kernels of two steps, each compiled when it is launched."""
+    with tempfile.TemporaryDirectory() as folder, mock.patch.object(triton_ahead, "_side_by_side"):
+        return binaries(trained(name, folder, steps=2))
+
+
+def failure():
+    """What is said where the compiler fails, by the step that met it; and how many kernels the next step makes."""
+
+    def fail(*args):
+        raise RuntimeError("the compiler has failed")
+
+    def step():
+        try:
+            return len(trained("clipped", folder).compiled())
+        except RuntimeError as error:
+            return str(error)
+
+    with tempfile.TemporaryDirectory() as folder:
+        with mock.patch.object(CUDABackend, "make_cubin", fail):
+            said = step()
+        return [said, step()]
+
+
+def main():
+    launch.DIRECT = False
+    backends._device_problem = lambda device, requested: None
+    with knobs.cache.scope():
+        found = {"triton": triton.__version__, "failure": failure()}
+        found["first steps"] = {name: report(name) for name in CASES}
+        found["one by one"] = {name: one_by_one(name) for name in ("8 bits", "means")}
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,51 @@
+"""The kernels of a first step are compiled side by side: all of them, the same ones, and nothing else."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import triton
+from compiling import OLD_TRITON, TRITONS
+
+PROGRAM = Path(__file__).parent / "ahead.py"
+
+BESIDE_OTHERS = {
+    "clipped": 2, "clipped before": 2, "8 bits": 4, "capturable": 2, "scaler": 2, "means": 3, "units": 2, "tracked": 2,
+    "one launch": 0,
+}  # fmt: skip
+ALONE = {"clipped before": 2, "one launch": 1}
+"""The kernels of clip_grad_norm_(), and where there is but one."""
+
+
+@pytest.fixture(scope="module", params=TRITONS)
+def report(request):
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    if request.param == "old":
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, [OLD_TRITON, environment.get("PYTHONPATH")]))
+    command = [sys.executable, "-W", "error", PROGRAM]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    found = json.loads(done.stdout)
+    assert (found["triton"] == triton.__version__) == (request.param == "installed")
+    return found
+
+
+def test_what_is_compiled_side_by_side(report):
+    found = report["first steps"]
+    assert {name: step["beside others"] for name, step in found.items()} == BESIDE_OTHERS
+    assert {name: step["alone"] for name, step in found.items() if step["alone"]} == ALONE
+    for name, step in found.items():
+        assert len(step["kernels"]) == step["beside others"] + step["alone"], name
+        assert step["threads"] == 0, name
+
+
+def test_the_kernels_are_those_that_are_launched(report):
+    for name, kernels in report["one by one"].items():
+        assert report["first steps"][name]["kernels"] == kernels, name
+
+
+def test_a_compiler_that_fails_is_heard_of_and_asked_again(report):
+    assert report["failure"] == ["the compiler has failed", 2]
