@@ -16,7 +16,7 @@ from torch import Tensor
 from . import ema
 from .cohorts import Scalar
 from .encodings import beginning, begins_alike, converted, superseded
-from .places import Place, adoption_key
+from .places import Place, adoption_key, is_shared
 from .rule import Rule
 from .shards import local
 from .storage import Storage, state_keys
@@ -185,7 +185,3 @@ def has_shared_state(state: dict[str, Any], place: Place | None) -> bool:
         for key, value in state.items()
         if place is None or not place.holds(key, value) or not place.packed
     )
-
-
-def is_shared(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.is_cpu and value.is_shared()

@@ -137,11 +137,16 @@ def flatten(places: list[Place], params: list[Tensor], wanted: bool) -> bool:
     return len({id(place.space) for place in places}) == 1 and all(place.flattened is not None for place in places)
 
 
+def is_shared(value: Any) -> bool:
+    """Whether it is a tensor in memory that processes share."""
+    return isinstance(value, Tensor) and value.is_cpu and value.is_shared()
+
+
 def owns_memory(p: Tensor) -> bool:
     """Whether ``p`` is a plain dense tensor whose storage holds nothing else and is nobody else's."""
     if type(p) not in (Tensor, torch.nn.Parameter) or hasattr(p, "_fsdp_flattened") or not is_dense(p):
         return False
-    if p.is_cpu and p.is_shared():
+    if is_shared(p):
         return False
     storage = p.untyped_storage()
     # Memory of NumPy or of a file cannot be resized. Two uses: p and this handle.

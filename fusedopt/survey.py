@@ -19,7 +19,7 @@ from . import means
 from .backends import Backend, backend
 from .cohorts import Scalar
 from .distributed import ProcessGroups, Reduction
-from .places import Place, adoption_key
+from .places import Place, adoption_key, is_shared
 from .rule import Rule
 from .shards import PLAIN, alike, is_distributed, local
 from .storage import Storage, quantization_problem, storage, traits
@@ -222,6 +222,8 @@ def _refuse_means(optimizer: Any, group: dict[str, Any], where: Where) -> None:
 
 def _look_at_state(owner: Tensor, rule: Rule, state: dict[str, Any], where: Where) -> None:
     p = local(owner)
+    if is_shared(state.get("step")):
+        raise NotFusable(f"a step count that processes share, which each of them moves on ({where})")
     for key in rule.keys:
         value = state.get(key)
         if value is None:

@@ -15,6 +15,7 @@ from cases import (
     kinds,
     model,
 )
+from options import IN_TORCH
 from pairs import Pair, both, close, same_bits
 
 import fusedopt
@@ -261,3 +262,27 @@ def test_adagrad_shares_its_memory(backend, device):
         pair.check()
         now = [pair.opt.state[p]["sum"] for p in pair.ours if p.numel() and p.is_contiguous()]
         assert all(a is b and a.is_shared() for a, b in zip(shared, now))
+
+
+@pytest.mark.parametrize("name", sorted({*IN_TORCH} - {"SGD"}))
+def test_processes_that_share_states_count_together(name):
+    """As asynchronous actor-critic trainers do it: each process goes on from the count that all have reached."""
+    pair = Pair(name, None, "tiny")
+    pair.step(2)
+    for optimizer in (pair.opt, pair.oracle):
+        for state in optimizer.state.values():
+            for value in state.values():
+                value.share_memory_()
+    shared = [value for state in pair.opt.state.values() for value in state.values()]
+    for _ in range(2):
+        pair.step()
+        for optimizer in (pair.opt, pair.oracle):
+            for state in optimizer.state.values():
+                state["step"].numpy()[...] += 3  # as another process, of which no version tells
+    pair.step()
+    pair.check()
+    now = [value for state in pair.opt.state.values() for value in state.values()]
+    assert all(a is b and a.is_shared() for a, b in zip(shared, now, strict=True))
+    pair.opt.max_grad_norm = 1.0
+    with pytest.raises(RuntimeError, match="max_grad_norm cannot be combined with a step count that processes share"):
+        pair.step()
