@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
+from .blocks import for_threads
 from .clipping import hypot
+from .widened import COPIED, widened
 
 NORM_ROW = 1024
 """torch's float32 norm adds in float32: over 25M elements it is off by 1e-3, over rows of 1024 by 1e-7."""
@@ -30,7 +32,7 @@ def norm(tensors: Sequence[Tensor], dtype: torch.dtype, compute_dtype: torch.dty
             continue
         # The order of elements does not matter, and as_strided is one call.
         matrix = g.as_strided((rows, NORM_ROW), (NORM_ROW, 1))
-        norms.append(torch.linalg.vector_norm(matrix, dim=1, dtype=compute_dtype))
+        norms += [torch.linalg.vector_norm(x, dim=1, dtype=compute_dtype) for x in _readable(matrix, compute_dtype)]
         if rest:
             short.append(g.as_strided((rest,), (1,), g.storage_offset() + rows * NORM_ROW))
     if short:
@@ -43,6 +45,13 @@ def norm(tensors: Sequence[Tensor], dtype: torch.dtype, compute_dtype: torch.dty
         # Squares that the dtype may not hold: once more in float64, relative to the largest element.
         norm = hypot(list(map(_norm_of_any, tensors)))
     return norm
+
+
+def _readable(matrix: Tensor, dtype: torch.dtype) -> Iterable[Tensor]:
+    """Its rows, on a CPU in the wider dtype: there torch converts and adds elements one by one."""
+    if matrix.dtype == dtype or not matrix.is_cpu:
+        return [matrix]
+    return (widened([rows], dtype, "norm")[0] for rows in matrix.split(for_threads(COPIED) // NORM_ROW))
 
 
 def _joined(tensors: Sequence[Tensor]) -> list[Tensor]:
