@@ -24,7 +24,7 @@ from .roster import Roster
 from .settings import CLIP
 from .shards import any_distributed, local_grads
 from .skips import Skips
-from .survey import left_to_torch
+from .survey import NotFusable, left_to_torch
 
 get_grad = attrgetter("grad")
 
@@ -48,7 +48,7 @@ class Engine:
         """Whether a step was taken."""
         self.distributed = False
         """Whether some parameters are distributed over ranks."""
-        self.left: Exception | None = None
+        self.left: NotFusable | None = None
         """Why the latest step was torch's own."""
         self.verdict = clipping.UNJUDGED
         self.tracker: Tracker | None = None
@@ -115,6 +115,8 @@ class Engine:
 
     def _with_gradients(self, optimizer: Any, act: Callable[[Any, list[Tensor | None]], None]) -> bool:
         """Do something with the gradients of this step, or return False if there are none."""
+        if self.left is not None and self.left.lasts(optimizer):
+            raise self.left.with_traceback(None)
         known = self.plan is not None and self.plan.knows(optimizer)
         params = self.plan.params if known else list(chain.from_iterable(map(get_params, optimizer.param_groups)))
         grads = list(map(get_grad, params))

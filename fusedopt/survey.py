@@ -32,6 +32,16 @@ FALLBACK_IS_FOR = {"cpu", "meta"}
 class NotFusable(Exception):
     """Some parameter needs torch's own step; the message names it and says why."""
 
+    complex_param: Tensor | None = None
+    """That parameter, if all that speaks against it is that it is complex."""
+
+    def lasts(self, optimizer: Any) -> bool:
+        """Whether this is known to be the answer at this step too, as it was at an earlier one."""
+        p = self.complex_param
+        if p is None or p.grad is None or not p.is_complex():
+            return False
+        return any(p is other for group in optimizer.param_groups for other in group["params"])
+
 
 def left_to_torch(optimizer: Any, devices: Iterable[torch.device]) -> NotFusable | None:
     """Why the whole step is torch's own: on a GPU without kernels, unless more is asked for than torch.optim can do.
@@ -181,9 +191,14 @@ def survey(
 def _look_at_kind(p: Tensor, g: Tensor, group: dict[str, Any], where: Where) -> None:
     """What concerns all parameters and gradients of these types, devices and dtypes."""
     if reason := _not_fusable(p, g, group):
-        raise NotFusable(f"{reason} ({where})")
+        left = NotFusable(f"{reason} ({where})")
+        left.complex_param = where.owner if reason == COMPLEX else None
+        raise left
     if g.device != p.device:
         raise RuntimeError(f"the gradient of {where} is on {g.device}, the parameter on {p.device}")
+
+
+COMPLEX = "a complex parameter"
 
 
 def _not_fusable(p: Tensor, g: Tensor, group: dict[str, Any]) -> str | None:
@@ -192,7 +207,7 @@ def _not_fusable(p: Tensor, g: Tensor, group: dict[str, Any]) -> str | None:
     if g.layout is not torch.strided:
         return "a sparse gradient"
     if p.is_complex():
-        return "a complex parameter"
+        return COMPLEX
     if p.is_meta:
         return "a parameter on the meta device"
     if not p.is_floating_point() or not g.is_floating_point():

@@ -8,6 +8,7 @@ from pairs import both, close
 
 import fusedopt
 from fusedopt import survey
+from fusedopt.engine import Engine
 
 
 @pytest.mark.parametrize("name", ["SGD", "Adagrad"])  # torch's other optimizers refuse sparse gradients
@@ -58,6 +59,31 @@ def test_complex_parameters(name, device):
             give_gradients(its, number, plain=True)
             optimizer.step()
     close(*params, 1e-12)
+
+
+def test_a_complex_parameter_is_looked_for_once(monkeypatch):
+    """Steps after the first do not plan again, for as long as that parameter is there, complex, and has a gradient."""
+    planned = []
+    build = Engine._build
+    monkeypatch.setattr(Engine, "_build", lambda *args: planned.append(True) or build(*args))
+    real, complex_ = params = [torch.nn.Parameter(torch.ones(3, dtype=d)) for d in (torch.float32, torch.complex64)]
+    optimizer = fusedopt.SGD(params, lr=0.1)
+
+    def step(*stepped):
+        for p in params:
+            p.grad = torch.ones_like(p) if any(p is q for q in stepped) else None
+        before = len(planned)
+        optimizer.step()
+        return len(planned) - before
+
+    assert [step(*params), step(*params), step(complex_), step(*params)] == [1, 0, 0, 0]
+    assert "complex" in optimizer.layout()
+    assert [step(real), step(real)] == [1, 0]
+    assert "complex" not in optimizer.layout()
+    assert [step(*params), step(*params)] == [1, 0]
+    del optimizer.param_groups[0]["params"][1]
+    assert step(*params) == 1
+    assert torch.allclose(real, torch.full((3,), 1 - 0.8)) and torch.allclose(complex_, torch.full((3,), 0.4 + 0j))
 
 
 @every_torch_optimizer
