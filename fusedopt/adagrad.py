@@ -50,6 +50,8 @@ class Adagrad(FusedOptimizer, torch.optim.Adagrad):
     """Adagrad, with torch.optim.Adagrad's arguments and defaults."""
 
     settings_class = CapturableEpsSettings
+    eps_inside_sqrt: bool
+    capturable: bool
 
     def rule(self, group):
         return EPS_INSIDE if self._settings.eps_inside_sqrt and group["eps"] != 0 else ADAGRAD

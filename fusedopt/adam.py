@@ -90,6 +90,8 @@ class Adam(FusedOptimizer, torch.optim.Adam):
     """Adam, with torch.optim.Adam's arguments and defaults."""
 
     settings_class = AdamSettings
+    eps_inside_sqrt: bool
+    bias_correction: bool
 
     def rule(self, group):
         settings = self._settings

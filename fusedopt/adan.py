@@ -54,6 +54,7 @@ class Adan(FusedOptimizer):
     """
 
     settings_class = CapturableSettings
+    capturable: bool
 
     def __init__(
         self, params, lr=1e-3, betas=(0.98, 0.92, 0.99), eps=1e-8, weight_decay=0.0, no_prox=False, *,

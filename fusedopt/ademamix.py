@@ -59,6 +59,7 @@ class AdEMAMix(FusedOptimizer):
     """
 
     settings_class = CapturableSettings
+    capturable: bool
 
     def __init__(
         self, params, lr=1e-3, betas=(0.9, 0.999, 0.9999), alpha=2.0, beta3_warmup=None, alpha_warmup=None,

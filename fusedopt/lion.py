@@ -40,6 +40,7 @@ class Lion(FusedOptimizer):
     """
 
     settings_class = CapturableSettings
+    capturable: bool
 
     def __init__(self, params, lr=1e-4, betas=(0.9, 0.99), weight_decay=0.0, *, maximize=False, **settings):
         check_nonnegative(lr=lr, weight_decay=weight_decay)

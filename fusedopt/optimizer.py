@@ -21,13 +21,14 @@ from .flat_grads import FlatGrads
 from .formula import Formula
 from .hooks import profile_hook_step
 from .metrics import Metrics
+from .settings import SettingAttributes
 from .survey import NotFusable
 
 registry: dict[str, type[FusedOptimizer]] = {}
 """Every optimizer by name. Tests and benchmarks take their cases from here."""
 
 
-class FusedOptimizer(Formula, torch.optim.Optimizer):
+class FusedOptimizer(Formula, SettingAttributes, torch.optim.Optimizer):
     """Base of the optimizers.
 
         g <- clip, negate, decay (g)      u, states <- rule(g, states, h)      p <- p - lr decay (u)

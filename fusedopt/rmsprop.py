@@ -183,6 +183,7 @@ class RMSprop(FusedOptimizer, torch.optim.RMSprop):
     """RMSprop, with torch.optim.RMSprop's arguments and defaults."""
 
     settings_class = EpsSettings
+    eps_inside_sqrt: bool
 
     def rule(self, group):
         if group["momentum"] > 0:

@@ -231,6 +231,28 @@ class Settings:
         return "\n".join(f"    {name} {field.metadata['doc']}" for name, field in cls.fields().items())
 
 
+class SettingAttributes:
+    """What type checkers know of the properties that ``introspection.add_attributes`` gives a class for its settings:
+    those that every class has. A class with more names them itself."""
+
+    max_grad_norm: float | None
+    grad_norm_mode: str
+    adaptive_grad_clip: float | None
+    max_grad_value: float | tuple[float | None, float | None] | None
+    skip_nonfinite: bool
+    ema_decay: float | None
+    cautious: bool
+    clip_group: Any
+    track: str | None
+    launches: str | int
+    flatten: bool
+    flat_grads: bool | str
+    master: str | None
+    state_dtype: Any
+    seed: int
+    backend: str | None
+
+
 @dataclasses.dataclass(kw_only=True)
 class EpsSettings(Settings):
     """For the rules that divide by a root."""

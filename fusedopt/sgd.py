@@ -146,6 +146,8 @@ class SGD(FusedOptimizer, torch.optim.SGD):
     # torch keeps no step count for SGD: whether the buffer exists is all that the formula needs.
     counts_steps = False
     settings_class = SGDSettings
+    momentum_form: str
+    capturable: bool
 
     def rule(self, group):
         form, mu = self._settings.momentum_form, group["momentum"]

@@ -31,6 +31,7 @@ class StableAdamW(FusedOptimizer):
     """
 
     settings_class = CapturableSettings
+    capturable: bool
 
     def __init__(
         self, params, lr=1e-3, betas=(0.9, 0.99), eps=1e-6, weight_decay=1e-2, *, maximize=False, **settings
