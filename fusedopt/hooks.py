@@ -8,7 +8,7 @@ from itertools import chain
 from typing import Any
 
 import torch
-from torch.autograd import _profiler_enabled
+from torch.autograd import _profiler_enabled as is_profiling
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 
@@ -24,7 +24,7 @@ def profile_hook_step(func: Callable[..., Any]) -> Callable[..., Any]:
             return opaque(*args, **kwargs)
         self = args[0]
         if (
-            _profiler_enabled()
+            is_profiling()
             or self._optimizer_step_pre_hooks
             or self._optimizer_step_post_hooks
             or _global_optimizer_pre_hooks

@@ -19,7 +19,7 @@ from .ema import EmaParameters
 from .engine import Engine
 from .flat_grads import FlatGrads
 from .formula import Formula
-from .hooks import profile_hook_step
+from .hooks import is_profiling, profile_hook_step
 from .metrics import Metrics
 from .settings import SettingAttributes
 from .survey import NotFusable
@@ -202,8 +202,14 @@ class FusedOptimizer(Formula, SettingAttributes, torch.optim.Optimizer):
         self._engine.deferred = None
         if self.flat_grads:
             self._flat_grads.zero(self)
-        else:
+        elif torch.compiler.is_compiling() or not set_to_none or is_profiling():
             super().zero_grad(set_to_none)
+        else:
+            # What torch does there, without the name in profiles that costs twice as much.
+            for group in self.param_groups:
+                for p in group["params"]:
+                    if p.grad is not None:
+                        p.grad = None
 
     # What fusedopt adds
 
