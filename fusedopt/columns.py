@@ -67,6 +67,8 @@ def scalar(x: Number | Rounded, dtype: torch.dtype | None = None) -> Rounded:
 
 def like(x: Rounded, other: Rounded) -> Rounded:
     """x in the dtype of another scalar."""
+    if type(x) is type(other) is not Tensor:
+        return x
     return type(other)(float(x)) if isinstance(other, np.floating) else scalar(float(x), other.dtype)
 
 

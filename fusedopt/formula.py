@@ -81,8 +81,8 @@ class Formula:
         """All numbers of one step of one group. Order as in torch: clip, negate, decay."""
         settings, sign = self._settings, -1.0 if group.get("maximize") else 1.0
         on_grad, on_update = _chains(settings.value_limits, sign, *self.decays(group), settings.cautious)
-        lr, h, averages = (of(group, t, *scalars) for of in (self.lr, self.hyper, self.averages))
-        return Update(lr, h, on_grad, on_update, averages)
+        lr, h = self.lr(group, t, *scalars), self.hyper(group, t, *scalars)
+        return Update(lr, h, on_grad, on_update, self.averages(group, t, *scalars))
 
 
 @functools.lru_cache

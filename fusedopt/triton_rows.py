@@ -14,6 +14,7 @@ from torch import Tensor
 from . import refresh
 from .buckets import Bucket
 from .cohorts import Cohort, StepNumbers
+from .identity import same
 from .kernels import stages
 from .options import Options
 from .rule import Stage, Update
@@ -42,11 +43,12 @@ class Chains(NamedTuple):
 
     def columns(self, update: Update) -> list[Any]:
         """What stands in a row."""
-        args = [x for chain, keep in self._stages(update) for s, k in zip(chain, keep) if k for x in s.args]
-        return [update.lr, *update.h, *update.averages, *args]
+        return [update.lr, *update.h, *update.averages, *self.arguments(update)]
 
-    def _stages(self, update: Update) -> Any:
-        return zip((update.on_grad, update.on_update), self.used)
+    def arguments(self, update: Update) -> list[Any]:
+        """Those of the stages."""
+        chains = zip((update.on_grad, update.on_update), self.used)
+        return [x for chain, keep in chains for s, k in zip(chain, keep) if k for x in s.args]
 
 
 class Rows:
@@ -58,6 +60,10 @@ class Rows:
         self.draws = bucket.stored.draws
         self.upload = Upload(bucket.device)
         self.chains: dict[tuple, Chains] = {}
+        self.stages: list[tuple[Stage, ...]] = []
+        """Those of the latest step's updates."""
+        self.of_stages: tuple[Chains, list[list[float]]] | None = None
+        """What was made of them."""
         self.options = Options([cohort.group for cohort in bucket.cohorts])
         self.graphs: list[tuple[Chains, int, Tensor]] = []
         """What CUDA graphs hold: which chains, how many variants, and the host's memory of the rows."""
@@ -93,8 +99,8 @@ class Rows:
     def _by_cohort(self, update: Callable[..., Update], variants: int) -> tuple[Chains, np.ndarray]:
         numbered = [(cohort, skipped) for cohort in self.bucket.cohorts for skipped in range(variants)]
         updates = [update(cohort, skipped) for cohort, skipped in numbered]
-        chains = self.view(updates)
-        rows = np.array([chains.columns(u) for u in updates], dtype=np.float64)
+        chains, arguments = self._of_stages(updates)
+        rows = np.array([[u.lr, *u.h, *u.averages, *args] for u, args in zip(updates, arguments)], dtype=np.float64)
         if self.draws:
             rows = np.column_stack([rows, [cohort.t + 1 - skipped for cohort, skipped in numbered]])
         return chains, rows
@@ -129,6 +135,14 @@ class Rows:
             for column, value in enumerate(values):
                 rows[numbers, skipped, column] = value.squeeze(1).numpy() if isinstance(value, Tensor) else value
         return chains, rows.reshape(-1, chains.width)
+
+    def _of_stages(self, updates: Sequence[Update]) -> tuple[Chains, list[list[float]]]:
+        """The chains that these updates need, and the arguments of each; most steps change neither."""
+        stages = [chain for u in updates for chain in (u.on_grad, u.on_update)]
+        if not same(stages, self.stages):
+            chains = self.view(updates)
+            self.stages, self.of_stages = stages, (chains, [chains.arguments(u) for u in updates])
+        return self.of_stages
 
     def view(self, updates: Sequence[Update]) -> Chains:
         """The chains that these updates need; a stage that none of them uses is left out."""
