@@ -63,22 +63,34 @@ def momentum_average(g, state, h):
 
 
 def fused_plain(params, grads, states, t, group, scale, rates):
-    weight_decay = float(group["weight_decay"])
+    """p <- p - rate (g / scale + weight_decay p), or with -g for ``maximize``, by the fastest of torch's calls."""
     factor = (-1 if group["maximize"] else 1) / (1 if scale is None else scale.item())
-    lr, alike = rates[0], rates.count(rates[0]) == len(rates)
     if params[0].dtype.itemsize < 4:
         _narrow(params, grads, group, scale, factor, rates)
-    elif weight_decay != 0:
-        for some in [slice(None)] if alike else [slice(k, k + 1) for k in range(len(params))]:
-            _fused_sgd(params[some], grads[some], [], group, scale, rates[some][0])
-    # Without decay the gradient occurs once: scaled through lr, it need not be written.
-    elif len(params) < MANY or not alike:
+    elif group["weight_decay"] != 0:
+        _decayed(params, grads, group, scale, rates)
+    else:
+        _added(params, grads, group, factor, rates)
+
+
+def _decayed(params, grads, group, scale, rates):
+    for some in [slice(None)] if _alike(rates) else [slice(k, k + 1) for k in range(len(params))]:
+        _fused_sgd(params[some], grads[some], [], group, scale, rates[some][0])
+
+
+def _added(params, grads, group, factor, rates):
+    """Without decay the gradient occurs once: scaled through the learning rate, it need not be written."""
+    if len(params) < MANY or not _alike(rates):
         for p, g, lr in zip(params, grads, rates):
             p.add_(g, alpha=-lr * factor)
     elif torch.get_num_threads() == 1 and _small(params):
-        _fused_sgd(params, grads, [], group, None, lr * abs(factor))
+        _fused_sgd(params, grads, [], group, None, rates[0] * abs(factor))
     else:
-        torch._foreach_add_(params, grads, alpha=-lr * factor)
+        torch._foreach_add_(params, grads, alpha=-rates[0] * factor)
+
+
+def _alike(rates):
+    return rates.count(rates[0]) == len(rates)
 
 
 def _narrow(params, grads, group, scale, factor, rates):
