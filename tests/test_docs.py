@@ -3,6 +3,7 @@
 import inspect
 import re
 import runpy
+import shlex
 import sys
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import torch
 from options import NAMES
 
 import fusedopt
+from fusedopt.__main__ import arguments
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "docs"))
@@ -50,6 +52,24 @@ def test_every_block_is_found():
     """Indented, or under another name, a block would escape."""
     for page, text in PAGES.items():
         assert len(blocks(text)) == len(re.findall(r"``` *py", text)), page
+
+
+SHELL = "\n".join([*PAGES.values(), (ROOT / "CONTRIBUTING.md").read_text()])
+
+
+@pytest.mark.parametrize(
+    "command", sorted({*re.findall(r"python -m fusedopt(?![.\w])([^`&\n]*)|`(--(?:schedule|data) [^`]*)`", SHELL)})
+)
+def test_command_lines_are_understood(command):
+    arguments().parse_args(shlex.split("".join(command)))
+
+
+def test_command_lines_name_what_there_is():
+    scripts, extras = re.findall(r"python (bench/\w+\.py)", SHELL), re.findall(r"\.\[([\w-]+)\]", SHELL)
+    assert len({*scripts}) > 5 and {"test", "dev", "docs", "test-frameworks"} <= {*extras}
+    assert [script for script in scripts if not (ROOT / script).exists()] == []
+    project = (ROOT / "pyproject.toml").read_text()
+    assert [extra for extra in extras if not re.search(rf"^{extra} = \[", project, re.MULTILINE)] == []
 
 
 def test_the_lesson_prints_what_it_says(tmp_path, capsys):
