@@ -68,17 +68,18 @@ def pytest_sessionfinish():
     gc.unfreeze()  # or extension modules complain of what is left at the exit
 
 
-@pytest.fixture(scope="session")
-def device():
-    """Where the tensors of a test live."""
-    return torch.device("cuda" if GPU else "cpu")
+@pytest.fixture
+def device(request):
+    """Where the tensors of a test live. The fallback's are on the CPU: a GPU without kernels is left to torch.optim."""
+    params = request.node.callspec.params if hasattr(request.node, "callspec") else {}
+    return torch.device("cuda" if GPU and params.get("backend") != "torch" else "cpu")
 
 
 @pytest.fixture(scope="session")
-def needs_triton(device):
+def needs_triton():
     """Skip a test where the kernels cannot run."""
     try:
-        backends.backend(device, "triton")
+        backends.backend("cuda" if GPU else "cpu", "triton")
     except RuntimeError as problem:
         pytest.skip(str(problem))
 

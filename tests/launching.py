@@ -1,7 +1,7 @@
 """Launch what the optimizers launch, through Triton's real launcher, on a CUDA driver that does nothing.
 
-A program of its own, started by test_launch.py with ``tests/stub/cuda.c`` in the driver's place. Every case takes a
-step by Triton's binder, and the same step by the kept handle: what arrives at the driver is printed as JSON.
+A program of its own, started by test_launch.py with ``tests/fake_gpu/driver.c`` in the driver's place. Every case takes
+a step by Triton's binder, and the same step by the kept handle: what arrives at the driver is printed as JSON.
 """
 
 import ctypes

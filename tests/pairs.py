@@ -69,9 +69,16 @@ class Pair:
         assert states.keys() == expected.keys()
         for k in states:
             assert list(states[k]) == list(expected[k])
-            # The dtypes of these are test_states_are_created_as_by_torch's: torch changes them when it loads.
-            theirs = [s.to(states[k][key].dtype) if key in SCALARS else s for key, s in expected[k].items()]
+            theirs = [comparable(key, s, states[k][key]) for key, s in expected[k].items()]
             close(list(states[k].values()), theirs, tolerance)
+
+
+def comparable(key, theirs, ours):
+    """A state of torch's, to be compared with ours. Dtypes of scalars are test_states_are_created_as_by_torch's: torch
+    changes them when it loads. Its ASGD has them on the GPU, its step count too, where every step waits for them."""
+    if key in SCALARS:
+        return theirs.to(ours)
+    return theirs.to(ours.device) if key == "step" else theirs
 
 
 def clip(params, settings):

@@ -24,10 +24,12 @@ LINEAR = [((40, 10), (40,)), ((10, 40), (10,))] * 5
 
 
 def linear_parameters(kind="", dtype=torch.float64, device="cpu"):
-    """As ``torch.nn.Linear`` has them: dense, each alone in its memory."""
+    """As ``torch.nn.Linear`` has them: dense, each alone in its memory. Other memory lies between them, since a GPU's
+    allocator puts small tensors side by side."""
     torch.manual_seed(0)
-    shapes = [shape for layer in LINEAR for shape in layer]
-    return [torch.nn.Parameter(torch.randn(shape, dtype=dtype, device=device)) for shape in shapes]
+    about = {"dtype": dtype, "device": device}
+    made = [(torch.randn(shape, **about), torch.empty(1000, **about)) for layer in LINEAR for shape in layer]
+    return [torch.nn.Parameter(values) for values, _ in made]
 
 
 def one_step(params, **settings):

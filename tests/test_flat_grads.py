@@ -10,16 +10,16 @@ from cases import every_kind_and_backend
 import fusedopt
 
 
-def network(dtype=torch.float32):
+def network(dtype=torch.float32, device="cpu"):
     torch.manual_seed(0)
     layers = torch.nn.Sequential(torch.nn.Conv2d(2, 4, 3), torch.nn.Flatten(), torch.nn.Linear(36, 3))
     layers[0].weight = torch.nn.Parameter(layers[0].weight.detach().to(memory_format=torch.channels_last))
-    return layers.to(dtype)
+    return layers.to(device, dtype)
 
 
 def backward(layers, number):
     generator = torch.Generator().manual_seed(number)
-    x = torch.randn(6, 2, 5, 5, generator=generator).to(layers[2].weight.dtype)
+    x = torch.randn(6, 2, 5, 5, generator=generator).to(layers[2].weight)
     layers(x).square().mean().backward()
 
 
@@ -28,10 +28,10 @@ def addresses(layers):
 
 
 @every_kind_and_backend
-def test_trains_as_without(name, backend):
+def test_trains_as_without(name, backend, device):
     ended = []
     for flat in ("zeroed", True, False):
-        layers = network()
+        layers = network(device=device)
         optimizer = fusedopt.registry[name](
             layers.parameters(), lr=0.01, flat_grads=flat, backend=backend, max_grad_norm=0.1
         )

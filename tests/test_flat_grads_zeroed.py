@@ -24,7 +24,7 @@ SETTINGS = [
 class Run:
     """An optimizer of three parameters, one with gaps and one long enough for 8-bit states."""
 
-    def __init__(self, backend, flat, **settings):
+    def __init__(self, backend, device, flat, **settings):
         dtype = torch.bfloat16 if "master" in settings else torch.float32
         if backend == "torch":
             settings.pop("launches", None)
@@ -33,7 +33,7 @@ class Run:
         shapes = {"": (4100,), "transposed": (6, 4), "gaps": (5, 4)}
         generator = torch.Generator().manual_seed(1)
         self.params = [
-            torch.nn.Parameter(laid_out(torch.randn(shape, generator=generator).to(dtype), layout))
+            torch.nn.Parameter(laid_out(torch.randn(shape, generator=generator).to(device, dtype), layout))
             for layout, shape in shapes.items()
         ]
         self.opt = fusedopt.AdamW(self.params, lr=0.1, flat_grads=flat, backend=backend, **settings)
@@ -62,9 +62,9 @@ def fills(monkeypatch):
 @interpreter_noise
 @pytest.mark.parametrize("backend", ["torch", "triton"], indirect=True)
 @pytest.mark.parametrize("settings", SETTINGS, ids=label)
-def test_a_step_leaves_zeros(settings, backend, monkeypatch):
+def test_a_step_leaves_zeros(settings, backend, device, monkeypatch):
     """After every step, a skipped one too, and the kernels do it by themselves; the same bits as without."""
-    zeroed, kept = (Run(backend, flat, **settings) for flat in ("zeroed", True))
+    zeroed, kept = (Run(backend, device, flat, **settings) for flat in ("zeroed", True))
     count = fills(monkeypatch)
     for number in range(1, 6):
         broken = number == 4 and settings.get("skip_nonfinite", False)
@@ -84,8 +84,8 @@ def test_a_step_leaves_zeros(settings, backend, monkeypatch):
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"], indirect=True)
-def test_zeros_that_were_written_to_are_filled_again(backend):
-    run = Run(backend, "zeroed")
+def test_zeros_that_were_written_to_are_filled_again(backend, device):
+    run = Run(backend, device, "zeroed")
     run.backward(1)
     run.opt.step()
     run.backward(2)
@@ -101,9 +101,9 @@ def test_zeros_that_were_written_to_are_filled_again(backend):
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"], indirect=True)
-def test_gradients_elsewhere_are_left_alone(backend):
+def test_gradients_elsewhere_are_left_alone(backend, device):
     """One that somebody replaced, a missing one, all after model.zero_grad(): zero_grad() brings them back."""
-    run = Run(backend, "zeroed")
+    run = Run(backend, device, "zeroed")
     run.backward(1)
     run.opt.step()
     run.backward(1)
@@ -133,18 +133,18 @@ def test_gradients_elsewhere_are_left_alone(backend):
     assert run.grads_are_zero()
 
 
-def test_autograd_knows_that_a_step_zeroed_them(backend):
-    run = Run(backend, "zeroed")
+def test_autograd_knows_that_a_step_zeroed_them(backend, device):
+    run = Run(backend, device, "zeroed")
     for _ in range(2):
         run.backward(1)
-        squares = (run.params[0].grad * torch.ones(4100, requires_grad=True)).sum()
+        squares = (run.params[0].grad * torch.ones(4100, device=device, requires_grad=True)).sum()
         run.opt.step()
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             squares.backward()
 
 
-def test_an_error_in_the_step_keeps_gradients(backend):
-    run = Run(backend, "zeroed")
+def test_an_error_in_the_step_keeps_gradients(backend, device):
+    run = Run(backend, device, "zeroed")
     run.backward(1)
     run.opt.step()
     run.backward(1)
@@ -159,9 +159,9 @@ def test_an_error_in_the_step_keeps_gradients(backend):
 
 
 @pytest.mark.usefixtures("needs_triton")
-def test_in_a_graph(monkeypatch):
+def test_in_a_graph(device, monkeypatch):
     """The graph's step leaves zeros at every replay; zero_grad() behind a replay, or within a graph, fills."""
-    run = Run("triton", "zeroed", capturable=True, max_grad_norm=0.1)
+    run = Run("triton", device, "zeroed", capturable=True, max_grad_norm=0.1)
     for _ in range(2):
         run.backward(1)
         run.opt.step()

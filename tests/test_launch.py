@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import triton
+from fake_gpu.build import COMPILER, driver
 
 from fusedopt import launch, upload
 
@@ -21,19 +21,14 @@ OLD_TRITON = os.environ.get("FUSEDOPT_OLD_TRITON")
 @pytest.fixture(scope="module", params=["installed", "old"])
 def report(request, tmp_path_factory):
     """What arrived at the driver: [by the handle, by the binder] for every case."""
-    compiler = shutil.which("cc") or shutil.which("gcc")
-    if compiler is None:
+    if COMPILER is None:
         pytest.skip("no C compiler, which Triton's launcher needs as well")
     if request.param == "old" and not OLD_TRITON:
         pytest.skip("FUSEDOPT_OLD_TRITON names no folder with another Triton")
     folder = tmp_path_factory.mktemp("stub")
     root = Path(OLD_TRITON) / "triton" if request.param == "old" else Path(triton.__file__).parent
-    include = root / "backends" / "nvidia" / "include"
-    command = [compiler, "-shared", "-fPIC", f"-I{include}", "-o", folder / "libcuda.so.1", HERE / "stub" / "cuda.c"]
-    subprocess.run(command, check=True)
-    (folder / "libcuda.so").symlink_to("libcuda.so.1")
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    environment |= {"TRITON_LIBCUDA_PATH": str(folder), "LD_LIBRARY_PATH": str(folder)}
+    found = driver(folder, root / "backends" / "nvidia" / "include")
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"} | found
     if request.param == "old":
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, [OLD_TRITON, environment.get("PYTHONPATH")]))
     done = subprocess.run(

@@ -71,7 +71,9 @@ def _run_group(job: Job) -> list[list[Outcome]]:
 
 
 def _start(file: Path, rank: int, log: Path) -> subprocess.Popen:
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    # The ranks' tensors are on the CPU, and so their kernels in the interpreter, whatever else is here.
+    without_gpus = dict.fromkeys(("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES"), "")
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"} | without_gpus
     command = [sys.executable, str(Path(__file__).with_name("worker.py")), str(file), str(rank)]
     with log.open("wb") as output:
         return subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)

@@ -179,10 +179,12 @@ ALL_MEMORY = {bits: np.asarray(_AllMemory(UNSIGNED[bits])) for bits in (8, 16, 3
 class Global(Memory):
     """The memory of all tensors that there are."""
 
+    device_type = "cpu"
+
     def __init__(self) -> None:
         storages = []
         for x in gc.get_objects():
-            if type(x) in (torch.Tensor, torch.nn.Parameter) and x.is_cpu:
+            if type(x) in (torch.Tensor, torch.nn.Parameter) and x.device.type == self.device_type:
                 with contextlib.suppress(NotImplementedError):  # sparse ones and their like have none
                     storages.append(x.untyped_storage())
         pieces = sorted({(s.data_ptr(), s.data_ptr() + s.nbytes()) for s in storages if s.nbytes()})

@@ -1,0 +1,24 @@
+"""What pytest loads before the tests: the kernels, and ``--few``."""
+
+import collections
+import random
+
+from . import torch_kernels, triton_kernels
+
+torch_kernels.install()
+triton_kernels.install()
+
+
+def pytest_addoption(parser):
+    parser.addoption("--few", type=int, help="run as many cases of every test, chosen by chance")
+
+
+def pytest_collection_modifyitems(config, items):
+    few, chance = config.getoption("--few"), random.Random(0)
+    if few is None:
+        return
+    cases = collections.defaultdict(list)
+    for item in items:
+        cases[item.path, getattr(item, "originalname", item.name)].append(item)
+    chosen = {item for some in cases.values() for item in chance.sample(some, min(few, len(some)))}
+    items[:] = [item for item in items if item in chosen]
