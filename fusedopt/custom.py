@@ -4,7 +4,8 @@
 
 ``jit`` is ``triton.jit``, ``tl`` is ``triton.language``, and ``divide``, ``sqrt``, ``sign``, ``ema``,
 ``ema_of_squares`` are the functions of ``kernels/arithmetic.py``, of which the package's rules are made. Without Triton
-``jit`` returns the function as it is, and the others are None: nothing will call them there.
+``jit`` returns the function as it is, and the others are None: nothing will call them there. Triton 3.6 knows no tuples
+inside of tuples on the left of an assignment: its error is "unhashable type: 'list'".
 """
 
 from __future__ import annotations

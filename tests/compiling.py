@@ -32,12 +32,18 @@ TRITONS = [
 ]
 
 
+def environment_of(which, paths=()):
+    """For a process that compiles with the installed Triton or the old one, and finds modules in ``paths``."""
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    paths = [*([OLD_TRITON] if which == "old" else []), *paths, environment.get("PYTHONPATH")]
+    return environment | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
+
+
 def compiled(which, jobs):
     """(extent, what tests/aot.py says by job), with the installed Triton or the old one."""
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    environment = environment_of(which)
     if which == "old":
         environment.setdefault("FUSEDOPT_COMPILE", "core")
-        environment["PYTHONPATH"] = os.pathsep.join(filter(None, [OLD_TRITON, environment.get("PYTHONPATH")]))
 
     def run(jobs):
         # -W error: what warns us would warn every user.

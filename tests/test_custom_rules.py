@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from cases import model
+from compiling import TRITONS, environment_of
 from pairs import assert_same, close, raised, snapshot
 
 import fusedopt
@@ -151,6 +152,33 @@ def test_registered_only_if_asked(my_lion):
         pass
 
     assert fusedopt.registry.pop("Registered") is Registered
+
+
+STEP = """
+import torch
+from absent_gpu import NoGPU
+from triton.runtime import driver
+from fusedopt import backends
+
+driver.set_active(NoGPU("sm_90", "example"))
+backends._device_problem = lambda device, requested: None
+import my_lion
+
+p = torch.nn.Parameter(torch.ones(300))
+p.grad = torch.ones(300)
+my_lion.MyLion([p], max_grad_norm=1.0).step()
+print(*sorted(kernel.metadata.name for kernel in driver.active.compiled()))
+"""
+
+
+@pytest.mark.parametrize("which", TRITONS)
+def test_example_is_compiled(which, my_lion, needs_triton):
+    """By both Tritons: what the interpreter runs, the compiler need not know."""
+    paths = [str(Path(my_lion.__file__).parent), str(Path(__file__).parent)]
+    environment = environment_of(which, paths)
+    done = subprocess.run([sys.executable, "-c", STEP], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.split() == ["step_lion_kernel", "sum_of_squares"]
 
 
 def test_command_line(my_lion, needs_triton):

@@ -34,7 +34,7 @@ ONE = "launches=1 is not possible here: "
 REFUSED = {
     ("GradScaler.unscale_", "float16"): "Attempting to unscale FP16 gradients",
     ("torch.amp.GradScaler", "float16"): "Attempting to unscale FP16 gradients",
-    ("torch.amp.GradScaler", "graph"): "somebody waits for the device",
+    ("torch.amp.GradScaler", "graph"): "when stream is capturing|error during capture",
     ("clip_grad_norm_", "grad_scale, found_inf"): "still multiplied by the loss scale",
     ("clip_grad_norm_", "launches=1"): ONE + r"clip_grad_norm_\(\) takes the norm before the step",
     ("cautious", "launches=1"): ONE + "cautious=True",
