@@ -21,7 +21,6 @@ import gc
 import multiprocessing
 import statistics
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
 from typing import Any, NamedTuple
 
 import history
@@ -225,9 +224,9 @@ def main() -> None:
     options = parser.parse_args()
     cases = [Case(*case.split("/")) for case in options.cases]
     # A process belongs to one group, and to one rank of it, as long as it lives.
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), max_tasks_per_child=1) as processes:
+    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as processes:
         for world in options.ranks:
-            first, last = (processes.submit(watched, rank, world, cases).result() for rank in (0, world - 1))
+            first, last = (processes.apply(watched, (rank, world, cases)) for rank in (0, world - 1))
             for case, *pair in zip(cases, first, last):
                 ranks = dict(zip(("first", "last"), pair))
                 for place, rank in ranks.items():
