@@ -51,9 +51,9 @@ def test_complex_parameters(name, device):
         [torch.nn.Parameter(p.detach() + 0.5j) for p in model("tiny", device=device)] + model("tiny", device=device)
         for _ in range(2)
     ]
-    options = {"lr": LR, **STATEFUL[name]}
+    options = {"lr": LR, **STATEFUL[name], "foreach": False}
     ours = fusedopt.registry[name](params[0], **options)
-    theirs = getattr(torch.optim, name)(params[1], **options, foreach=False)
+    theirs = getattr(torch.optim, name)(params[1], **options)
     for number in range(4):
         for its, optimizer in zip(params, (ours, theirs)):
             give_gradients(its, number, plain=True)
