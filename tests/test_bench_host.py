@@ -61,7 +61,8 @@ def test_steps_of_every_size_are_measured(tmp_path):
         found = {part: rows[part, f"{count} tensors", "triton"] for part in growth.STEPS}
         first, same, moved, other = found.values()
         # Records of 8 numbers; a tile of the update and one of the norm, 16 bytes each; a row of hyperparameters.
-        assert first.bytes == count * (64 + 32) + same.bytes
+        # The first step's row goes twice: its kernels are compiled ahead with one.
+        assert first.bytes == count * (64 + 32) + 2 * same.bytes
         assert same.bytes == 7 * 4
         assert moved.bytes == count * 64 + same.bytes
         assert other.bytes >= count * 3 / 4 * (64 + 32) + same.bytes
