@@ -12,7 +12,7 @@ import pathlib
 import sys
 from collections.abc import Callable, Iterable
 
-from growth import GROWTH, growth_page, host_table, step_table
+from growth import GROWTH, UNMEASURED, growth_page, host_table, step_table
 from history import HISTORY, Row, latest, origin, read
 from shapes import TITLES
 
@@ -120,7 +120,17 @@ def readme_section(rows: list[Row]) -> str:
     return "\n\n".join(parts)
 
 
-SECTIONS = {BEGIN: readme_section, STEPS: step_table, HOST: host_table}
+def per_machine(table: Callable[[list[Row]], str]) -> Callable[[list[Row]], str]:
+    """The same table for every machine that has rows for it."""
+
+    def tables(rows: list[Row]) -> str:
+        made = map(table, machines(latest(rows)).values())
+        return "\n\n".join(text for text in made if text != UNMEASURED) or UNMEASURED
+
+    return tables
+
+
+SECTIONS = {BEGIN: readme_section, STEPS: per_machine(step_table), HOST: per_machine(host_table)}
 """What README takes from the rows, by the marker before it."""
 
 PAGE_SECTIONS = {RANKS: growth_page}

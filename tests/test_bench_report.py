@@ -68,6 +68,16 @@ DAMAGE = {
 
 
 class TestReport:
+    def test_machines_have_tables_of_their_own(self):
+        rows = [
+            a_row(machine=machine, part=part, model="300 tensors", host_us=time)
+            for machine, time in (("one", 11.0), ("another", 22.0))
+            for part in growth.HOST
+        ]
+        first, second = report.SECTIONS[report.HOST](rows).split("\n\nanother, one thread")
+        assert "one, one thread" in first and "| 11 (11) /" in first and "22" not in first
+        assert "| 22 (22) /" in second and "11 (11)" not in second
+
     @pytest.fixture(autouse=True)
     def needs_matplotlib(self):
         pytest.importorskip("matplotlib")
