@@ -1,14 +1,13 @@
 """The kernels of a first step are compiled side by side: all of them, the same ones, and nothing else."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import triton
-from compiling import OLD_TRITON, TRITONS
+from compiling import TRITONS, environment_of
 
 PROGRAM = Path(__file__).parent / "ahead.py"
 
@@ -22,11 +21,8 @@ ALONE = {"clipped before": 2, "one launch": 1}
 
 @pytest.fixture(scope="module", params=TRITONS)
 def report(request):
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    if request.param == "old":
-        environment["PYTHONPATH"] = os.pathsep.join(filter(None, [OLD_TRITON, environment.get("PYTHONPATH")]))
     command = [sys.executable, "-W", "error", PROGRAM]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    done = subprocess.run(command, env=environment_of(request.param), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
     found = json.loads(done.stdout)
     assert (found["triton"] == triton.__version__) == (request.param == "installed")

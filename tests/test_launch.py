@@ -1,7 +1,6 @@
 """Kernels are launched with the arguments that Triton's own binder would give them, on both supported Tritons."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,30 +9,24 @@ import numpy as np
 import pytest
 import torch
 import triton
+from compiling import OLD_TRITON, TRITONS, environment_of
 from fake_gpu.build import COMPILER, driver
 
 from fusedopt import launch, upload
 
 HERE = Path(__file__).parent
-OLD_TRITON = os.environ.get("FUSEDOPT_OLD_TRITON")
 
 
-@pytest.fixture(scope="module", params=["installed", "old"])
+@pytest.fixture(scope="module", params=TRITONS)
 def report(request, tmp_path_factory):
     """What arrived at the driver: [by the handle, by the binder] for every case."""
     if COMPILER is None:
         pytest.skip("no C compiler, which Triton's launcher needs as well")
-    if request.param == "old" and not OLD_TRITON:
-        pytest.skip("FUSEDOPT_OLD_TRITON names no folder with another Triton")
-    folder = tmp_path_factory.mktemp("stub")
+    folder = tmp_path_factory.mktemp("driver")
     root = Path(OLD_TRITON) / "triton" if request.param == "old" else Path(triton.__file__).parent
-    found = driver(folder, root / "backends" / "nvidia" / "include")
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"} | found
-    if request.param == "old":
-        environment["PYTHONPATH"] = os.pathsep.join(filter(None, [OLD_TRITON, environment.get("PYTHONPATH")]))
-    done = subprocess.run(
-        [sys.executable, "-W", "error", HERE / "launching.py"], env=environment, capture_output=True, text=True
-    )
+    finding_it = driver(folder, root / "backends" / "nvidia" / "include")
+    command = [sys.executable, "-W", "error", HERE / "launching.py"]
+    done = subprocess.run(command, env=environment_of(request.param) | finding_it, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
     found = json.loads(done.stdout)
     assert (found.pop("triton") == triton.__version__) == (request.param == "installed")

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch import library as registration
 from torch.utils import _pytree as pytree
 
 runtime = ctypes.CDLL(None)
@@ -24,6 +25,9 @@ ABOUT_MEMORY = {
 
 WITHOUT_KERNELS = {"copy_", "masked_fill_.Scalar", "masked_fill_.Tensor"}
 """What has no kernel of a device's own, and launches some all the same."""
+
+kernels = registration.Library("aten", "IMPL")
+"""Of CUDA tensors. They last as long as it does."""
 
 calls: dict[int, list[Callable[[], Any]]] = {}
 """By graph, what its replay does."""
@@ -138,8 +142,6 @@ def install() -> None:
     for name, callback in (("on_capture", on_capture), ("on_replay", on_replay)):
         where = ctypes.c_void_p.in_dll(runtime, name)
         where.value = ctypes.cast(callback, ctypes.c_void_p).value
-    global library
-    library = torch.library.Library("aten", "IMPL")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # every kernel is said to be overridden
         for full_name in torch._C._dispatch_get_all_op_names():
@@ -150,4 +152,4 @@ def install() -> None:
             base, _, overload = name.partition(".")
             op = getattr(getattr(torch.ops.aten, base), overload or "default", None)
             if op is not None:
-                library.impl(name, functools.partial(run, op), "CUDA")
+                kernels.impl(name, functools.partial(run, op), "CUDA")
