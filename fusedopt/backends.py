@@ -8,6 +8,8 @@ from typing import NamedTuple
 
 import torch
 
+from .upload import capturing
+
 
 class Backend(NamedTuple):
     """The answer of ``backend``, which raises the errors: ``name`` is "torch" or "triton", ``reason`` a sentence."""
@@ -67,7 +69,11 @@ def _device_problem(device: torch.device, requested: str | None) -> str | None:
             return "no GPU is available"
         if torch.version.cuda and torch.cuda.get_device_capability(device) < (7, 5):
             return f"{torch.cuda.get_device_name(device)} is older than compute capability 7.5"
-        return None
+        if interpreting() or capturing(device):
+            return None  # nothing may be loaded during a capture
+        from . import triton_probe
+
+        return triton_probe.problem(device)
     if device.type == "cpu":
         if interpreting():
             return None if requested else "Triton's interpreter is for tests: ask for it with backend='triton'"

@@ -15,7 +15,7 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia import driver as nvidia
 from triton.runtime import driver
 
-from fusedopt import backends, launch
+from fusedopt import backends, launch, triton_probe
 
 STREAM = 77
 
@@ -88,7 +88,7 @@ def main():
     backends._device_problem = lambda device, requested: None
     stub = ctypes.CDLL("libcuda.so.1")
     records = (Record * 1024).in_dll(stub, "launches")
-    report = {"triton": triton.__version__}
+    report = {"triton": triton.__version__, "problem": triton_probe.problem(torch.device("cpu"))}
     for case, address, label in RUNS:
         settings = SETTINGS[label]
         ctypes.c_int.in_dll(stub, "launched").value = 0

@@ -30,6 +30,7 @@ def report(request, tmp_path_factory):
     assert done.returncode == 0, done.stderr[-4000:]
     found = json.loads(done.stdout)
     assert (found.pop("triton") == triton.__version__) == (request.param == "installed")
+    assert found.pop("problem") is None  # see test_probe.py
     return found
 
 
