@@ -21,7 +21,8 @@ from .places import Place, flatten
 from .rule import Rule
 from .settings import Settings
 from .storage import Storage, counts_steps
-from .survey import Entry, Key, NotFusable
+from .survey import Entry, Key
+from .torch_step import NotFusable
 
 SMALL = 16384
 """Elements below which a CPU spends more on calling an operation than on the numbers."""

@@ -24,7 +24,7 @@ from .roster import Roster
 from .settings import CLIP
 from .shards import any_distributed, local_grads
 from .skips import Skips
-from .survey import NotFusable, left_to_torch
+from .torch_step import NotFusable, left_to_torch
 
 get_grad = attrgetter("grad")
 

@@ -6,8 +6,7 @@ validation, parameter groups, hooks and checkpoints stay torch's own.
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -22,13 +21,13 @@ from .formula import Formula
 from .hooks import is_profiling, profile_hook_step
 from .metrics import Metrics
 from .settings import SettingAttributes
-from .survey import NotFusable
+from .torch_step import NotFusable, TorchStep
 
 registry: dict[str, type[FusedOptimizer]] = {}
 """Every optimizer by name. Tests and benchmarks take their cases from here."""
 
 
-class FusedOptimizer(Formula, SettingAttributes, torch.optim.Optimizer):
+class FusedOptimizer(Formula, SettingAttributes, TorchStep, torch.optim.Optimizer):
     """Base of the optimizers.
 
         g <- clip, negate, decay (g)      u, states <- rule(g, states, h)      p <- p - lr decay (u)
@@ -105,37 +104,6 @@ class FusedOptimizer(Formula, SettingAttributes, torch.optim.Optimizer):
         if reason is not None:
             self._torch_step(reason)
         return loss
-
-    def _torch_step(self, reason: NotFusable) -> None:
-        """torch's own step, for what no fused step can do."""
-        active = self._settings.active()
-        if active:
-            raise RuntimeError(
-                f"{', '.join(active)} cannot be combined with {reason}; leave the setting out, "
-                "or make the parameters and gradients plain dense real tensors"
-            ) from None
-        scaling = self._engine.scaling
-        if scaling is not None:
-            if scaling.found_inf is None:
-                scaling.found_inf = scaling.unscale()
-            if scaling.found_inf.item():
-                return
-        if self.step_of_torch is None:
-            raise RuntimeError(
-                f"{type(self).__name__} cannot be combined with {reason}: torch.optim has no step to leave it to; "
-                "make the parameters and gradients plain dense real tensors"
-            ) from None
-        self._engine.left = reason
-        self.step_of_torch()
-
-    @property
-    def step_of_torch(self) -> Callable[[], Any] | None:
-        """torch's own step, if torch.optim has this class."""
-        step = super().step
-        if step.__func__ is torch.optim.Optimizer.step:
-            return None
-        # Not the hooked one, or every hook would run twice.
-        return functools.partial(step.__wrapped__ if getattr(step, "hooked", False) else step.__func__, self)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As torch's. ValueError or TypeError, and no group more, for options that are no numbers, that contradict the

@@ -18,7 +18,7 @@ from . import means
 from .engine import Engine
 from .optimizer import FusedOptimizer
 from .shards import is_distributed
-from .survey import NotFusable
+from .torch_step import NotFusable
 
 TOGETHER = ("max_grad_norm", "skip_nonfinite", "track", "flat_grads")
 """Settings that need the gradients of all parameters at once."""

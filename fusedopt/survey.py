@@ -6,9 +6,7 @@ all of them as they were.
 
 from __future__ import annotations
 
-import functools
-import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -21,60 +19,10 @@ from .cohorts import Scalar
 from .distributed import ProcessGroups, Reduction
 from .places import Place, adoption_key, is_shared
 from .rule import Rule
-from .shards import PLAIN, alike, is_distributed, local
+from .shards import alike, is_distributed, local
 from .storage import Storage, quantization_problem, storage, traits
+from .torch_step import COMPLEX, NotFusable, reason_against
 from .units import refuse_shards
-
-FALLBACK_IS_FOR = {"cpu", "meta"}
-"""Types of devices."""
-
-
-class NotFusable(Exception):
-    """Some parameter needs torch's own step; the message names it and says why."""
-
-    complex_param: Tensor | None = None
-    """That parameter, if all that speaks against it is that it is complex."""
-
-    def lasts(self, optimizer: Any) -> bool:
-        """Whether this is known to be the answer at this step too, as it was at an earlier one."""
-        p = self.complex_param
-        if p is None or p.grad is None or not p.is_complex():
-            return False
-        return any(p is other for group in optimizer.param_groups for other in group["params"])
-
-
-def left_to_torch(optimizer: Any, devices: Iterable[torch.device]) -> NotFusable | None:
-    """Why the whole step is torch's own: on a GPU without kernels, unless more is asked for than torch.optim can do.
-    The fallback is made for CPUs; torch's calls for lists of tensors are faster there."""
-    if optimizer.step_of_torch is None:
-        return None
-    if own := own_init_group(type(optimizer)):
-        return NotFusable(f"{own.__name__}'s own _init_group, which torch's step alone calls")
-    if optimizer._settings.active():
-        return None
-    for device in devices:
-        choice = backend(device, optimizer.backend)
-        if choice.name == "torch" and device.type not in FALLBACK_IS_FOR:
-            if optimizer.backend is None:
-                _say_once(f"{choice.reason}: torch.optim's own step runs on {device}")
-            return NotFusable(f"parameters on {device}, where {choice.reason}")
-    return None
-
-
-@functools.cache
-def own_init_group(cls: type) -> type | None:
-    """The class of a user's, if there is one, that prepares states in its own way."""
-    found = next((c for c in cls.__mro__ if "_init_group" in vars(c)), None)
-    return None if found is None or found.__module__.startswith("torch.") else found
-
-
-@functools.cache
-def _say_once(reason: str) -> None:
-    warnings.warn(reason, stacklevel=11)  # the line that called optimizer.step()
-
-
-def is_differentiable(group: dict[str, Any]) -> bool:
-    return group.get("differentiable", False)
 
 
 class Where(NamedTuple):
@@ -190,31 +138,12 @@ def survey(
 
 def _look_at_kind(p: Tensor, g: Tensor, group: dict[str, Any], where: Where) -> None:
     """What concerns all parameters and gradients of these types, devices and dtypes."""
-    if reason := _not_fusable(p, g, group):
+    if reason := reason_against(p, g, group):
         left = NotFusable(f"{reason} ({where})")
         left.complex_param = where.owner if reason == COMPLEX else None
         raise left
     if g.device != p.device:
         raise RuntimeError(f"the gradient of {where} is on {g.device}, the parameter on {p.device}")
-
-
-COMPLEX = "a complex parameter"
-
-
-def _not_fusable(p: Tensor, g: Tensor, group: dict[str, Any]) -> str | None:
-    if is_differentiable(group):
-        return "differentiable=True"
-    if g.layout is not torch.strided:
-        return "a sparse gradient"
-    if p.is_complex():
-        return COMPLEX
-    if p.is_meta:
-        return "a parameter on the meta device"
-    if not p.is_floating_point() or not g.is_floating_point():
-        return f"a parameter of dtype {p.dtype}"
-    if type(p) not in PLAIN or type(g) is not Tensor:
-        return f"a tensor subclass ({type(p).__name__} with a gradient of {type(g).__name__})"
-    return None
 
 
 def _refuse_capture(group: dict[str, Any], choice: Backend, where: Where) -> None:

@@ -1,56 +1,46 @@
 """The fallback: the same chain -> rule -> chain in plain torch, as few and as large calls as possible.
 
 Where torch has a fused CPU kernel for the rule, it is called once per cohort on cached lists; other
-rules run in blocks that stay in the cache. Small tensors are gathered first: their gradients with one
+rules run in blocks that stay in the cache (torch_blocks.py). Small tensors are gathered first: their gradients with one
 call into a scratch buffer, and their parameters too, unless ``flatten`` made these contiguous for good.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Iterator, Sequence
-from itertools import accumulate, chain, groupby, repeat
+from collections.abc import Sequence
+from itertools import accumulate, chain, groupby
 
 import torch
 from torch import Tensor
 
-from . import means, units
-from .blocks import for_threads
+from . import units
 from .buckets import Bucket, Member
 from .clipping import Verdict
 from .cohorts import Cohort, StepNumbers, alike
 from .flat import contiguous, memory_order
 from .gather import Gather, Ways, each_once, find_ways, in_layout_of, neighbours, picker
 from .options import ASIDE, NOT_READ
-from .rule import Stage, Update
 from .runs import Run
 from .settings import Settings
 from .skips import Skips
+from .torch_blocks import Blocks, scale_of
 from .torch_norm import norm
-from .torch_stages import follow, through
+from .torch_stages import follow
 from .torch_tally import Tally
-from .widened import COPIED, fused_step, widened
-
-BLOCK = 1 << 17
-"""Elements per block of a rule that torch has no fused kernel for."""
 
 
 class Executor:
     """Runs one bucket."""
+
+    blocks_class = Blocks
 
     def __init__(self, bucket: Bucket, settings: Settings):
         self.bucket = bucket
         self.settings = settings
         rule = bucket.rule
         self.keys = (*rule.states, *bucket.averages)
-        dtypes = {form.parts[0].dtype for _, form in bucket.stored.roles}
-        self.compute_dtype = torch.promote_types(bucket.dtype, torch.float32)
-        self.fused_step = fused_step(bucket, settings)
-        """What torch's fused kernels make of a block of 16-bit tensors."""
-        self.computes_in_place = dtypes | {bucket.dtype} == {self.compute_dtype}
-        largest = max(m.param.numel() for m in bucket.members) or 1
-        block = BLOCK if self.computes_in_place else COPIED
-        self.block = for_threads(block) if bucket.device.type == "cpu" else largest
+        self.blocks = self.blocks_class(bucket, settings)
+        self.compute_dtype = self.blocks.compute_dtype
         families = alike(bucket.cohorts, ASIDE if bucket.fused and rule.takes_rates else NOT_READ)
         ways_of = [[self._ways(some) for some in alike(family)] for family in families]
         ways = list(chain.from_iterable(ways_of))
@@ -86,7 +76,8 @@ class Executor:
         """Whether zeros shall take the gradients' place, and do not yet: kernels leave them, we do not."""
         self.pinned = joined + reordered if bucket.fused and not bucket.averages else bucket.members
         """Those whose memory must stay where it is: what is only ever taken from the parameter itself may be moved."""
-        self.tally = None if settings.track is None else Tally(self.runs, self.block, bucket.device)
+        self.tally = None if settings.track is None else Tally(self.runs, self.blocks.size, bucket.device)
+        self.blocks.tally = self.tally
 
     def _ways(self, cohorts: list[Cohort]) -> Ways:
         return find_ways(self.bucket, [m for cohort in cohorts for m in cohort.members], self.settings)
@@ -123,8 +114,8 @@ class Executor:
         if not self.bucket.fused:
             for tensors in zip(run.params, *lists):
                 flat = tuple(map(memory_order, tensors))
-                long = len(flat[0]) > self.block
-                run.blocks.append(list(zip(*(x.split(self.block) for x in flat))) if long else [flat])
+                long = len(flat[0]) > self.blocks.size
+                run.blocks.append(list(zip(*(x.split(self.blocks.size) for x in flat))) if long else [flat])
         return run
 
     def take(self, grads: Sequence[Tensor | None], as_planned: bool, owes_zeros: bool) -> None:
@@ -166,10 +157,8 @@ class Executor:
         rows = []
         for run in self.runs:
             numbers = update(run.cohort)
-            terms = means.stages_of(numbers)
             for m, blocks, g in zip(run.direct, run.blocks, run.grads):
-                parts = zip(blocks, memory_order(g).split(self.block))
-                sums = means.sums(self._terms(terms, self._glimpses(parts, numbers, verdict.factor)))
+                sums = self.blocks.sums(blocks, g, numbers, verdict.factor)
                 rows.append(torch.stack(sums) / m.owner.numel() if sums else torch.zeros(0))
         return torch.stack(rows)
 
@@ -180,7 +169,7 @@ class Executor:
             torch._foreach_copy_(self.staging_views, self.staged)
         self._begin(verdict)
         if verdict.skip:
-            self.tally.look(self._load)
+            self.tally.look(self.blocks.load)
             return
         # In-place writes that autograd does not see by itself; noted while what was just checked lies in the cache.
         torch.autograd.graph.increment_version(self.in_place)
@@ -189,7 +178,7 @@ class Executor:
         else:
             joined = None if found is None else iter(found.to(self.compute_dtype))
             for run in self.runs:
-                self._step_in_blocks(run, update(run.cohort), verdict.factor, joined)
+                self.blocks.update(run, update(run.cohort), verdict.factor, joined)
         if self.staged:
             torch._foreach_copy_(self.staged, self.staging_views)
 
@@ -211,7 +200,7 @@ class Executor:
         if clips:
             for g in (g for run in self.runs for g in run.grads):
                 g.clamp_(*self.settings.value_limits)
-        scale = _scale(factor)
+        scale = scale_of(factor)
         if scale is not None:
             # Where they write it back, autograd does not see it.
             torch.autograd.graph.increment_version([g for run in self.runs for g in run.grads[len(run.gathered) :]])
@@ -227,85 +216,3 @@ class Executor:
             if run.averages:
                 for averages, weight in zip(run.averages, update(cohort).averages):
                     follow(averages, run.params, weight)
-
-    def _step_in_blocks(self, run: Run, update: Update, factor: float, joined: Iterator[Tensor] | None = None) -> None:
-        terms = means.stages_of(update)
-        scale = None if self.fused_step is None else _scale(factor)
-        for blocks, sizes, g in zip(run.blocks, run.sizes, run.grads):
-            flat = memory_order(g)
-            parts = list(zip(blocks, flat.split(self.block) if len(blocks) > 1 else (flat,)))
-            if self.fused_step is not None:
-                for tensors, g_block in parts:
-                    self.fused_step(tensors, g_block, run.cohort, scale, update)
-                continue
-            if not terms:
-                for tensors, g_block in parts:
-                    self._follow(tensors, self._direction(self._load(tensors), g_block, update, factor), (), update)
-                continue
-            directions = (self._direction(self._load(tensors), g, update, factor) for tensors, g in parts)
-            if joined is not None:
-                found = repeat(next(joined).unbind())
-            elif len(parts) == 1:
-                directions = list(directions)
-                found = self._means(terms, directions, sizes)
-            else:
-                # All directions, before the first is followed: too much to keep, so they are computed twice.
-                found = self._means(terms, self._glimpses(parts, update, factor), sizes)
-            for tensors, direction, block_means in zip(blocks, directions, found):
-                self._follow(tensors, direction, block_means, update)
-
-    def _direction(self, loaded: Sequence[Tensor], g: Tensor, update: Update, factor: float) -> tuple:
-        """What the rule makes of one block: (u, g, p, states and averages), in the dtype of arithmetic."""
-        p, *kept = loaded
-        if g.dtype != self.compute_dtype:
-            (g,) = widened([g], self.compute_dtype, "gradient")
-        g = through(update.on_grad, g if factor == 1 else g * factor, p)
-        return self.bucket.rule.twin(g, kept[: len(self.bucket.rule.states)], update.h), g, p, kept
-
-    def _glimpses(self, parts: Iterable[tuple], update: Update, factor: float) -> Iterator[tuple]:
-        """The directions, one after the other, with the states left as they are."""
-        for tensors, g in parts:
-            # What has the dtype of arithmetic already was not copied by loading it.
-            p, *kept = self._load(tensors)
-            yield self._direction((p, *(x.clone() for x in kept)), g, update, factor)
-
-    def _terms(self, stages: Sequence[Stage], directions: Iterable[tuple]) -> Iterator[list[Tensor]]:
-        """For each block the terms of which these stages need means."""
-        for u, g, p, kept in directions:
-            yield [means.terms[s.term](u, p, g, kept, *s.args) for s in stages]
-
-    def _means(self, stages: Sequence[Stage], directions: Iterable[tuple], sizes: Sequence[int]) -> Iterable[list]:
-        """For each block the means that these stages need."""
-        blocks = self._terms(stages, directions)
-        if len(sizes) > 1:
-            return means.of_neighbours(list(blocks), sizes)
-        return repeat([(total / sizes[0]).to(self.compute_dtype) for total in means.sums(blocks)])
-
-    def _follow(self, tensors: Sequence[Tensor], direction: tuple, found: Sequence[Tensor], update: Update) -> None:
-        u, g, p, kept = direction
-        before = None if self.tally is None else p.clone()
-        *chain, last = update.on_update
-        decays = last.name == "decay" and last.args != last.neutral
-        u = through(chain if decays else update.on_update, u, p, g, found)
-        if decays:
-            # (1 - lr weight) p - lr u, as torch does: it takes no memory, unlike p - lr (u + weight p).
-            p.mul_(1 - update.lr * last.args[0])
-        p.sub_(u, alpha=update.lr)
-        if self.tally is not None:
-            self.tally.add(before, p)
-        for average, weight in zip(kept[len(self.bucket.rule.states) :], update.averages):
-            follow([average], [p], weight)
-        self._store(tensors, [p, *kept])
-
-    def _load(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
-        """A block's parameter, states and averages in the dtype of arithmetic."""
-        return tensors if self.computes_in_place else widened(tensors, self.compute_dtype)
-
-    def _store(self, tensors: Sequence[Tensor], values: list[Tensor]) -> None:
-        if not self.computes_in_place:
-            torch._foreach_copy_(tensors, values)
-
-
-def _scale(factor: float) -> Tensor | None:
-    """What the fused kernels divide gradients by."""
-    return None if factor == 1 else torch.tensor(1 / factor if factor else math.inf, device="cpu")

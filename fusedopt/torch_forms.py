@@ -22,6 +22,7 @@ from .runs import Run
 from .settings import Settings
 from .skips import Skips
 from .storage import part_key
+from .torch_blocks import Blocks
 
 
 class Block(NamedTuple):
@@ -32,31 +33,53 @@ class Block(NamedTuple):
     """The parts of the parameter, of the states and of the averages."""
 
 
+class StoredBlocks(Blocks):
+    """Updates them."""
+
+    def __init__(self, bucket: Bucket, settings: Settings):
+        super().__init__(bucket, settings)
+        self.twins = [TWINS[form.name] for _, form in bucket.stored.roles]
+        # Quantized elements that share a scale stay together.
+        self.size = -(-self.size // QUANTIZED) * QUANTIZED
+        self.seed = settings.seed
+        self.t = 0
+
+    def update(self, run: Run, update: Update, factor: float, joined: Iterator[Tensor] | None = None) -> None:
+        self.t = run.cohort.t + 1
+        super().update(run, update, factor, joined)
+
+    def load(self, block: Block) -> list[Tensor]:
+        return [twin.load(parts, self.compute_dtype) for twin, parts in zip(self.twins, block.roles)]
+
+    def store(self, block: Block, values: list[Tensor]) -> None:
+        draw = Draw(self.seed, self.t, block.first_draw)
+        for role, (twin, parts, x) in enumerate(zip(self.twins, block.roles, values)):
+            twin.store(parts, x, draw, role)
+
+
 class Executor(torch_backend.Executor):
     """Runs one bucket."""
 
+    blocks_class = StoredBlocks
+
     def __init__(self, bucket: Bucket, settings: Settings):
-        self.twins = [TWINS[form.name] for _, form in bucket.stored.roles]
         # A parameter with gaps in memory is updated in a dense copy.
         self.copied = {m.param: _dense_like(m) for m in bucket.members if not is_dense(m.param)}
-        self.t = 0
         super().__init__(bucket, settings)
 
     def _run(self, cohort: Cohort, ways: list[Ways]) -> Run:
         members = [m for way in ways for some in way for m in some]
-        # Quantized elements that share a scale stay together.
-        self.block = -(-self.block // QUANTIZED) * QUANTIZED
         blocks = [self._blocks(m) for m in members]
         sizes = [[m.param.numel()] for m in members]
         return Run(cohort, [], [], [], [], members, blocks, members, sizes)
 
     def _blocks(self, member: Member) -> list[Block]:
         tensors = {"": self.copied.get(member.param, member.param), **member.place.views}
-        roles = []
+        roles, size = [], self.blocks.size
         for role, form in self.bucket.stored.roles:
             parts = [memory_order(tensors[part_key(role, part)]) for part in form.parts]
-            roles.append(list(zip(*(x.split(self.block // part.per) for x, part in zip(parts, form.parts)))))
-        return [Block(member.first_draw + k * self.block // 8, parts) for k, parts in enumerate(zip(*roles))]
+            roles.append(list(zip(*(x.split(size // part.per) for x, part in zip(parts, form.parts)))))
+        return [Block(member.first_draw + k * size // 8, parts) for k, parts in enumerate(zip(*roles))]
 
     def step(self, update: StepNumbers, verdict: Verdict, skips: Skips, found: Tensor | None = None) -> None:
         for param, copy in self.copied.items():
@@ -64,18 +87,6 @@ class Executor(torch_backend.Executor):
         super().step(update, verdict, skips, found)
         for param, copy in self.copied.items():
             param.copy_(copy)
-
-    def _step_in_blocks(self, run: Run, update: Update, factor: float, joined: Iterator[Tensor] | None = None) -> None:
-        self.t = run.cohort.t + 1
-        super()._step_in_blocks(run, update, factor, joined)
-
-    def _load(self, block: Block) -> list[Tensor]:
-        return [twin.load(parts, self.compute_dtype) for twin, parts in zip(self.twins, block.roles)]
-
-    def _store(self, block: Block, values: list[Tensor]) -> None:
-        draw = Draw(self.settings.seed, self.t, block.first_draw)
-        for role, (twin, parts, x) in enumerate(zip(self.twins, block.roles, values)):
-            twin.store(parts, x, draw, role)
 
 
 def _dense_like(member: Member) -> Tensor:

@@ -11,7 +11,7 @@ from pairs import Pair, assert_same, close, snapshot
 from rule_cases import optimizer, parameters, results, same_bits, set_gradients, tensors
 
 import fusedopt
-from fusedopt import means, torch_backend
+from fusedopt import means, torch_blocks
 
 MASKED = [name for name in IN_TORCH if name != "ASGD"]
 """Without ASGD, whose average follows the parameter, and so the mask."""
@@ -250,7 +250,7 @@ def test_tensors_of_several_blocks(dtype, storage, monkeypatch):
     of a count, hence exact.)"""
     ends = []
     for block in (1024, 2**20):
-        monkeypatch.setattr(torch_backend, "for_threads", lambda usual, block=block: block)
+        monkeypatch.setattr(torch_blocks, "for_threads", lambda usual, block=block: block)
         (p,) = params = parameters([5000], "cpu", dtype)
         made = fusedopt.AdamW(params, lr=0.1, cautious=True, backend="torch", **storage)
         for t in range(3):

@@ -18,7 +18,7 @@ from pairs import Pair, assert_same, same_bits, snapshot
 from rule_cases import parameters, set_gradients, tensors
 
 import fusedopt
-from fusedopt import means, torch_backend
+from fusedopt import means, torch_blocks
 from fusedopt.clipping import Verdict
 from fusedopt.custom import jit, tl
 from fusedopt.rule import Rule
@@ -98,7 +98,7 @@ def test_float32(backend, settings, device):
 def test_large_tensors(backend, settings, tiles, device, monkeypatch):
     """Several tiles, programs and blocks per tensor, remainders, misaligned gradients, an empty tensor."""
     monkeypatch.setattr(means, "CHUNK", tiles)
-    monkeypatch.setattr(torch_backend, "for_threads", lambda usual: 1024 * tiles)
+    monkeypatch.setattr(torch_blocks, "for_threads", lambda usual: 1024 * tiles)
     sizes = [5 * 1024, 3, 9 * 1024 + 37, 0, 1024, 700, 700]
     params = parameters(sizes, device)
     made = fusedopt.RMSprop(params, lr=0.1, track="parameters", backend=backend, **settings)

@@ -7,7 +7,7 @@ from options import LR, STATEFUL
 from pairs import both, close
 
 import fusedopt
-from fusedopt import survey
+from fusedopt import torch_step
 from fusedopt.engine import Engine
 
 
@@ -121,8 +121,8 @@ def test_parameter_listed_twice(name):
 @pytest.fixture
 def gpu_without_kernels(monkeypatch):
     """CPUs count as such."""
-    monkeypatch.setattr(survey, "FALLBACK_IS_FOR", set())
-    survey._say_once.cache_clear()
+    monkeypatch.setattr(torch_step, "FALLBACK_IS_FOR", set())
+    torch_step._say_once.cache_clear()
 
 
 @pytest.mark.usefixtures("gpu_without_kernels")
