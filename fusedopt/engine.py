@@ -1,10 +1,7 @@
-"""One step: check the plan, take the gradients, judge their norm, update bucket by bucket."""
+"""One step: take the gradients by the plan, judge their norm, update bucket by bucket."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from itertools import chain
-from operator import attrgetter
 from typing import Any
 
 import torch
@@ -14,64 +11,41 @@ from . import capture, clipping
 from .arguments import check_rates
 from .cohorts import StepNumbers
 from .distributed import warn_of_replaced_parameters
-from .executors import compile_ahead, judge_of, make_executor, prefer_one_launch, problem_with_one_launch
-from .groups import get_params
+from .executors import compile_ahead, judge_of, prefer_one_launch, problem_with_one_launch
 from .metrics import Metrics, Tracker
-from .places import Place
-from .plan import Plan, without_collection
+from .plan import Plan
+from .planner import Planner
 from .refresh import Captured, captured
-from .roster import Roster
 from .settings import CLIP
-from .shards import any_distributed, local_grads
-from .skips import Skips
-from .torch_step import NotFusable, left_to_torch
-
-get_grad = attrgetter("grad")
 
 
-class Engine:
+class Engine(Planner):
     """What ``step`` runs. Nothing is built before the first step, and all of it can be built again, so
     none of it is copied or pickled with the optimizer."""
 
     def __init__(self) -> None:
-        self.places: dict[Tensor, Place] = {}
-        self.plan: Plan | None = None
-        self.roster: Roster | None = None
-        self.unlisted: Plan | None = None
-        """The latest plan, if it is not from the roster and not in it."""
-        self.executors: list[Any] = []
+        super().__init__()
         self.judge = clipping.judge
         self.prefers_one_launch = False
-        self.captured: list[Captured] = []
-        """What CUDA graphs go on using."""
-        self.began = False
-        """Whether a step was taken."""
-        self.distributed = False
-        """Whether some parameters are distributed over ranks."""
-        self.left: NotFusable | None = None
-        """Why the latest step was torch's own."""
         self.verdict = clipping.UNJUDGED
-        self.tracker: Tracker | None = None
-        """For the plan, where ``track`` is set."""
-        self.tracked: Tracker | None = None
-        """The one of the latest step."""
-        self.skips = Skips()
         self.scaling: clipping.Scaling | None = None
         """What a GradScaler of ours asks of the step that it calls."""
-        self.deferred: clipping.Deferred | None = None
-        """What ``clip_grad_norm_`` left for the next step to do."""
+        self.captured: list[Captured] = []
+        """What CUDA graphs go on using."""
+        self.tracked: Tracker | None = None
+        """The tracker of the latest step."""
+        self.began = False
+        """Whether a step was taken."""
         self.averaged = False
         """Whether the parameters hold their averages now."""
         self.released = False
         """Whether parameters are updated inside backward."""
-        self.owes_zeros = False
-        """Whether this step shall leave zeros in place of the gradients."""
 
     def step(self, optimizer: Any) -> None:
         if self.averaged:
             raise RuntimeError("step() inside `with optimizer.ema_parameters()`, where parameters hold their averages")
         check_rates(optimizer, optimizer.param_groups)
-        if not self._with_gradients(optimizer, self._run):
+        if not self.with_gradients(optimizer, self._run):
             self.verdict = clipping.Verdict(norm=0.0) if optimizer._settings.needs_norm else clipping.UNJUDGED
         self.tracked = self.tracker
         if self.tracker is not None:
@@ -103,7 +77,7 @@ class Engine:
             self.skips.count_in(self.verdict, -1)
             self.deferred = clipping.Deferred(self.verdict, grads, self.scaling)
 
-        if not self._with_gradients(optimizer, judge):
+        if not self.with_gradients(optimizer, judge):
             self.verdict = clipping.Verdict(norm=0.0)
         return self.grad_norm()
 
@@ -113,79 +87,13 @@ class Engine:
             return False
         return self.deferred.is_of([p.grad for group in optimizer.param_groups for p in group["params"]])
 
-    def _with_gradients(self, optimizer: Any, act: Callable[[Any, list[Tensor | None]], None]) -> bool:
-        """Do something with the gradients of this step, or return False if there are none."""
-        if self.left is not None and self.left.lasts(optimizer):
-            raise self.left.with_traceback(None)
-        known = self.plan is not None and self.plan.knows(optimizer)
-        params = self.plan.params if known else list(chain.from_iterable(map(get_params, optimizer.param_groups)))
-        grads = list(map(get_grad, params))
-        parts = local_grads(params, grads) if self.distributed else grads
-        if not known or not self.plan.holds(parts):
-            if not self.distributed and any_distributed(params):
-                self.distributed = True
-                parts = local_grads(params, grads)
-            if not self._select(optimizer, params, parts):
-                self._build(optimizer, parts)
-        if not self.executors and not self.plan.reduction.communicates:
-            return False
-        try:
-            try:
-                for executor in self.executors:
-                    executor.take(parts, self.plan.as_planned, self.owes_zeros)
-            except RuntimeError:
-                # Nothing was changed yet. A new plan looks at everything, and says what does not fit.
-                self._build(optimizer, parts)
-                raise
-            act(optimizer, grads)
-        finally:
-            for executor in self.executors:
-                executor.release()
-        return True
+    def let_go(self) -> None:
+        super().let_go()
+        self.verdict = clipping.UNJUDGED
 
-    @torch.inference_mode(False)  # states made in inference mode could not be written to outside it
-    @torch.no_grad()  # which the line above switches off
-    @without_collection()
-    def _build(self, optimizer: Any, grads: list[Tensor | None]) -> None:
-        devices = {p.device for group in optimizer.param_groups for p in group["params"]}
-        left = left_to_torch(optimizer, devices)
-        if left is None:
-            capture.refuse_to_build(devices)
-        self.synchronize(optimizer)
-        self.plan, self.tracker, self.verdict = None, None, clipping.UNJUDGED
-        if left is not None:
-            raise left
-        plan = Plan(optimizer, self.places, grads)
-        self._follow(optimizer, plan)
-        self.unlisted = plan
-
-    @torch.inference_mode(False)
-    @torch.no_grad()
-    @without_collection()
-    def _select(self, optimizer: Any, params: list[Tensor], grads: list[Tensor | None]) -> bool:
-        """Put a plan together where all that changed is which of the known parameters have gradients."""
-        earlier = self.plan
-        if earlier is None or [g is not None for g in grads] == earlier.present:
-            return False
-        capture.refuse_to_build(earlier.devices)
-        self.synchronize(optimizer)
-        if self.plan is None:
-            return False
-        if self.unlisted is not None:
-            self.roster, self.unlisted = Roster.of(optimizer, self.unlisted, self.roster), None
-        plan = None if self.roster is None else self.roster.plan(optimizer, params, grads)
-        if plan is not None:
-            self._follow(optimizer, plan)
-        return plan is not None
-
-    def _follow(self, optimizer: Any, plan: Plan) -> None:
-        self.plan, self.tracker, self.verdict = None, None, clipping.UNJUDGED
-        self.executors = [make_executor(bucket, optimizer._settings) for bucket in plan.buckets]
+    def follow(self, optimizer: Any, plan: Plan) -> None:
+        super().follow(optimizer, plan)
         self.judge, self.prefers_one_launch = judge_of(self.executors), prefer_one_launch(self.executors)
-        tracks = optimizer._settings.track is not None
-        self.tracker = Tracker(plan.params, self.executors, plan.reduction) if tracks else None
-        plan.note_memory(self.executors)
-        self.plan, self.left = plan, None
 
     def _run(self, optimizer: Any, grads: list[Tensor | None]) -> None:
         captures = self.plan.may_be_captured and capture.check(optimizer, self.plan)
@@ -200,7 +108,7 @@ class Engine:
         if self.verdict.skip:
             for executor in waiting if self.tracker is not None else ():
                 executor.step(update, self.verdict, self.skips)
-            self._drop_unwritten(optimizer)
+            self.drop_unwritten(optimizer)
             return
 
         for executor in waiting:
@@ -241,7 +149,7 @@ class Engine:
         """Count the step that was taken, as far as the host knows."""
         if self.verdict.device is not None and self.plan.slots:
             # What the latest step makes of the scalars depends on whether the one before it was skipped.
-            self._hear(optimizer, wait=True)
+            self.hear(optimizer, wait=True)
         self.plan.advance(optimizer, 1)
         for executor in self.executors:
             if executor.bucket.capturable:
@@ -249,7 +157,7 @@ class Engine:
         if self.verdict.device is not None and self.plan.counted and not captures:
             if self.verdict.may_skip:
                 self.skips.listen()
-            self._hear(optimizer, wait=False)
+            self.hear(optimizer, wait=False)
 
     def _judge(self, terms: clipping.Terms) -> clipping.Verdict:
         if not terms.any:
@@ -265,33 +173,10 @@ class Engine:
             return False
         problem = problem_with_one_launch(optimizer, self.executors, terms, self.plan.reduction, is_deferred)
         if problem is not None and launches == 1:
-            self._drop_unwritten(optimizer)
+            self.drop_unwritten(optimizer)
             raise RuntimeError(clipping.IMPOSSIBLE.format(problem))
         # Without a verdict the update is one launch by itself.
         return problem is None and terms.any
-
-    def synchronize(self, optimizer: Any) -> None:
-        """Wait for what the device has not told yet, so that ``optimizer.state`` is exact."""
-        if self.plan is not None:
-            self._hear(optimizer, wait=True)
-        if self.plan is not None and self.deferred is not None:
-            self._drop_unwritten(optimizer)
-
-    def _hear(self, optimizer: Any, wait: bool) -> None:
-        """Take back the steps that turned out to be skipped."""
-        skipped = self.skips.resolve(wait)
-        if skipped:
-            self.plan.advance(optimizer, -skipped)
-            self._drop_unwritten(optimizer)
-
-    def _drop_unwritten(self, optimizer: Any) -> None:
-        if not optimizer.counts_steps:
-            self.plan.drop_unwritten(optimizer)
-            self.plan = None
-
-    def forget(self) -> None:
-        """Build a new plan at the next step."""
-        self.plan = self.roster = self.unlisted = None
 
     def grad_norm(self) -> Tensor | None:
         return self.verdict.grad_norm(self._norm_dtype())
@@ -305,10 +190,3 @@ class Engine:
 
     def skipped_steps(self) -> Tensor:
         return self.skips.total()
-
-    def layout(self) -> str:
-        if self.left is not None:
-            return f"torch.optim's own step: {self.left}"
-        if self.plan is None:
-            return "nothing yet: the layout is decided at the first step"
-        return "\n".join(map(str, self.plan.buckets)) or "no parameter had a gradient"

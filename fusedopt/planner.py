@@ -1,0 +1,157 @@
+"""The plan of an optimizer's steps, as long as it holds; where it does not, another one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import chain
+from operator import attrgetter
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import capture, clipping
+from .executors import make_executor
+from .groups import get_params
+from .metrics import Tracker
+from .places import Place
+from .plan import Plan, without_collection
+from .roster import Roster
+from .shards import any_distributed, local_grads
+from .skips import Skips
+from .torch_step import NotFusable, left_to_torch
+
+get_grad = attrgetter("grad")
+
+
+class Planner:
+    """Finds the plan for the gradients of a step, and what runs it."""
+
+    def __init__(self) -> None:
+        self.places: dict[Tensor, Place] = {}
+        self.plan: Plan | None = None
+        self.roster: Roster | None = None
+        self.unlisted: Plan | None = None
+        """The latest plan, if it is not from the roster and not in it."""
+        self.executors: list[Any] = []
+        """One for each bucket of the plan."""
+        self.tracker: Tracker | None = None
+        """For the plan, where ``track`` is set."""
+        self.distributed = False
+        """Whether some parameters are distributed over ranks."""
+        self.left: NotFusable | None = None
+        """Why the latest step was torch's own."""
+        self.skips = Skips()
+        self.deferred: clipping.Deferred | None = None
+        """What ``clip_grad_norm_`` left for the next step to do."""
+        self.owes_zeros = False
+        """Whether this step shall leave zeros in place of the gradients."""
+
+    def with_gradients(self, optimizer: Any, act: Callable[[Any, list[Tensor | None]], None]) -> bool:
+        """Do something with the gradients of this step, or return False if there are none."""
+        if self.left is not None and self.left.lasts(optimizer):
+            raise self.left.with_traceback(None)
+        known = self.plan is not None and self.plan.knows(optimizer)
+        params = self.plan.params if known else list(chain.from_iterable(map(get_params, optimizer.param_groups)))
+        grads = list(map(get_grad, params))
+        parts = local_grads(params, grads) if self.distributed else grads
+        if not known or not self.plan.holds(parts):
+            if not self.distributed and any_distributed(params):
+                self.distributed = True
+                parts = local_grads(params, grads)
+            if not self._select(optimizer, params, parts):
+                self._build(optimizer, parts)
+        if not self.executors and not self.plan.reduction.communicates:
+            return False
+        try:
+            try:
+                for executor in self.executors:
+                    executor.take(parts, self.plan.as_planned, self.owes_zeros)
+            except RuntimeError:
+                # Nothing was changed yet. A new plan looks at everything, and says what does not fit.
+                self._build(optimizer, parts)
+                raise
+            act(optimizer, grads)
+        finally:
+            for executor in self.executors:
+                executor.release()
+        return True
+
+    @torch.inference_mode(False)  # states made in inference mode could not be written to outside it
+    @torch.no_grad()  # which the line above switches off
+    @without_collection()
+    def _build(self, optimizer: Any, grads: list[Tensor | None]) -> None:
+        devices = {p.device for group in optimizer.param_groups for p in group["params"]}
+        left = left_to_torch(optimizer, devices)
+        if left is None:
+            capture.refuse_to_build(devices)
+        self.synchronize(optimizer)
+        self.let_go()
+        if left is not None:
+            raise left
+        plan = Plan(optimizer, self.places, grads)
+        self.follow(optimizer, plan)
+        self.unlisted = plan
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    @without_collection()
+    def _select(self, optimizer: Any, params: list[Tensor], grads: list[Tensor | None]) -> bool:
+        """Put a plan together where all that changed is which of the known parameters have gradients."""
+        earlier = self.plan
+        if earlier is None or [g is not None for g in grads] == earlier.present:
+            return False
+        capture.refuse_to_build(earlier.devices)
+        self.synchronize(optimizer)
+        if self.plan is None:
+            return False
+        if self.unlisted is not None:
+            self.roster, self.unlisted = Roster.of(optimizer, self.unlisted, self.roster), None
+        plan = None if self.roster is None else self.roster.plan(optimizer, params, grads)
+        if plan is not None:
+            self.follow(optimizer, plan)
+        return plan is not None
+
+    def let_go(self) -> None:
+        """Forget the plan, and what was found out about the gradients by it."""
+        self.plan = self.tracker = None
+
+    def follow(self, optimizer: Any, plan: Plan) -> None:
+        """Make what runs the plan."""
+        self.let_go()
+        self.executors = [make_executor(bucket, optimizer._settings) for bucket in plan.buckets]
+        tracks = optimizer._settings.track is not None
+        self.tracker = Tracker(plan.params, self.executors, plan.reduction) if tracks else None
+        plan.note_memory(self.executors)
+        self.plan, self.left = plan, None
+
+    def synchronize(self, optimizer: Any) -> None:
+        """Wait for what the device has not told yet, so that ``optimizer.state`` is exact."""
+        if self.plan is not None:
+            self.hear(optimizer, wait=True)
+        if self.plan is not None and self.deferred is not None:
+            self.drop_unwritten(optimizer)
+
+    def hear(self, optimizer: Any, wait: bool) -> None:
+        """Take back the steps that turned out to be skipped."""
+        skipped = self.skips.resolve(wait)
+        if skipped:
+            self.plan.advance(optimizer, -skipped)
+            self.drop_unwritten(optimizer)
+
+    def drop_unwritten(self, optimizer: Any) -> None:
+        """Of states that no step has written yet, where no step count says so."""
+        if not optimizer.counts_steps:
+            self.plan.drop_unwritten(optimizer)
+            self.plan = None
+
+    def forget(self) -> None:
+        """Build a new plan at the next step."""
+        self.plan = self.roster = self.unlisted = None
+
+    def layout(self) -> str:
+        if self.left is not None:
+            return f"torch.optim's own step: {self.left}"
+        if self.plan is None:
+            return "nothing yet: the layout is decided at the first step"
+        return "\n".join(map(str, self.plan.buckets)) or "no parameter had a gradient"
