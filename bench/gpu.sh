@@ -8,19 +8,8 @@ cd "$(dirname "$0")/.."
 FUSEDOPT_COMMIT=${FUSEDOPT_COMMIT:-$(git describe --always --dirty 2>/dev/null || echo unknown)}
 export FUSEDOPT_COMMIT PYTHONUNBUFFERED=1
 
-# A checkout that is not installed, or another one that is: run in a copy in which "import fusedopt" finds this one.
-if ! (cd / && python3 - "$OLDPWD" <<'END') 2>/dev/null; then
-import pathlib, sys
-import fusedopt.kernels
-sys.exit(pathlib.Path(fusedopt.__file__).resolve().parent != pathlib.Path(sys.argv[1]).resolve() / "fusedopt")
-END
-    copy=$(mktemp -d)
-    trap 'rm -rf "$copy"' EXIT
-    tar --exclude=./.git --exclude=./.venv --exclude=__pycache__ -cf - . | tar -xf - -C "$copy"
-    cp -r kernels "$copy/fusedopt/kernels"
-    cd "$copy"
-    export PYTHONPATH="$copy${PYTHONPATH:+:$PYTHONPATH}"
-fi
+# This checkout, whether it is installed, or another one is, or none.
+export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 
 python3 -m fusedopt info | tee "$out/info.txt"
 nvidia-smi >>"$out/info.txt" 2>&1 || true

@@ -1,5 +1,11 @@
 """fusedopt: torch.optim with the whole step in one or two GPU launches, and a fast torch fallback."""
 
+from pathlib import Path
+
+if not Path(__file__).with_name("kernels").exists():
+    # In a checkout they lie beside the package (setup.cfg), and are found there whether it is installed or not.
+    __path__.append(str(Path(__file__).resolve().parent.parent))
+
 from . import schedules, stopping
 from .adadelta import Adadelta
 from .adagrad import Adagrad

@@ -4,6 +4,8 @@ module is where a reader of CONTRIBUTING looks for it."""
 import ast
 import graphlib
 import re
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -114,3 +116,12 @@ def test_every_module_is_on_the_map(folder):
     (table,) = re.findall(rf"^\| in `{folder}/` .*\n\|---\|---\|\n((?:\|.*\n)+)", text, re.MULTILINE)
     listed = [name for row in table.splitlines() for name in re.findall(r"`(\w+)`", row.split("|")[1])]
     assert sorted(listed) == sorted(path.stem for path in ROOT.glob(f"{folder}/*.py") if path.stem != "__init__")
+
+
+def test_a_checkout_that_is_not_installed(tmp_path):
+    """It is found whole, also where another one is installed."""
+    for folder in ("fusedopt", "kernels"):
+        shutil.copytree(ROOT / folder, tmp_path / folder)
+    code = "import fusedopt.kernels; print(fusedopt.__file__, fusedopt.kernels.__file__)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [str(tmp_path / folder / "__init__.py") for folder in ("fusedopt", "kernels")]
