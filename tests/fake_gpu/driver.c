@@ -44,7 +44,7 @@ SAYS(*value = attribute == CU_FUNC_ATTRIBUTE_MAX_THREADS_PER_BLOCK ? 1024 : 0)
 CUresult cuDeviceGetAttribute(int *value, CUdevice_attribute attribute, CUdevice device)
 SAYS(*value = attribute == CU_DEVICE_ATTRIBUTE_WARP_SIZE ? 32 : 232448)
 
-enum { FUNCTIONS = 256, ARGUMENTS = 64, LAUNCHES = 1024 };
+enum { FUNCTIONS = 256, ARGUMENTS = 64, LAUNCHES = 1024, AT_ONCE = 32 };
 
 // A function is a number from 1. The driver learns the sizes of its arguments from a test.
 static uintptr_t functions;
@@ -77,7 +77,7 @@ static int is_cooperative(const CUlaunchConfig *config)
 CUresult cuLaunchKernelEx(const CUlaunchConfig *config, CUfunction f, void **params, void **extra)
 {
     int cooperative = is_cooperative(config);
-    if (cooperative && refuses_cooperative)
+    if (cooperative && (refuses_cooperative || config->gridDimX > AT_ONCE))
         return CUDA_ERROR_COOPERATIVE_LAUNCH_TOO_LARGE;
     if (runs && devices[(long)f] != current())
         return CUDA_ERROR_INVALID_CONTEXT;

@@ -1,5 +1,6 @@
 // The CUDA runtime that torch calls, without a GPU: device memory is the host's, streams run at once. Loaded before the
-// real one, for torch built for CUDA 13. What torch launches itself fails, and says its name: torch_kernels.py takes its place.
+// real one, for torch built for CUDA 13. What torch launches itself fails, and says its name: torch_kernels.py takes
+// its place.
 #define _GNU_SOURCE
 #include <cuda_runtime_api.h>
 #include <dlfcn.h>
@@ -82,9 +83,11 @@ API cudaPointerGetAttributes(struct cudaPointerAttributes *a, const void *p)
 typedef enum cudaMemcpyKind Kind;
 API cudaMemcpy(void *to, const void *from, size_t size, Kind kind) DOES(memmove(to, from, size))
 API cudaMemcpyAsync(void *to, const void *from, size_t size, Kind kind, cudaStream_t s) DOES(memmove(to, from, size))
-API cudaMemcpyPeerAsync(void *to, int a, const void *from, int b, size_t size, cudaStream_t s) DOES(memmove(to, from, size))
-API cudaMemcpy2DAsync(void *to, size_t to_row, const void *from, size_t row, size_t size, size_t rows, Kind k, cudaStream_t s)
-DOES(for (size_t i = 0; i < rows; i++) memmove((char *)to + i * to_row, (char *)from + i * row, size))
+API cudaMemcpyPeerAsync(void *to, int a, const void *from, int b, size_t size, cudaStream_t s)
+DOES(memmove(to, from, size))
+API cudaMemcpy2DAsync(void *to, size_t to_row, const void *from, size_t from_row, size_t size, size_t rows, Kind kind,
+                      cudaStream_t s)
+DOES(for (size_t i = 0; i < rows; i++) memmove((char *)to + i * to_row, (char *)from + i * from_row, size))
 API cudaMemset(void *p, int value, size_t size) DOES(memset(p, value, size))
 API cudaMemsetAsync(void *p, int value, size_t size, cudaStream_t s) DOES(memset(p, value, size))
 API cudaMemcpyToSymbol(const void *to, const void *from, size_t size, size_t offset, Kind kind) DOES()
@@ -92,9 +95,22 @@ API cudaGetSymbolAddress(void **p, const void *symbol) DOES(*p = (void *)symbol)
 
 // --- Devices: two small H200.
 
-API cudaGetDeviceCount(int *count) DOES(*count = DEVICES)
+API cudaGetDeviceCount(int *count)
+{
+    const char *visible = getenv("CUDA_VISIBLE_DEVICES");
+    *count = visible && !*visible ? 0 : DEVICES;
+    return *count ? cudaSuccess : cudaErrorNoDevice;
+}
+
 API cudaGetDevice(int *found) DOES(*found = device)
-API cudaSetDevice(int next) { if (next < 0 || next >= DEVICES) return cudaErrorInvalidDevice; device = next; return cudaSuccess; }
+API cudaSetDevice(int next)
+{
+    if (next < 0 || next >= DEVICES)
+        return cudaErrorInvalidDevice;
+    device = next;
+    return cudaSuccess;
+}
+
 API cudaDeviceSynchronize(void) DOES()
 API cudaDeviceGetPCIBusId(char *id, int size, int d) DOES(snprintf(id, size, "0000:0%d:00.0", d))
 API cudaDeviceGetStreamPriorityRange(int *least, int *greatest) DOES(*least = 0; *greatest = -5)
@@ -107,7 +123,12 @@ API cudaProfilerStop(void) DOES()
 API cudaGetLastError(void) { API found = last; last = cudaSuccess; return found; }
 API cudaPeekAtLastError(void) { return last; }
 const char *cudaGetErrorName(API error) { return "an error without a GPU"; }
-const char *cudaGetErrorString(API error) { static char text[32]; snprintf(text, sizeof text, "CUDA error %d", error); return text; }
+const char *cudaGetErrorString(API error)
+{
+    static char text[32];
+    snprintf(text, sizeof text, "CUDA error %d", error);
+    return text;
+}
 
 API cudaDeviceGetAttribute(int *value, enum cudaDeviceAttr attribute, int d)
 DOES(*value = attribute == cudaDevAttrComputeCapabilityMajor ? 9 : attribute == cudaDevAttrComputeCapabilityMinor ? 0 :
@@ -141,7 +162,8 @@ API cudaGetDriverEntryPointByVersion(const char *name, void **f, unsigned versio
     return *f ? cudaSuccess : cudaErrorSymbolNotFound;
 }
 
-API cudaGetDriverEntryPoint(const char *name, void **f, unsigned long long flags, enum cudaDriverEntryPointQueryResult *result)
+API cudaGetDriverEntryPoint(const char *name, void **f, unsigned long long flags,
+                            enum cudaDriverEntryPointQueryResult *result)
 {
     return cudaGetDriverEntryPointByVersion(name, f, 0, flags, result);
 }
@@ -170,7 +192,8 @@ API cudaStreamQuery(cudaStream_t s) { return wait(); }
 API cudaStreamSynchronize(cudaStream_t s) { return wait(); }
 API cudaStreamGetPriority(cudaStream_t s, int *priority) DOES(*priority = 0)
 API cudaStreamWaitEvent(cudaStream_t s, cudaEvent_t event, unsigned flags) DOES()
-API cudaStreamAddCallback(cudaStream_t s, cudaStreamCallback_t f, void *data, unsigned flags) DOES(f(s, cudaSuccess, data))
+API cudaStreamAddCallback(cudaStream_t s, cudaStreamCallback_t f, void *data, unsigned flags)
+DOES(f(s, cudaSuccess, data))
 API cudaLaunchHostFunc(cudaStream_t s, cudaHostFn_t f, void *data) DOES(f(data))
 
 struct event { int answers; };
@@ -181,7 +204,13 @@ API cudaEventCreateWithFlags(cudaEvent_t *event, unsigned flags) DOES(*event = N
 API cudaEventDestroy(cudaEvent_t event) DOES(free(event))
 API cudaEventRecord(cudaEvent_t event, cudaStream_t s) DOES(((struct event *)event)->answers = late)
 API cudaEventRecordWithFlags(cudaEvent_t event, cudaStream_t s, unsigned flags) { return cudaEventRecord(event, s); }
-API cudaEventQuery(cudaEvent_t event) { return wait() ? last : ((struct event *)event)->answers-- > 0 ? cudaErrorNotReady : cudaSuccess; }
+API cudaEventQuery(cudaEvent_t event)
+{
+    if (wait())
+        return last;
+    return ((struct event *)event)->answers-- > 0 ? cudaErrorNotReady : cudaSuccess;
+}
+
 API cudaEventSynchronize(cudaEvent_t event) { ((struct event *)event)->answers = 0; return wait(); }
 API cudaEventElapsedTime(float *ms, cudaEvent_t a, cudaEvent_t b) DOES(*ms = 1)
 
@@ -211,8 +240,9 @@ API cudaStreamEndCapture(cudaStream_t s, cudaGraph_t *graph)
     return cudaSuccess;
 }
 
-API cudaStreamGetCaptureInfo(cudaStream_t s, enum cudaStreamCaptureStatus *status, unsigned long long *id, cudaGraph_t *graph,
-                             const cudaGraphNode_t **nodes, const cudaGraphEdgeData **edges, size_t *count)
+API cudaStreamGetCaptureInfo(cudaStream_t s, enum cudaStreamCaptureStatus *status, unsigned long long *id,
+                             cudaGraph_t *graph, const cudaGraphNode_t **nodes, const cudaGraphEdgeData **edges,
+                             size_t *count)
 {
     if (id)
         *id = of(s)->capture;
@@ -224,8 +254,10 @@ API cudaStreamGetCaptureInfo(cudaStream_t s, enum cudaStreamCaptureStatus *statu
 }
 
 API cudaThreadExchangeStreamCaptureMode(enum cudaStreamCaptureMode *mode) DOES()
-API cudaGraphInstantiate(cudaGraphExec_t *exec, cudaGraph_t graph, unsigned long long flags) DOES(*exec = (cudaGraphExec_t)graph)
-API cudaGraphInstantiateWithFlags(cudaGraphExec_t *exec, cudaGraph_t graph, unsigned long long flags) DOES(*exec = (cudaGraphExec_t)graph)
+API cudaGraphInstantiate(cudaGraphExec_t *exec, cudaGraph_t graph, unsigned long long flags)
+DOES(*exec = (cudaGraphExec_t)graph)
+API cudaGraphInstantiateWithFlags(cudaGraphExec_t *exec, cudaGraph_t graph, unsigned long long flags)
+DOES(*exec = (cudaGraphExec_t)graph)
 API cudaGraphLaunch(cudaGraphExec_t exec, cudaStream_t s) DOES(if (on_replay) on_replay(exec))
 API cudaGraphGetNodes(cudaGraph_t graph, cudaGraphNode_t *nodes, size_t *count) DOES(*count = 1)
 API cudaGraphDestroy(cudaGraph_t graph) DOES()
@@ -248,7 +280,8 @@ void **__cudaRegisterFatBinary(void *binary) { static void *handle; return &hand
 void __cudaRegisterFatBinaryEnd(void **handle) {}
 void __cudaUnregisterFatBinary(void **handle) {}
 void __cudaRegisterVar(void **h, char *v, char *d, const char *n, int e, size_t s, int c, int g) {}
-void __cudaRegisterFunction(void **h, const char *f, char *d, const char *name, int t, void *a, void *b, void *c, void *e, int *w)
+void __cudaRegisterFunction(void **h, const char *f, char *d, const char *name, int t, void *a, void *b, void *c,
+                            void *e, int *w)
 {
     if (count < KERNELS) {
         kernels[count].f = f;
@@ -257,13 +290,24 @@ void __cudaRegisterFunction(void **h, const char *f, char *d, const char *name, 
 }
 
 unsigned __cudaPushCallConfiguration(dim3 grid, dim3 block, size_t shared, void *s) { return 0; }
-API __cudaPopCallConfiguration(dim3 *grid, dim3 *block, size_t *shared, void *s) DOES(*grid = *block = (dim3){1, 1, 1}; *shared = 0; *(void **)s = NULL)
+API __cudaPopCallConfiguration(dim3 *grid, dim3 *block, size_t *shared, void *s)
+DOES(*grid = *block = (dim3){1, 1, 1}; *shared = 0; *(void **)s = NULL)
 API __cudaGetKernel(cudaKernel_t *kernel, const void *f) DOES(*kernel = (cudaKernel_t)f)
-API __cudaLaunchKernel(cudaKernel_t kernel, dim3 a, dim3 b, void **args, size_t shared, cudaStream_t s) { return fails(kernel); }
+API __cudaLaunchKernel(cudaKernel_t f, dim3 a, dim3 b, void **args, size_t shared, cudaStream_t s) { return fails(f); }
 API cudaLaunchKernel(const void *f, dim3 a, dim3 b, void **args, size_t shared, cudaStream_t s) { return fails(f); }
 API cudaLaunchKernelExC(const cudaLaunchConfig_t *config, const void *f, void **args) { return fails(f); }
-API cudaLaunchCooperativeKernel(const void *f, dim3 a, dim3 b, void **args, size_t shared, cudaStream_t s) { return fails(f); }
+API cudaLaunchCooperativeKernel(const void *f, dim3 a, dim3 b, void **args, size_t shared, cudaStream_t s)
+{
+    return fails(f);
+}
+
 API cudaFuncSetAttribute(const void *f, enum cudaFuncAttribute attribute, int value) DOES()
-API cudaFuncGetAttributes(struct cudaFuncAttributes *a, const void *f) DOES(memset(a, 0, sizeof *a); a->maxThreadsPerBlock = 1024)
-API cudaOccupancyMaxActiveBlocksPerMultiprocessor(int *blocks, const void *f, int threads, size_t shared) DOES(*blocks = 2)
-API cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(int *blocks, const void *f, int threads, size_t s, unsigned flags) DOES(*blocks = 2)
+API cudaFuncGetAttributes(struct cudaFuncAttributes *a, const void *f)
+DOES(memset(a, 0, sizeof *a); a->maxThreadsPerBlock = 1024)
+API cudaOccupancyMaxActiveBlocksPerMultiprocessor(int *blocks, const void *f, int threads, size_t shared)
+DOES(*blocks = 2)
+API cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(int *blocks, const void *f, int threads, size_t shared,
+                                                           unsigned flags)
+DOES(*blocks = 2)
+
+void _ZN2at4cuda5sleepEl(int64_t cycles) {}     // at::cuda::sleep

@@ -66,7 +66,7 @@ class Call:
         if isinstance(x, torch.device) and x.type == "cuda":
             self.device = x
             return torch.device("cpu")
-        return None if isinstance(x, torch.Generator) else x
+        return _generator(x) if isinstance(x, torch.Generator) else x
 
     def __call__(self) -> Any:
         captured = bool(current)
@@ -114,6 +114,13 @@ class Call:
         return new[-1]
 
 
+def _generator(of_gpu: torch.Generator) -> torch.Generator:
+    """The host's, for one call: other numbers than a GPU's, and as often the same."""
+    offset = of_gpu.get_offset()
+    of_gpu.set_offset(offset + 4)  # philox makes four at a time
+    return torch.Generator().manual_seed(of_gpu.initial_seed() + offset)
+
+
 def _tensor(x: Any, like: Tensor | None) -> Any:
     if not isinstance(x, (int, float)):
         return x
@@ -139,6 +146,8 @@ def on_replay(graph: int) -> None:
 def install() -> None:
     torch.cuda.init()
     torch.backends.cudnn.enabled = False
+    torch.backends.cuda.enable_flash_sdp(False)
+    torch.backends.cuda.enable_mem_efficient_sdp(False)
     for name, callback in (("on_capture", on_capture), ("on_replay", on_replay)):
         where = ctypes.c_void_p.in_dll(runtime, name)
         where.value = ctypes.cast(callback, ctypes.c_void_p).value
