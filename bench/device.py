@@ -17,14 +17,13 @@ import torch
 CYCLES = 2e9
 """Per second, at most: for how long ``torch.cuda._sleep`` lasts."""
 
-COPY_BYTES = {"cuda": 2**30, "cpu": 2**26}
-"""Per copy, several times any cache. (A CPU's copy of it takes some 10 ms.)"""
-
 
 class Cpu:
     """Everything happens at once, so the host's time is all there is."""
 
     name = "cpu"
+    copy_bytes = 2**26
+    """Of the copy that says how fast its memory is: several times any cache. (It takes a CPU some 10 ms.)"""
 
     def settle(self) -> None:
         pass
@@ -56,6 +55,7 @@ class Cpu:
 
 class Cuda(Cpu):
     name = "cuda"
+    copy_bytes = 2**30
 
     def __init__(self) -> None:
         self.side = torch.cuda.Stream()
@@ -106,9 +106,9 @@ def device(name: str | None = None) -> Cpu:
     return Cuda() if name == "cuda" else Cpu()
 
 
-def copy_bandwidth(on: Cpu, size: int | None = None) -> float:
+def copy_bandwidth(on: Cpu) -> float:
     """Bytes read and written per second by a copy: the ceiling for everything that streams through memory."""
-    source = torch.empty((size or COPY_BYTES[on.name]) // 4, device=on.name).fill_(1.0)
+    source = torch.empty(on.copy_bytes // 4, device=on.name).fill_(1.0)
     target = torch.empty_like(source)
     times = []
     for _ in range(10):

@@ -3,8 +3,8 @@
     bash bench/gpu.sh OUT [--only PART ...] [--dry]
 
 is how to start it (gpu.sh makes a bare checkout importable). Every row goes to OUT/history.csv as soon as it is known,
-every single time to OUT/history.jsonl, and a table comes last. ``--dry`` goes through all of it on a CPU, in Triton's
-interpreter, with tiny shapes.
+every single time to OUT/history.jsonl, and a table comes last. ``--dry`` goes through all of it with tiny shapes, and
+without a GPU in Triton's interpreter.
 """
 
 from __future__ import annotations
@@ -17,20 +17,19 @@ import signal
 import sys
 import time
 import traceback
+from typing import NamedTuple
 
-DRY = "--dry" in sys.argv
-if DRY:
+import torch
+
+if "--dry" in sys.argv and not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton
 
-from typing import NamedTuple  # noqa: E402
-
-import gpu_checks  # noqa: E402
-import gpu_speed  # noqa: E402
-import gpu_tests  # noqa: E402
-import torch  # noqa: E402
-from gpu_run import Run  # noqa: E402
-from history import read  # noqa: E402
-from report import summary  # noqa: E402
+import gpu_checks
+import gpu_speed
+import gpu_tests
+from gpu_run import Run
+from history import read
+from report import summary
 
 
 class Part(NamedTuple):
@@ -67,17 +66,17 @@ def main() -> int:
     parser.add_argument("out", type=pathlib.Path)
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--minutes", type=float, default=MINUTES, help="for everything (default: %(default)s)")
-    parser.add_argument("--dry", action="store_true", help="on a CPU, in the interpreter, with tiny shapes")
+    parser.add_argument("--dry", action="store_true", help="with tiny shapes; without a GPU in the interpreter")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     patience = 10 if options.dry else 1  # a dry run says nothing of times, and may share its cores
-    if options.dry:
-        import_for_all()
     end = time.monotonic() + 60 * options.minutes * patience
     run = Run(options.out, options.dry)
+    if run.where == "cpu":
+        import_for_all()
     for name, part in PARTS.items():
         if name in options.only:
-            seconds = run.limit = min(part.seconds * patience, end - time.monotonic())
+            seconds = min(part.seconds * patience, end - time.monotonic())
             if seconds < 15:
                 print(f"=== {name}: no time left; run it with --only {name}", flush=True)
             else:
@@ -103,18 +102,28 @@ def within(seconds: float, name: str, run: Run) -> None:
     A new interpreter per part takes seconds; without a GPU a fork does, which cannot take an initialised GPU along.
     """
     begin = time.monotonic()
-    process = multiprocessing.get_context("fork" if run.dry else "spawn").Process(target=inside, args=(name, run))
+    run.end = begin + seconds
+    start = multiprocessing.get_context("fork" if run.where == "cpu" else "spawn")
+    process = start.Process(target=inside, args=(name, run))
     process.start()
     process.join(seconds)
     took = f"{time.monotonic() - begin:.0f} s"
     if process.is_alive():
-        os.killpg(process.pid, signal.SIGKILL)
-        process.join()
+        kill(process)
+        process.join(10)
         run.result(name, "all of it", "failed", f"cut off after {took}; its rows up to then stand")
     elif process.exitcode != 0:
         run.result(name, "all of it", "failed", f"ended with exit code {process.exitcode} after {took}")
     else:
         print(f"--- {name}: {took}", flush=True)
+
+
+def kill(process: multiprocessing.Process) -> None:
+    """With all that it has started."""
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:  # it was still importing
+        process.kill()
 
 
 def inside(name: str, run: Run) -> None:

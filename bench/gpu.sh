@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # All tests, checks and benchmarks that want a GPU, in under ten minutes: bash bench/gpu.sh OUT [--only PART ...]
-# bench/gpu.py says what there is. Needs no network, and installs nothing; --dry tries it all without a GPU.
+# bench/gpu.py says what there is. Needs no network, and installs nothing; --dry tries it all with tiny shapes, also
+# without a GPU.
 set -euo pipefail
 out=$(mkdir -p "${1:?usage: bash bench/gpu.sh OUT [--only PART ...] [--dry]}" && cd "$1" && pwd)
 shift

@@ -19,21 +19,25 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 
 class Run:
-    """One run of gpu.py. Nothing here touches a GPU before a part does."""
+    """One run of gpu.py. Nothing here touches a GPU before a part does, but to see whether there is one."""
 
     def __init__(self, out: pathlib.Path, dry: bool):
         self.out, self.dry = out, dry
         self.history = out / "history.csv"
         self.backend = "triton" if dry else None
-        self.limit = 0.0
-        """Seconds after which the part that runs is ended."""
+        self.where = "cpu" if dry and not torch.cuda.is_available() else "cuda"
+        self.end = 0.0
+        """When the part that runs is ended, as ``time.monotonic()`` tells it in every process."""
         self.models = {name: tiny(groups) for name, groups in MODELS.items()} if dry else MODELS
 
     @functools.cached_property
     def on(self) -> Cpu:
-        """The GPU, or in a dry run the CPU."""
+        """The GPU, or in a dry run without one the CPU."""
         torch.set_num_threads(1)
-        return device("cpu" if self.dry else "cuda")
+        on = device(self.where)
+        if self.dry:
+            on.copy_bytes = 2**20
+        return on
 
     def few(self, things: Sequence[Any], count: int = 1) -> list[Any]:
         """All of them; in a dry run only the first."""
@@ -52,5 +56,5 @@ class Run:
     def result(self, part: str, name: str, status: str, note: str) -> None:
         """A row of a check: ``status`` "ok", "failed" or "skipped", and what was seen."""
         # Asking for the GPU's name would start it, which the process that only starts others must not.
-        where = surroundings("cpu" if self.dry else "cuda")
+        where = surroundings(self.where)
         self.write(Row(**where, part=part, implementation=name, status=status, note=note))

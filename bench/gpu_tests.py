@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 
 from gpu_run import ROOT, Run
@@ -18,6 +19,9 @@ NOT_HERE = "test_bench.py"
 MOST = 16
 """Processes at a time."""
 
+RESERVE = 15
+"""Seconds of the part's time in which to read what they have printed."""
+
 
 def tests(run: Run) -> None:
     folder = ROOT / "tests"
@@ -25,45 +29,52 @@ def tests(run: Run) -> None:
     # A dry run must not test everything again, only see that pytest can be started here.
     chosen = [folder / "test_imports.py"] if run.dry else [folder, *(f"--ignore={path}" for path in ignored)]
     command = [sys.executable, "-m", "pytest", "-v", "--tb=short", "-p", "no:cacheprovider", *map(str, chosen)]
-    command += ["--continue-on-collection-errors", "-p", "shard"]
+    command += ["--continue-on-collection-errors", "-o", "faulthandler_timeout=60", "-p", "shard"]
     if run.dry:
         command += ["-k", "bench"]
     # Most of a test's time on a GPU is compiling, which one core does.
     count = 2 if run.dry else min(MOST, os.cpu_count() or 1)
-    codes = _run([[*command, f"--shard={part}/{count}"] for part in range(count)], run)
-    text = "".join(_log(run, part).read_text() for part in range(count))
+    codes, texts = _run([[*command, f"--shard={part}/{count}"] for part in range(count)], run.end - RESERVE)
+    text = "\n".join(texts)
+    (run.out / "tests.txt").write_text(text)
     lines = [f" {line} " for line in text.splitlines() if "%]" in line and "::" in line]
     counts = {word: sum(f" {word} " in line for line in lines) for word in ("PASSED", "FAILED", "ERROR", "SKIPPED")}
     failed = [re.search(r"\S+::\S+", line)[0] for line in lines if " FAILED " in line or " ERROR " in line]
     failed += sorted(set(re.findall(r"^ERROR (\S+\.py)", text, flags=re.MULTILINE)))
-    ended = ", ".join(sorted({"cut off" if code is None else f"exit code {code}" for code in codes}))
-    note = f"{', '.join(f'{count} {word.lower()}' for word, count in counts.items())}; {ended}"
+    ended = [f"cut off in {_latest(text)}" if code is None else f"exit code {code}" for code, text in zip(codes, texts)]
+    note = f"{', '.join(f'{count} {word.lower()}' for word, count in counts.items())}; {', '.join(sorted(set(ended)))}"
     run.result("tests", "pytest", "ok" if set(codes) == {0} else "failed", " ".join([note, *failed[:20]]))
 
 
-def _run(commands: list[list[str]], run: Run) -> list[int | None]:
-    """Run them side by side, as long as there is time. Their exit codes, None for those that were cut off."""
+def _run(commands: list[list[str]], end: float) -> tuple[list[int | None], list[str]]:
+    """Run them side by side, until ``end`` at most. Their exit codes, None for those that were cut off, and what they
+    have printed."""
     paths = [str(ROOT / "bench"), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
-    started, end = [], time.monotonic() + run.limit - 10
-    for part, command in enumerate(commands):
-        with _log(run, part).open("w") as file:
-            # A session of its own, so that what a run that hangs has started can be ended with it.
-            started.append(
-                subprocess.Popen(
-                    command, cwd=ROOT, env=environment, stdout=file, stderr=file, start_new_session=True
-                )
-            )  # fmt: skip
-    codes: list[int | None] = []
-    for process in started:
-        try:
-            codes.append(process.wait(max(0.0, end - time.monotonic())))
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-            codes.append(None)
-    return codes
+    with tempfile.TemporaryDirectory() as folder:
+        logs = [pathlib.Path(folder) / str(part) for part in range(len(commands))]
+        started = []
+        for log, command in zip(logs, commands):
+            with log.open("w") as file:
+                # A session of its own, so that what a run that hangs has started can be ended with it.
+                started.append(
+                    subprocess.Popen(
+                        command, cwd=ROOT, env=environment, stdout=file, stderr=file, start_new_session=True
+                    )
+                )  # fmt: skip
+        codes = [_wait(process, end) for process in started]
+        return codes, [log.read_text(errors="replace") for log in logs]
 
 
-def _log(run: Run, part: int) -> pathlib.Path:
-    return run.out / f"tests-{part}.txt"
+def _wait(process: subprocess.Popen, end: float) -> int | None:
+    try:
+        return process.wait(max(0.0, end - time.monotonic()))
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        return None
+
+
+def _latest(text: str) -> str:
+    """The test that was running when no more was printed."""
+    return (re.findall(r"^\S+\.py::\S+", text, flags=re.MULTILINE) or ["no test yet"])[-1]

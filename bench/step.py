@@ -47,7 +47,7 @@ def line(row: Row) -> str:
     """One row of the table."""
     marks = " ".join([row.dtype, *(["clip"] if row.clip else []), *(["amp"] if row.amp else [])])
     start = f"{row.model:10} {row.optimizer:25} {marks:13} {row.implementation:17}"
-    if row.status != "ok":
+    if row.status != "ok" or row.wall_us is row.device_us is None:
         return f"{start} {row.status}: {row.note}"
     times = " ".join(f"{'' if x is None else x:>9}" for x in (row.wall_us, row.host_us, row.device_us))
     if row.ratio is None:

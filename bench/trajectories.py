@@ -1,12 +1,12 @@
-"""What every rule makes of the same numbers: on a GPU, and here, in a program of its own, in Triton's interpreter.
+"""What every rule makes of the same numbers: on a GPU, or with TRITON_INTERPRET=1 in Triton's interpreter.
 
-TRITON_INTERPRET=1 python bench/interpreted.py FILE [--few]
+python bench/trajectories.py FILE K/N [--few]         # of the rules each N-th, from the K-th
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -16,15 +16,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
 from rule_cases import ADDRESSES, CASES, CHAINS, optimizer, parameters, results, set_gradients, tensors
 
+from fusedopt import backends
+
 SIZES = [2500, 33]
 STEPS = 3
 FEW = [1500, 33]
 
 
-def trajectories(device: torch.device, few: bool = False) -> Iterator[tuple[str, list[torch.Tensor]]]:
+def trajectories(device: str, cases: Iterable[str], sizes: list[int]) -> Iterator[tuple[str, list[torch.Tensor]]]:
     """(label, parameters and states) after a few steps of every rule x address x {plain, all stages} x dtype."""
-    sizes = FEW if few else SIZES
-    for case in list(CASES)[: 1 if few else None]:
+    for case in cases:
         for address in ADDRESSES:
             for chain in ("none", "all"):
                 for dtype in (torch.float32, torch.bfloat16):
@@ -38,7 +39,11 @@ def trajectories(device: torch.device, few: bool = False) -> Iterator[tuple[str,
 
 
 def main() -> None:
-    torch.save(dict(trajectories(torch.device("cpu"), "--few" in sys.argv)), sys.argv[1])
+    few = "--few" in sys.argv
+    part, count = map(int, sys.argv[2].split("/"))
+    cases = list(CASES)[: 1 if few else None][part::count]
+    device = "cpu" if backends.interpreting() else "cuda"
+    torch.save(dict(trajectories(device, cases, FEW if few else SIZES)), sys.argv[1])
 
 
 if __name__ == "__main__":
