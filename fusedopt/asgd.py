@@ -5,8 +5,8 @@
 
 ``weight_decay * p`` is added to g before the rule. eta begins at lr and mu at 1; both are numbers of each
 parameter, and what the t-th step makes of them is used by the next one. The average a is ``ax`` in its state.
-An infinite parameter becomes NaN, as with torch's foreach; torch's for-loop keeps it, since it multiplies p by
-1 - eta lambd, whose rounding adds up over the steps.
+Unless lambd is 0, an infinite parameter becomes NaN, as with torch's foreach; torch's for-loop keeps it, since it
+multiplies p by 1 - eta lambd, whose rounding adds up over the steps.
 
 Sources: Polyak and Juditsky, "Acceleration of stochastic approximation by averaging" (1992), in the form of
 Bottou's sgd-2; defaults and state of torch.optim 2.13.
