@@ -26,8 +26,8 @@ import multiprocessing
 import random
 import statistics
 import time
-from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
 from unittest import mock
 
 import history
@@ -225,10 +225,18 @@ def measure(name: str, model: Model, clip: bool, rounds: int) -> dict[str, Times
     return {label: case.times for label, case in made.items()}
 
 
-def measure_alone(*case: object) -> dict[str, Times]:
-    """The same in a process of its own: in memory where others have been, tensors lie scattered, and take longer."""
+def import_for_all(kinds: Iterable[str]) -> None:
+    """What every process would take seconds to import after its fork: what optimizers of torch and DTensors do."""
+    torch.optim.SGD([torch.zeros(1)])
+    if "DTensors" in kinds:
+        from torch.distributed import tensor  # noqa: F401
+        from torch.testing._internal.distributed import fake_pg  # noqa: F401
+
+
+def alone(function: Callable[..., Any], *args: object) -> Any:
+    """What it returns in a process of its own, which has what was imported here."""
     with multiprocessing.get_context("fork").Pool(1) as pool:
-        return pool.apply(measure, case)
+        return pool.apply(function, args)
 
 
 def quietest(passes: list[dict[str, Times]]) -> dict[str, Times]:
@@ -261,9 +269,11 @@ def main() -> None:
     driver.set_active(NoGPU())
     backends._device_problem = lambda device, requested: None  # CPU tensors are taken for those of the GPU
     counts = {"tensors": options.counts, "groups": options.groups, "DTensors": options.dtensors}
+    import_for_all(kind for kind, numbers in counts.items() if numbers)
     models = [Model(count, kind) for kind, numbers in counts.items() for count in numbers]
     wanted = [(name, model, clip) for name in options.optimizers for model in models for clip in (False, True)]
-    passes = [{case: measure_alone(*case, options.rounds) for case in wanted} for _ in range(options.passes)]
+    # In memory where others have been, tensors lie scattered, and take longer.
+    passes = [{case: alone(measure, *case, options.rounds) for case in wanted} for _ in range(options.passes)]
     print(f"{'optimizer':11} {'model':13}  clip  budget" + "".join(f"{k:>17}" for k in IMPLEMENTATIONS))
     for name, model, clip in wanted:
         made = quietest([one[name, model, clip] for one in passes])

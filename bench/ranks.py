@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import multiprocessing
 import statistics
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -223,18 +222,18 @@ def main() -> None:
     parser.add_argument("--save", action="store_true", help="append rows to history.csv")
     options = parser.parse_args()
     cases = [Case(*case.split("/")) for case in options.cases]
-    # A process belongs to one group, and to one rank of it, as long as it lives.
-    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as processes:
-        for world in options.ranks:
-            first, last = (processes.apply(watched, (rank, world, cases)) for rank in (0, world - 1))
-            for case, *pair in zip(cases, first, last):
-                ranks = dict(zip(("first", "last"), pair))
-                for place, rank in ranks.items():
-                    print(line(case, world, place, rank), flush=True)
-                if pair[0].collectives != pair[1].collectives:
-                    raise AssertionError("the first and the last rank would wait for each other for ever")
-                if options.save:
-                    history.append(rows(case, world, ranks, options.note))
+    torch.optim.SGD([torch.zeros(1)])  # imports what every rank would
+    for world in options.ranks:
+        # A process belongs to one group, and to one rank of it, as long as it lives.
+        first, last = (host.alone(watched, rank, world, cases) for rank in (0, world - 1))
+        for case, *pair in zip(cases, first, last):
+            ranks = dict(zip(("first", "last"), pair))
+            for place, rank in ranks.items():
+                print(line(case, world, place, rank), flush=True)
+            if pair[0].collectives != pair[1].collectives:
+                raise AssertionError("the first and the last rank would wait for each other for ever")
+            if options.save:
+                history.append(rows(case, world, ranks, options.note))
 
 
 if __name__ == "__main__":

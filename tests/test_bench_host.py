@@ -13,7 +13,8 @@ from fusedopt import backends
 
 @pytest.mark.skipif(backends.triton_problem() is not None, reason="measures the Triton backend")
 def test_every_case_is_measured(tmp_path):
-    options = ["--optimizers", "SGD", "--counts", "20", "--groups", "40", "--dtensors", "8", "--rounds", "2"]
+    models = ["--counts", "20", "--groups", "40", "--dtensors", "8"]
+    options = ["--optimizers", "SGD", *models, "--rounds", "2", "--passes", "2"]
     lines, _ = saved(tmp_path, "host.py", *options)
     cases = [
         ["SGD", *model.split(), clip] for model in ("20 tensors", "40 groups", "8 DTensors") for clip in ("no", "yes")
