@@ -19,21 +19,12 @@ from unittest import mock
 import torch
 import triton
 from absent_gpu import NoGPU, facts, per_thread, tiles_at_once, unfenced
+from extents import compiled_addresses, compiled_at_once, compiled_rules, launched_cases
 from form_cases import FORMS, FORMS_AT_ONCE, stored_cases
-from rule_cases import (
-    ADDRESSES,
-    AT_ONCE,
-    CASES,
-    CHAINS,
-    WITH_MEANS,
-    compiled_rules,
-    optimizer,
-    parameters,
-    set_gradients,
-)
+from rule_cases import ADDRESSES, AT_ONCE, CASES, CHAINS, WITH_MEANS, optimizer, parameters, set_gradients
 from triton.runtime import driver
 
-from fusedopt import backends, launch, means
+from fusedopt import backends, launch, means, triton_ahead
 from fusedopt.skips import Skips
 
 # The benchmarks' reading of machine code.
@@ -49,7 +40,7 @@ DTYPES = {
 }
 
 EXTENT = os.environ.get("FUSEDOPT_COMPILE", "some")
-"""How many rules: see rule_cases.compiled_rules."""
+"""How much: see extents.py."""
 
 
 def step_once(case, address, dtype, scaler=False, **settings):
@@ -100,18 +91,21 @@ def all_facts(target, dtype):
     """Facts about every rule x address with everything around it, and about the norm kernels."""
     gpu = NoGPU(target, dtype)
     driver.set_active(gpu)
-    rules = compiled_rules(target, dtype, EXTENT)
+    addresses = compiled_addresses(target, dtype, EXTENT)
     clips, norm = CHAINS["all"] | {"max_grad_norm": None}, {"max_grad_norm": 1.0, "skip_nonfinite": True}
-    cases = [case for case in CASES if case.split()[0] in rules and WITH_MEANS.get(case) != {}]
-    runs = [(case, address, clips | norm) for address in ADDRESSES for case in cases]
+    runs = []
+    for address in addresses:
+        rules = compiled_rules(target, dtype, address, EXTENT)
+        cases = [case for case in CASES if case.split()[0] in rules and WITH_MEANS.get(case) != {}]
+        runs += [(case, address, clips | norm) for case in cases]
     # Unscaling by the norm kernel, and, where no norm is needed, by a kernel of its own.
     runs += [("adam", "scattered", clips | settings | {"scaler": True}) for settings in (norm, {})]
     without = len(runs)
-    runs += [(case, a, clips | norm | settings) for a in ADDRESSES for case, settings in WITH_MEANS.items()]
+    runs += [(case, a, clips | norm | settings) for a in addresses for case, settings in WITH_MEANS.items()]
     end = len(runs)
-    runs += [(case, "scattered", clips | norm | {"launches": 1}) for case in AT_ONCE]
+    runs += [(case, "scattered", clips | norm | {"launches": 1}) for case in compiled_at_once(target, dtype, EXTENT)]
     tracked = clips | norm | {"track": "total"}
-    runs += [("adam", address, tracked) for address in ADDRESSES]
+    runs += [("adam", address, tracked) for address in addresses]
     runs += [("adam", "scattered", tracked | {"launches": 1})]
     for i, (case, address, settings) in enumerate(runs):
         before = set(gpu.compiled())
@@ -218,6 +212,9 @@ def main(jobs):
     launch.DIRECT = False
     # CPU tensors are taken for those of the GPU.
     backends._device_problem = lambda device, requested: None
+    # Every processor compiles already: threads would take each other's lock, Triton 3.6's at every instruction that it
+    # forms, and then five times as long. That they make the same kernels is asked in test_ahead.py.
+    triton_ahead._side_by_side = lambda compilations: None
     report = {"triton": triton.__version__}
     for job in jobs:
         if job == "instructions":
@@ -225,12 +222,10 @@ def main(jobs):
         elif job == "stored instructions":
             report[job] = stored_instructions()
         elif job == "launches":
-            launched = compiled_rules("sm_80", "float32", EXTENT)
             report[job] = {
                 f"{case}, {address}": compiles(case, address)
-                for case in CASES
                 for address in ADDRESSES
-                if case.split()[0] in launched and WITH_MEANS.get(case) != {}
+                for case in launched_cases(address, EXTENT)
             }
             report[job] |= {f"{case}, at once": compiles(case, "scattered", launches=1) for case in AT_ONCE[:1]}
             report[job] |= {"adam, tracked": compiles("adam", "flat", track="total")}

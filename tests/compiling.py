@@ -39,11 +39,14 @@ def environment_of(which, paths=()):
     return environment | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
 
 
+def extent(which):
+    """How much is compiled with the installed Triton or the old one: see extents.py."""
+    return os.environ.get("FUSEDOPT_COMPILE", "core" if which == "old" else EXTENT)
+
+
 def compiled(which, jobs):
-    """(extent, what tests/aot.py says by job), with the installed Triton or the old one."""
-    environment = environment_of(which)
-    if which == "old":
-        environment.setdefault("FUSEDOPT_COMPILE", "core")
+    """What tests/aot.py says by job, with the installed Triton or the old one."""
+    environment = environment_of(which) | {"FUSEDOPT_COMPILE": extent(which)}
 
     def run(jobs):
         # -W error: what warns us would warn every user.
@@ -56,7 +59,7 @@ def compiled(which, jobs):
     workers = min(os.cpu_count(), MOST, len(jobs))
     with ThreadPoolExecutor(workers) as pool:
         parts = list(pool.map(run, [jobs[i::workers] for i in range(workers)]))
-    return environment.get("FUSEDOPT_COMPILE", "some"), {key: value for part in parts for key, value in part.items()}
+    return {key: value for part in parts for key, value in part.items()}
 
 
 def count(kernel, pattern):

@@ -58,21 +58,6 @@ VARIANTS = {"momentum_velocity", "momentum_average", *(case for case in CASES if
 of each make will do for them. (On sm_80 and sm_100 ptxas parks one address of two of them, 8 bytes, in memory.)"""
 
 
-CORE = {"momentum", "rmsprop_centered_momentum", "adam", "amsgrad", "adan"}
-"""Rules with one to four states, which stand for all where compiling every one would take too long."""
-
-
-def compiled_rules(target: str, dtype: str, extent: str) -> set[str]:
-    """The rules that are compiled for a GPU: by extent "core" the CORE, by "some" all of them in the two dtypes of most
-    training for sm_90, by "all" every one for every GPU, but for the variants."""
-    rules = {case.split()[0] for case in CASES}
-    if extent == "all":
-        return rules if target in ("sm_90", "gfx942") else rules - VARIANTS
-    if extent == "some" and target == "sm_90" and dtype in ("float32", "bfloat16"):
-        return rules if dtype == "float32" else rules - VARIANTS
-    return rules & CORE
-
-
 def in_torch(name: str, options: dict) -> bool:
     return (
         hasattr(torch.optim, name) and options.keys() <= inspect.signature(getattr(torch.optim, name)).parameters.keys()

@@ -2,7 +2,7 @@
 
 Rules x addresses x dtypes, exactly as the optimizers launch them (tests/aot.py), with the installed Triton and, where
 FUSEDOPT_OLD_TRITON names a folder with another, with that one too. FUSEDOPT_COMPILE=all compiles every rule for every
-GPU, which takes some minutes; see rule_cases.compiled_rules for what is left out otherwise.
+GPU, which takes many minutes; see extents.py for what is left out otherwise.
 """
 
 import collections
@@ -11,16 +11,18 @@ import subprocess
 import sys
 
 import pytest
-from compiling import LOAD, NVIDIA, STORE, TARGETS, TRITONS, compiled, count
-from rule_cases import ADDRESSES, AT_ONCE, CASES, WITH_MEANS, compiled_rules, declared_rules
+from compiling import EXTENT, LOAD, NVIDIA, STORE, TARGETS, TRITONS, compiled, count, extent
+from extents import (
+    DTYPES,
+    ONE_OF_EACH,
+    compiled_addresses,
+    compiled_at_once,
+    compiled_rules,
+    launched_cases,
+)
+from rule_cases import ADDRESSES, WITH_MEANS, declared_rules
 
-# For float64 and mixed dtypes one GPU of each make will do: what differs between GPUs, the others show.
-DTYPES = {
-    target: ["float32", "bfloat16", "float64", "mixed"] if target in ("sm_90", "gfx942") else ["float32", "bfloat16"]
-    for target in TARGETS
-}
-
-ONE_OF_EACH = ["sm_90", "gfx942"]
+WITH_MORE = ONE_OF_EACH if EXTENT == "all" else ONE_OF_EACH[:1]
 """The GPUs for which kernels that zero gradients, or clip them by units, are compiled."""
 
 MAX_REGISTERS = {"float32": 64, "mixed": 80, "float64": 80, "bfloat16": 80}
@@ -41,16 +43,16 @@ MUCH = "step_adan", "step_adadelta", "step_rmsprop_centered_momentum"
 @pytest.fixture(scope="module", params=TRITONS)
 def report(request):
     """What the program says: facts by target, "launches" for the number of compiles, "triton" for its version."""
+    dtypes = DTYPES[extent(request.param)]
     jobs = [
         "launches",
         "instructions",
-        *(f"{target}:{what}" for target in ONE_OF_EACH for what in ("zeroed", "units")),
-        *(f"{target}:{dtype}" for target in TARGETS for dtype in DTYPES[target]),
+        *(f"{target}:{what}" for target in WITH_MORE for what in ("zeroed", "units")),
+        *(f"{target}:{dtype}" for target in TARGETS for dtype in dtypes[target]),
     ]
-    extent, found = compiled(request.param, jobs)
-    found["extent"] = extent
+    found = compiled(request.param, jobs) | {"extent": extent(request.param), "dtypes": dtypes}
     for target in TARGETS:
-        found[target] = [kernel for dtype in DTYPES[target] for kernel in found[f"{target}:{dtype}"]]
+        found[target] = [kernel for dtype in dtypes[target] for kernel in found[f"{target}:{dtype}"]]
     return found
 
 
@@ -66,6 +68,12 @@ def tracked(report, target):
 
 def named(report, target, name):
     return [kernel for kernel in report[target] if kernel["name"] == name]
+
+
+def places(report, target):
+    """How often a kernel is compiled that stands in both addresses and in every dtype."""
+    dtypes = report["dtypes"][target]
+    return sum(len(compiled_addresses(target, dtype, report["extent"])) for dtype in dtypes)
 
 
 def label(kernel):
@@ -84,8 +92,9 @@ def test_the_other_triton_is_another(report, request):
 def test_every_case_is_compiled_once(target, report):
     """Two cases of one rule, such as momentum with and without Nesterov, share a kernel."""
     found = collections.Counter(map(label, steps(report, target)))
-    names = [(name, d) for d in DTYPES[target] for name in compiled_rules(target, d, report["extent"])]
-    assert found == {f"step_{name} {a} {d}": 1 for name, d in names for a in ADDRESSES}
+    places = [(dtype, address) for dtype in report["dtypes"][target] for address in ADDRESSES]
+    rules = {place: compiled_rules(target, *place, report["extent"]) for place in places}
+    assert found == {f"step_{name} {a} {d}": 1 for (d, a), names in rules.items() for name in names}
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -93,7 +102,7 @@ def test_memory_is_accessed_16_bytes_at_a_time(target, report):
     """One load per tensor and one store per written tensor, for the vectors; mixed dtypes share one layout, in which
     the narrower ones move 8 bytes, twice for each thread. Rows, tables and remainders are scalar."""
     kernels = tracked(report, target)
-    assert len(kernels) == len(DTYPES[target]) * len(ADDRESSES)
+    assert len(kernels) == places(report, target)
     for kernel in steps(report, target) + steps(report, target, means=True) + kernels:
         states = len(declared_rules()[re.sub("^(step|tracked)_", "", kernel["name"])].keys)
         mixed = kernel["dtype"] == "mixed" and states > 0
@@ -168,10 +177,10 @@ def test_min_and_max_propagate_nan(target, report):
 @pytest.mark.parametrize("target", TARGETS)
 def test_norm_kernel(target, report):
     """Two 16-byte loads at a time; and the last program to finish sees what all others have stored."""
-    assert {kernel["dtype"] for kernel in named(report, target, "judge")} == set(DTYPES[target])
+    assert {kernel["dtype"] for kernel in named(report, target, "judge")} == set(report["dtypes"][target])
     kernels = named(report, target, "sum_of_squares")
     # With and without loss scale; the scattered addresses of more states make longer records.
-    assert len(kernels) > 2 * len(DTYPES[target])
+    assert len(kernels) > 2 * len(report["dtypes"][target])
     for kernel in kernels:
         if target in NVIDIA:
             assert count(kernel, r"ld\.global\.(v4\.b32|v2\.b64)") == 2, label(kernel)
@@ -191,7 +200,10 @@ def test_norm_kernel(target, report):
 def test_cooperative_kernel(target, report):
     """What the barrier is made of, and memory accessed 16 bytes at a time in both phases."""
     kernels = [kernel for kernel in report[target] if kernel["name"].startswith("clipped_")]
-    assert len(kernels) == len(DTYPES[target]) * (len(AT_ONCE) + 1)  # once more with norms
+    assert len(kernels) == sum(
+        len(compiled_at_once(target, dtype, report["extent"])) + 1  # once more with norms
+        for dtype in report["dtypes"][target]
+    )
     for kernel in kernels:
         states = len(declared_rules()[kernel["name"].removeprefix("clipped_")].states)
         mixed = kernel["dtype"] == "mixed"
@@ -217,7 +229,7 @@ def test_means_kernel(target, report):
     """16-byte loads of what the term depends on, and no store of it; a tensor's last program sees what its others
     stored."""
     kernels = [kernel for kernel in report[target] if kernel["name"].startswith("means_")]
-    assert len(kernels) == len(DTYPES[target]) * len(ADDRESSES) * len(WITH_MEANS)
+    assert len(kernels) == places(report, target) * len(WITH_MEANS)
     for kernel in kernels:
         # Whether u agrees with g depends on all states; the excess of Adam's g over v on v alone.
         states = {"means_amsgrad": 3, "means_adam": 1}[kernel["name"]]
@@ -238,7 +250,7 @@ def test_means_kernel(target, report):
             )
 
 
-@pytest.mark.parametrize("target", ONE_OF_EACH)
+@pytest.mark.parametrize("target", WITH_MORE)
 def test_zeros_are_stored_in_vectors(target, report):
     """Another store of 16 bytes for every 16 bytes of gradients where a step leaves zeros in their place. None comes
     before all threads have read theirs, which need not be the same elements."""
@@ -256,7 +268,7 @@ def test_zeros_are_stored_in_vectors(target, report):
         assert zeroing["unfenced"] == 0, key
 
 
-@pytest.mark.parametrize("target", ONE_OF_EACH)
+@pytest.mark.parametrize("target", WITH_MORE)
 def test_adaptive_clipping(target, report):
     """No spills, and a unit's last program sees what its others stored."""
     kernels = report[f"{target}:units"]
@@ -281,9 +293,8 @@ def test_adaptive_clipping(target, report):
 
 def test_numbers_never_recompile(report):
     """50 steps in which every hyperparameter and step count changes, with three groups and then with one."""
-    launched = compiled_rules("sm_80", "float32", report["extent"])
-    cases = [case for case in CASES if case.split()[0] in launched and WITH_MEANS.get(case) != {}]
-    assert len(report["launches"]) == len(cases) * len(ADDRESSES) + len(WITH_MEANS) + 3
+    cases = [f"{case}, {address}" for address in ADDRESSES for case in launched_cases(address, report["extent"])]
+    assert len(report["launches"]) == len(cases) + len(WITH_MEANS) + 3
     for case, compiles in report["launches"].items():
         rule, place = re.split("[ ,]", case)[0], case.split()[-1]
         if place == "once":

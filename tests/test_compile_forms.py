@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import compiling
 import pytest
-from compiling import EXTENT, LOAD, NVIDIA, STORE, TRITONS, compiled, count
+from compiling import EXTENT, LOAD, NVIDIA, STORE, TRITONS, compiled, count, extent
 from form_cases import FORMS_AT_ONCE, stored_cases
 
 TARGETS = compiling.TARGETS if EXTENT == "all" else ["sm_90", "gfx942"]
@@ -29,11 +29,11 @@ class Report(NamedTuple):
 
 @pytest.fixture(scope="module", params=TRITONS)
 def report(request):
-    extent, found = compiled(request.param, ["stored instructions", *(f"{target}:stored" for target in TARGETS)])
+    found = compiled(request.param, ["stored instructions", *(f"{target}:stored" for target in TARGETS)])
     kernels = {target: found[f"{target}:stored"] for target in TARGETS}
     once = {t: [kernel for kernel in kernels[t] if kernel["name"].startswith("clipped_")] for t in TARGETS}
     steps = {t: [kernel for kernel in kernels[t] if kernel["name"].startswith("step_")] for t in TARGETS}
-    return Report(extent, found["triton"], steps, once, found["stored instructions"])
+    return Report(extent(request.param), found["triton"], steps, once, found["stored instructions"])
 
 
 def wide(kernel, target, what):

@@ -1,0 +1,68 @@
+"""How much the tests compile: with FUSEDOPT_COMPILE "all", with "some", the default, or with "core", another Triton's.
+
+What depends on the rule is asked of every rule, on one GPU; what depends on the address, dtype or GPU, of a few rules.
+"""
+
+from rule_cases import ADDRESSES, AT_ONCE, CASES, VARIANTS, WITH_MEANS
+
+ONE_OF_EACH = ["sm_90", "gfx942"]
+"""A GPU of each make."""
+
+CORE = {"momentum", "rmsprop_centered_momentum", "adam", "amsgrad", "adan"}
+"""Rules with one to four states, which stand for all where compiling every one would take too long."""
+
+FEW = {"adam", "adan"}
+"""The rule of most training, and one with four states."""
+
+DTYPES = {
+    "all": {
+        "sm_75": ["float32", "bfloat16"],
+        "sm_80": ["float32", "bfloat16"],
+        "sm_90": ["float32", "bfloat16", "float64", "mixed"],
+        "sm_100": ["float32", "bfloat16"],
+        "gfx942": ["float32", "bfloat16", "float64", "mixed"],
+    },
+    "some": {
+        "sm_75": ["float32"],
+        "sm_80": ["bfloat16"],
+        "sm_90": ["float32", "bfloat16", "float64", "mixed"],
+        "sm_100": ["bfloat16"],
+        "gfx942": ["float32", "mixed"],
+    },
+    "core": {
+        "sm_75": ["float32"],
+        "sm_80": ["bfloat16"],
+        "sm_90": ["float32", "mixed"],
+        "sm_100": ["bfloat16"],
+        "gfx942": ["float32"],
+    },
+}
+"""By extent and GPU. bfloat16 is computed in float32, and the compiler's work on both is the same for NVIDIA's GPUs."""
+
+
+def compiled_rules(target: str, dtype: str, address: str, extent: str) -> set[str]:
+    """With extent "all" every rule, but for the variants on most GPUs."""
+    rules = {case.split()[0] for case in CASES}
+    if extent == "all":
+        return rules if target in ONE_OF_EACH else rules - VARIANTS
+    if address == "flat" and (target not in ONE_OF_EACH or dtype != "float32"):
+        return set()
+    if (target, address, extent) == ("sm_90", "scattered", "some") and dtype in ("float32", "bfloat16"):
+        return rules if dtype == "float32" else rules - VARIANTS
+    return CORE if (target, address, dtype) == ("sm_90", "scattered", "float32") else FEW
+
+
+def compiled_addresses(target: str, dtype: str, extent: str) -> list[str]:
+    return [address for address in ADDRESSES if compiled_rules(target, dtype, address, extent)]
+
+
+def compiled_at_once(target: str, dtype: str, extent: str) -> tuple[str, ...]:
+    """The cases that are compiled as one cooperative kernel too."""
+    return AT_ONCE if extent == "all" or (target, dtype) == ("sm_90", "float32") else AT_ONCE[:1]
+
+
+def launched_cases(address: str, extent: str) -> list[str]:
+    """Those of which many steps are taken, to see that nothing is compiled again."""
+    everything = {case.split()[0] for case in CASES} - VARIANTS
+    rules = everything if extent == "all" else CORE if address == "scattered" else FEW
+    return [case for case in CASES if case.split()[0] in rules and WITH_MEANS.get(case) != {}]
