@@ -64,13 +64,18 @@ class Pair:
         for group, expected in zip(self.opt.param_groups, self.oracle.param_groups, strict=True):
             assert group.keys() == expected.keys()
             assert all(group[key] == expected[key] for key in group if key not in ("params", "foreach", "fused"))
-        # Where state_dict() has been told of steps that were skipped on a GPU.
-        states, expected = (optimizer.state_dict()["state"] for optimizer in (self.opt, self.oracle))
-        assert states.keys() == expected.keys()
-        for k in states:
-            assert list(states[k]) == list(expected[k])
-            theirs = [comparable(key, s, states[k][key]) for key, s in expected[k].items()]
-            close(list(states[k].values()), theirs, tolerance)
+        close_states(self.opt, self.oracle, tolerance)
+
+
+def close_states(ours, theirs, tolerance):
+    """The states of two optimizers, ours and torch's."""
+    # Where state_dict() has been told of steps that were skipped on a GPU.
+    ours, theirs = (optimizer.state_dict()["state"] for optimizer in (ours, theirs))
+    assert ours.keys() == theirs.keys()
+    for k in ours:
+        assert list(ours[k]) == list(theirs[k])
+        expected = [comparable(key, s, ours[k][key]) for key, s in theirs[k].items()]
+        close(list(ours[k].values()), expected, tolerance)
 
 
 def comparable(key, theirs, ours):

@@ -7,7 +7,7 @@ import torch
 from cases import every_optimizer_and_backend
 from options import LR, STATEFUL
 from oracles import oracle_class
-from pairs import assert_same, close, raised, snapshot
+from pairs import assert_same, close, close_states, raised, snapshot
 from torch.nn.parallel import DistributedDataParallel
 
 import fusedopt
@@ -79,10 +79,7 @@ def test_as_step(name, backend, device):
     close(net.parameters(), other.parameters(), 1e-12)
     by_parameter = dict(zip(next(zip(*all_parameters(optimizer))), optimizer.ema_parameters()))
     close([by_parameter[p] for p in net.parameters()], averages, 1e-12)
-    ours, theirs = optimizer.state_dict()["state"], oracle.state_dict()["state"]
-    assert ours.keys() == theirs.keys()
-    for k in ours:
-        close(ours[k].values(), theirs[k].values(), 1e-12)
+    close_states(optimizer, oracle, 1e-12)
 
 
 def all_parameters(optimizer):

@@ -3,11 +3,14 @@
 import collections
 import random
 
+import pytest
+
 
 def pytest_addoption(parser):
     parser.addoption("--few", type=int, help="run as many cases of every test, chosen by chance")
 
 
+@pytest.hookimpl(trylast=True)  # of those that -k leaves
 def pytest_collection_modifyitems(config, items):
     few, chance = config.getoption("--few"), random.Random(0)
     if few is None:

@@ -90,10 +90,11 @@ class Registers:
     def _compare(self, one: Instruction) -> None:
         targets, a, b = one.operands
         how = one.modifiers[0]
-        if one.type == "bf16x2":
+        if one.type.endswith("x2"):
+            kind = one.type[:-2]
             pairs = zip(targets.split("|"), ops.halves(self.get(a, 32)), ops.halves(self.get(b, 32)))
             for target, x, y in pairs:
-                self.put(target, ops.compared(ops.read(x, "bf16"), ops.read(y, "bf16"), how))
+                self.put(target, ops.compared(ops.read(x, kind), ops.read(y, kind), how))
         else:
             self.put(targets, ops.compared(self.value(a, one.type), self.value(b, one.type), how))
 
