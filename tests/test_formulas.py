@@ -26,9 +26,9 @@ from fusedopt.blocks import for_threads
 pytestmark = interpreter_noise
 
 
-def scale_of(backend, device):
+def scale_of(backend, device, steps=20):
     """The model and the number of steps: Triton's interpreter takes a millisecond per program."""
-    return ("tiny", 4) if backend == "triton" and device.type == "cpu" else ("small", 50)
+    return ("tiny", 4) if backend == "triton" and device.type == "cpu" else ("small", steps)
 
 
 def test_every_optimizer_has_its_options():
@@ -39,7 +39,7 @@ def test_every_optimizer_has_its_options():
 
 @every_option
 def test_every_option_equals_torch(name, options, backend, device):
-    kind, steps = scale_of(backend, device)
+    kind, steps = scale_of(backend, device, steps=50)
     pair = Pair(name, options, kind, device=device, backend=backend, start=0)
     pair.step(steps)
     pair.check()
