@@ -71,6 +71,11 @@ class Place:
         part = local(value)
         return part is not None and part is self.views.get(key) and part.data_ptr() == self.addresses[key]
 
+    def without_gaps(self) -> Tensor:
+        """New memory for the parameter, without gaps between its elements."""
+        space, i = self.space, self.index
+        return torch.empty_strided(space.sizes[i], space.strides[i], dtype=space.dtype, device=space.device)
+
     def packed_copy(self, role: str, dtype: torch.dtype) -> Tensor:
         return self.space.packed_copy(role, dtype, self.index)
 

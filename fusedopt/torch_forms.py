@@ -6,7 +6,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from . import torch_backend
@@ -64,7 +63,7 @@ class Executor(torch_backend.Executor):
 
     def __init__(self, bucket: Bucket, settings: Settings):
         # A parameter with gaps in memory is updated in a dense copy.
-        self.copied = {m.param: _dense_like(m) for m in bucket.members if not is_dense(m.param)}
+        self.copied = {m.param: m.place.without_gaps() for m in bucket.members if not is_dense(m.param)}
         super().__init__(bucket, settings)
 
     def _run(self, cohort: Cohort, ways: list[Ways]) -> Run:
@@ -87,8 +86,3 @@ class Executor(torch_backend.Executor):
         super().step(update, verdict, skips, found)
         for param, copy in self.copied.items():
             param.copy_(copy)
-
-
-def _dense_like(member: Member) -> Tensor:
-    p = member.param
-    return torch.empty_strided(p.size(), member.place.strides, dtype=p.dtype, device=p.device)

@@ -48,7 +48,7 @@ class Executor:
         self.kernel = rule_kernel(bucket.rule)
         members = self.pinned = bucket.members
         # A parameter with gaps in memory is updated in a dense copy.
-        self.copied = [(m, _dense_like(m)) for m in members if not is_dense(m.param)]
+        self.copied = [(m, m.place.without_gaps()) for m in members if not is_dense(m.param)]
         copies = {id(m): copy for m, copy in self.copied}
         self.params = [copies.get(id(m), m.param) for m in members]
         self.strides = list(map(Tensor.stride, self.params))
@@ -276,8 +276,3 @@ def rule_kernel(rule: Rule) -> JITFunction | InterpretedFunction:
             "set it before the program starts"
         )
     return kernel
-
-
-def _dense_like(member: Member) -> Tensor:
-    space, i = member.place.space, member.place.index
-    return torch.empty_strided(space.sizes[i], space.strides[i], dtype=member.param.dtype, device=space.device)
