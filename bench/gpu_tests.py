@@ -50,7 +50,7 @@ def _run(commands: list[list[str]], end: float) -> tuple[list[int | None], list[
     """Run them side by side, until ``end`` at most. Their exit codes, None for those that were cut off, and what they
     have printed."""
     paths = [str(ROOT / "bench"), *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
     with tempfile.TemporaryDirectory() as folder:
         logs = [pathlib.Path(folder) / str(part) for part in range(len(commands))]
         started = []

@@ -101,8 +101,11 @@ class Call:
         return None
 
     def _back(self, r: Any, new: list[Tensor]) -> Any:
-        if not isinstance(r, Tensor) or r.layout is not torch.strided:
+        if not isinstance(r, Tensor):
             return r
+        if r.is_sparse:
+            parts = (self._back(part, new) for part in (r._indices(), r._values()))
+            return torch.sparse_coo_tensor(*parts, r.size(), check_invariants=False)
         for h, x in self.pairs:
             if r is h:
                 return x
