@@ -22,7 +22,10 @@ TARGETS = os.environ.get("FUSEDOPT_EMULATE_TARGETS", "sm_90").split()
 IN_ANY_ORDER = "norm of ", 2**-22
 """What sums float32 numbers, for which the interpreter has tiles of another size."""
 
-pytestmark = pytest.mark.usefixtures("needs_triton")
+pytestmark = [
+    pytest.mark.usefixtures("needs_triton"),
+    pytest.mark.skipif(torch.cuda.is_available(), reason="bench/gpu.sh compares a GPU with the interpreter"),
+]
 
 
 @pytest.fixture(scope="module", params=TARGETS)
@@ -39,8 +42,6 @@ def compiled(request, tmp_path_factory):
 @interpreter_noise
 @pytest.mark.parametrize("label", scenarios(EXTENT))
 def test_compiled_kernels_leave_the_bits_of_the_interpreter(label, compiled, device):
-    if device.type != "cpu":
-        pytest.skip("bench/gpu.sh compares a GPU with the interpreter")
     found, expected = compiled[label], outcome(label, scenarios(EXTENT)[label], device)
     assert found.keys() == expected.keys()
     for key, x in expected.items():

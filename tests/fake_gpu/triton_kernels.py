@@ -8,6 +8,7 @@ import gc
 import struct
 import traceback
 from typing import Any
+from unittest import mock
 
 from ptx import machine, memory
 from ptx.operations import bits_of
@@ -42,11 +43,16 @@ def arguments_of(program: Program, params: Any) -> list[Any]:
     return values
 
 
+def run(*what: Any) -> None:
+    with mock.patch.object(memory.Global, "device_type", "cuda"):
+        machine.launch(*what)
+
+
 @ctypes.CFUNCTYPE(ctypes.c_int, *[ctypes.c_long, *[ctypes.c_int] * 4, ctypes.c_long, ctypes.POINTER(ctypes.c_void_p)])
 def runs(function, grid, threads, shared, cooperative, stream, params):
     try:
         program = program_of(function)
-        launch = functools.partial(machine.launch, program, grid, arguments_of(program, params), shared)
+        launch = functools.partial(run, program, grid, arguments_of(program, params), shared)
         if torch_kernels.current:
             torch_kernels.current[-1].append(launch)
         else:
@@ -59,7 +65,6 @@ def runs(function, grid, threads, shared, cooperative, stream, params):
 
 
 def install() -> None:
-    memory.Global.device_type = "cuda"
     utils = driver.active.utils
     load = utils.load_binary
 
