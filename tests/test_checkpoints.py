@@ -9,7 +9,7 @@ from broken_checkpoints import OF_GROUPS, OF_STATES, OF_STEPS, missing_tensor
 from cases import AFTER_LOADING, every_optimizer, every_optimizer_and_backend, give_gradients, model
 from options import IN_TORCH, LR, STATEFUL
 from oracles import oracle_class
-from pairs import Pair, assert_same, close, raised, snapshot
+from pairs import Pair, assert_same, close, close_states, raised, snapshot
 
 import fusedopt
 
@@ -187,10 +187,7 @@ def test_loaded_before_the_first_step(name, backend, device):
     fresh.opt.load_state_dict(copy.deepcopy(pair.oracle.state_dict()))
     fresh.oracle.load_state_dict(copy.deepcopy(pair.oracle.state_dict()))
     # Saved again at once, it is what was loaded.
-    close(
-        *([s for state in o.state_dict()["state"].values() for s in state.values()] for o in (fresh.opt, pair.oracle)),
-        0,
-    )
+    close_states(fresh.opt, pair.oracle, 0)
     for params in (fresh.ours, fresh.theirs):
         give_gradients(params, 7, plain=True)
         params[1].grad = None
