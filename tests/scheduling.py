@@ -8,23 +8,30 @@ RANKS = "distributed/test_"
 ALONE = "test_demo_distributed.py"
 """Starts its ranks by itself."""
 
-PROCESSES = (
+FIRST = (
+    ALONE,
     RANKS,
-    "test_bench.py",
+    "test_ptx.py",
     "test_compile.py",
-    "test_launch.py",
-    "test_custom_rules.py",
-    "test_bench_report.py",
-    "test_convergence.py",
-    "test_torch_compile.py",
+    "test_bench.py",
+    "test_ahead.py",
     "test_compile_forms.py",
-    "test_demo_input.py",
+    "test_custom_rules.py",
     "test_bench_host.py",
     "test_graphs.py",
     "test_random_use.py",
+    "test_demo_input.py",
+    "test_launch.py",
+    "test_emulated.py",
+    "test_bench_report.py",
+    "test_convergence.py",
+    "test_demo.py",
+    "test_adaptive_clip.py",
+    "test_torch_compile.py",
 )
 """Few tests that take long, since they start processes, train or take many steps: these begin first, so that no worker
-is left alone with one of them."""
+is left alone with one of them. The machine of ptx/ keeps books of all tensors that there are, and later these are many.
+"""
 
 
 class Scheduling(LoadFileScheduling):
@@ -42,7 +49,7 @@ def order(items):
 
     def key(item):
         place = str(item.path)
-        first = next((k for k, name in enumerate(PROCESSES) if name in place and ALONE not in place), len(PROCESSES))
+        first = next((k for k, name in enumerate(FIRST) if name in place), len(FIRST))
         return first, -counts[item.path], place
 
     items.sort(key=key)
