@@ -14,4 +14,4 @@ export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 
 python3 -m fusedopt info | tee "$out/info.txt"
 nvidia-smi >>"$out/info.txt" 2>&1 || true
-python3 bench/gpu.py "$out" "$@" 2>&1 | tee "$out/log.txt"
+python3 bench/gpu.py "$out" "$@" 2>&1 | tee -a "$out/log.txt"
