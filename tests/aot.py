@@ -71,7 +71,7 @@ def stored_facts(target):
     """Facts about the update in every form, with the norm and clipping before it."""
     gpu = NoGPU(target, "stored")
     driver.set_active(gpu)
-    for case, form in stored_cases(EXTENT):
+    for case, form in stored_cases(EXTENT, target):
         before = set(gpu.compiled())
         made = step_stored(case, "scattered", form, max_grad_norm=1.0)
         (stored,) = {bucket.stored for bucket in made._engine.plan.buckets}

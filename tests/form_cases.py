@@ -28,9 +28,9 @@ FORMS_AT_ONCE = ("nearest + 8bit", "stochastic + 8bit", "fp32 + 8bit")
 """Compiled with Adam's rule as one cooperative kernel too."""
 
 
-def stored_cases(extent: str) -> list[tuple[str, str]]:
-    """(case, form): with extent "core" the forms of SOME with Adam's rule."""
-    if extent == "core":
+def stored_cases(extent: str, target: str) -> list[tuple[str, str]]:
+    """(case, form): the forms of SOME with Adam's rule; more with extent "all", and with "some" for sm_90."""
+    if extent == "core" or (extent == "some" and target != "sm_90"):
         return [("adam", form) for form in SOME]
     rules = RULES if extent == "all" else {case: RULES[case] for case in ("adam", "momentum")}
     return [(case, form) for case, forms in rules.items() for form in forms]
