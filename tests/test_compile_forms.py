@@ -1,7 +1,7 @@
 """What the compiler makes of the forms in which parameters and states are stored, without a GPU.
 
 bfloat16 parameters in the forms of form_cases.py, with clipping by the norm, as the optimizers launch them. By default
-every form for sm_90, some with two rules, and a few forms for gfx942; FUSEDOPT_COMPILE=all takes every GPU and rule, and
+every form for sm_90, some with two rules, and a few for gfx942; FUSEDOPT_COMPILE=all takes every GPU and rule, and
 FUSEDOPT_OLD_TRITON names a folder with another Triton: see test_compile.py.
 """
 
