@@ -73,8 +73,8 @@ def test_every_part_is_read_and_written_once_in_vectors(target, report):
 
 @pytest.mark.parametrize("target", NVIDIA if EXTENT == "all" else ["sm_90"])
 def test_bytes_per_parameter(target, report):
-    """What the issue of memory is about: a step of AdamW with clipping, whose norm reads the gradient once more; a
-    scale of 4 bytes is read and written for 256 elements. The step count and tables are a few bytes per tensor."""
+    """Of a step of AdamW with clipping, whose norm reads the gradient once more; a scale of 4 bytes is read and written
+    for 256 elements. The step count and tables are a few bytes per tensor."""
     budgets = {"nearest + 8bit": 12.1, "split8 + 8bit": 14.3}
     found = {}
     for kernel in report.kernels[target]:
