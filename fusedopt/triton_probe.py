@@ -1,4 +1,4 @@
-"""Whether Triton can compile for a GPU and load what it made, asked before anything depends on the answer.
+"""Whether Triton can compile for a GPU, asked before anything depends on the answer.
 
 Triton needs more than itself: a C compiler with Python's headers, a folder for its cache, an assembler that knows the
 GPU. An image made for running programs often lacks the first.
@@ -21,10 +21,11 @@ def nothing():
 
 @functools.cache
 def problem(device: torch.device) -> str | None:
-    """Why no kernel can be compiled for the device or loaded there, or None."""
+    """Why no kernel can be compiled for the device, or None."""
     try:
         with on(device):
-            nothing.warmup(grid=(1,), enable_fp_fusion=False).run  # noqa: B018 (loads it)
+            # Not loaded: Triton 3.6 builds a launcher for that, for a quarter of a second.
+            nothing.warmup(grid=(1,), enable_fp_fusion=False)
     except Exception as error:  # of the compiler, the assembler, the driver, the file system
         first_line = next(iter(str(error).splitlines()), "")
         return f"Triton cannot compile kernels ({type(error).__name__}: {first_line})"

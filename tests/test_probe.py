@@ -11,20 +11,12 @@ from compiling import environment_of
 from fake_gpu.build import COMPILER, driver
 
 PROGRAM = """
-import json, os, torch
+import json, os, sys, torch
 from unittest import mock
-from triton.runtime import driver
 from launching import StubDriver
 from fusedopt import triton_probe
 
-class Late(StubDriver):  # made when it is first asked, as Triton makes its own
-    def __init__(self):
-        pass
-    def __getattr__(self, name):
-        super().__init__()
-        return vars(self)[name]
-
-driver.set_active(Late())
+sys.modules["triton.runtime.driver"]._create_driver = StubDriver
 found = {}
 for name, value in (("CC", "/no/cc"), ("TRITON_CACHE_DIR", __file__)):
     with mock.patch.dict(os.environ, {name: value}):
