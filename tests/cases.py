@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from options import IN_TORCH, LR, NAMES, OPTIONS
+from options import IN_TORCH, LR, NAMES, OPTIONS, STATEFUL
 
 # Where others use the cores, every parallel region may wait 8 ms for its turn (facts/cpu.md): 400 s instead of 40.
 torch.set_num_threads(1)
@@ -49,6 +49,19 @@ every_option = pytest.mark.parametrize(
     ("name", "options"),
     [pytest.param(name, options, id=f"{name}-{label(options)}") for name in NAMES for options in OPTIONS.get(name, [])],
 )
+some_options_in_kernels = pytest.mark.parametrize(
+    ("name", "options", "backend"),
+    [
+        pytest.param(name, options, backend, id=f"{name}-{label(options)}-{backend}")
+        for backend in ("torch", "triton")
+        for name in NAMES
+        for options in OPTIONS.get(name, [])
+        if backend == "torch" or torch.cuda.is_available() or options in ({}, STATEFUL[name])
+    ],
+    indirect=["backend"],
+)
+"""Every option in the fallback; in Triton's interpreter, at a millisecond per program, the defaults and those with most
+states."""
 every_optimizer = pytest.mark.parametrize("name", NAMES)
 every_torch_optimizer = pytest.mark.parametrize("name", IN_TORCH)
 
@@ -66,11 +79,8 @@ every_optimizer_and_backend = pytest.mark.parametrize(
     indirect=["backend"],
 )
 every_kind = pytest.mark.parametrize("name", KINDS)
-every_kind_and_backend = pytest.mark.parametrize(
-    ("name", "backend"),
-    [(name, "torch") for name in KINDS] + [(name, "triton") for name in KERNEL_NAMES if name in KINDS],
-    indirect=["backend"],
-)
+KINDS_AND_BACKENDS = [(name, "torch") for name in KINDS] + [(n, "triton") for n in KERNEL_NAMES if n in KINDS]
+every_kind_and_backend = pytest.mark.parametrize(("name", "backend"), KINDS_AND_BACKENDS, indirect=["backend"])
 
 
 def shapes(kind):

@@ -9,6 +9,7 @@ from importlib.util import find_spec
 
 import old_torch
 import pytest
+import thinning
 import torch
 
 from fusedopt import backends
@@ -35,6 +36,10 @@ elif not GPU:
     triton_norm.SLOTS = 4
 
 
+def pytest_configure(config):
+    config.addinivalue_line("markers", "covers(n): run enough cases that every n values of parameters occur together")
+
+
 def pytest_report_header():
     return [f"not collected, for want of {', '.join(missing)}: {', '.join(NEEDS_DEMO)}"] if missing else []
 
@@ -51,6 +56,7 @@ def pytest_xdist_make_scheduler(config, log):
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config, items):
+    thinning.thin(config, items)
     if hasattr(config, "workerinput"):
         from scheduling import order
 

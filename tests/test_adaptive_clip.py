@@ -8,6 +8,7 @@ from cases import clip_settings, every_optimizer_and_backend, give_gradients, in
 from pairs import Pair, assert_same, clip, snapshot
 from rule_cases import parameters, set_gradients, tensors
 from test_metrics import AT_ONCE, variants
+from thinning import every_pair
 
 import fusedopt
 from fusedopt import units
@@ -74,6 +75,7 @@ LAYOUTS = {
 }
 
 
+@every_pair
 @pytest.mark.parametrize(("part", "small"), [(1024, False), (units.PART, True)])
 @variants
 def test_layouts(backend, settings, part, small, device, monkeypatch):

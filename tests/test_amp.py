@@ -7,6 +7,7 @@ import pytest
 import torch
 from cases import every_optimizer_and_backend, give_gradients, model
 from pairs import Pair, assert_same, clip, raised, same_bits, snapshot
+from thinning import every_pair
 
 import fusedopt
 
@@ -45,6 +46,7 @@ LOOPS = {
 }
 
 
+@every_pair
 @every_optimizer_and_backend
 @pytest.mark.parametrize("loop", LOOPS)
 def test_deferred(name, loop, backend, device):

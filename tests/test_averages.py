@@ -5,6 +5,7 @@ import torch
 from cases import clip_settings, give_gradients, interpreter_noise, kinds, model
 from options import LR
 from pairs import close, same_bits
+from thinning import every_pair
 
 import fusedopt
 from fusedopt.adam import AMSGRAD
@@ -31,6 +32,7 @@ def averaged(cls, rule):
     return Averaged
 
 
+@every_pair
 @interpreter_noise
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("flatten", [False, True], ids=["in place", "flatten"])

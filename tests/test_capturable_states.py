@@ -12,6 +12,7 @@ import torch
 from cases import give_gradients, interpreter_noise, model
 from pairs import assert_same, close, snapshot
 from test_capturable import optimizer, rows_by_parameter
+from thinning import every_pair
 
 import fusedopt
 
@@ -30,6 +31,7 @@ def test_states_are_as_in_torch(device):
         assert state["step"] == 1
 
 
+@every_pair
 @interpreter_noise
 @pytest.mark.parametrize("name", ["SGD", "NAdam"])
 @pytest.mark.parametrize("before", [False, True])

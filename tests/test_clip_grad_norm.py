@@ -7,6 +7,7 @@ import torch
 from cases import every_optimizer_and_backend, give_gradients, model
 from pairs import Pair, assert_same, same_bits, snapshot
 from test_amp import BAD, give_scaled_gradients, scalers
+from thinning import every_pair
 
 import fusedopt
 
@@ -34,6 +35,7 @@ def grads_of(params):
     return [p.grad.clone() for p in params if p.grad is not None]
 
 
+@every_pair
 @every_optimizer_and_backend
 @pytest.mark.parametrize("flatten", [False, True], ids=["in place", "flatten"])
 def test_as_torch(name, flatten, backend, device):
@@ -172,6 +174,7 @@ def test_nonfinite_steps_are_skipped_once(name, backend, device):
     pair.check()
 
 
+@every_pair
 @every_optimizer_and_backend
 @pytest.mark.parametrize("way", ["of the scaler", "unscaled before", "norm 1"])
 def test_with_a_scaler(name, way, backend, device):

@@ -16,6 +16,7 @@ from cases import (
     model,
 )
 from pairs import Pair, close, same_bits
+from thinning import every_pair
 
 import fusedopt
 from fusedopt.flat import Space
@@ -148,6 +149,7 @@ SEEN_BY_OTHERS = [
 ]  # fmt: skip
 
 
+@every_pair
 @pytest.mark.parametrize("arrange", SEEN_BY_OTHERS)
 @pytest.mark.parametrize("settings", [{}, {"max_grad_norm": 5.0}], ids=["plain", "clip"])
 @every_kind
@@ -172,6 +174,7 @@ MOVES = {
 }
 
 
+@every_pair
 @pytest.mark.parametrize("move", MOVES)
 @pytest.mark.parametrize("keep", [True, False], ids=["flatten", "flatten switched off"])
 @every_kind_and_backend

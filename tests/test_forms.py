@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from rule_cases import CASES, bits, declared_rules, optimizer, same_bits, set_gradients, tensors
+from thinning import every_value
 
 import fusedopt
 from fusedopt import encodings, forms, philox, storage
@@ -59,6 +60,7 @@ def largest_of_blocks(x):
     return padded.view(-1, 256).amax(1).repeat_interleave(256)[: x.numel()].view(x.shape)
 
 
+@every_value
 @pytest.mark.usefixtures("needs_triton")
 @pytest.mark.parametrize(
     ("case", "stored"),

@@ -15,10 +15,12 @@ from cases import (
     model,
     options_of,
     random,
+    some_options_in_kernels,
 )
 from options import LR, NAMES, OPTIONS, STATEFUL
 from oracles import oracle_class
 from pairs import Pair
+from thinning import every_pair
 
 import fusedopt
 from fusedopt.blocks import for_threads
@@ -54,7 +56,7 @@ def test_every_option_equals_torch_on_several_threads(name, options, monkeypatch
     pair.check()
 
 
-@every_option
+@some_options_in_kernels
 def test_every_option_equals_torch_flat_and_clipped(name, options, backend, device):
     kind, steps = scale_of(backend, device)
     pair = Pair(
@@ -64,6 +66,7 @@ def test_every_option_equals_torch_flat_and_clipped(name, options, backend, devi
     pair.check()
 
 
+@every_pair
 @every_kind_and_backend
 @pytest.mark.parametrize("flatten", [False, True])
 @pytest.mark.parametrize("clip", CLIPS)
@@ -101,12 +104,11 @@ def test_blocks_leave_no_thread_idle(threads, block, monkeypatch):
     assert for_threads(2**17) == block
 
 
-@every_option
+@every_pair
+@some_options_in_kernels
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
 def test_16_bit_parameters_are_computed_in_float32_and_rounded_once(name, options, dtype, backend, device):
     """Each step against one step of torch.optim in float64 from the same 16-bit numbers."""
-    if backend == "triton" and device.type == "cpu" and options not in ({}, STATEFUL[name]):
-        return  # a millisecond per program; rounding does not depend on the other options
     kind, steps = scale_of(backend, device)[0], 3
     options = {"lr": LR, **options}
     params = model(kind, dtype, device)

@@ -9,6 +9,7 @@ from cases import KERNEL_NAMES, give_gradients, in_two_groups, interpreter_noise
 from graphs import Graph, capture
 from options import STATEFUL
 from pairs import assert_same, snapshot
+from thinning import every_value
 
 import fusedopt
 
@@ -77,6 +78,7 @@ def assert_equal(a, b):
 
 
 @interpreter_noise
+@every_value
 @pytest.mark.parametrize("settings", SETTINGS, ids=label)
 @pytest.mark.parametrize("name", KERNEL_NAMES)
 def test_a_replay_is_an_eager_step(name, settings, device, monkeypatch):

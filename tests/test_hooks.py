@@ -8,6 +8,7 @@ from cases import AFTER_LOADING, every_optimizer, every_optimizer_and_backend, g
 from options import IN_TORCH, STATEFUL
 from oracles import oracle_class
 from pairs import Pair, assert_same, close, raised, snapshot
+from thinning import every_pair
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 import fusedopt
@@ -71,6 +72,7 @@ def test_pre_hook_may_replace_the_arguments(name):
     assert results[0] == results[1]
 
 
+@every_pair
 @every_optimizer_and_backend
 @pytest.mark.parametrize("moment", ["closure", "pre", "post", "global pre", "global post"])
 def test_what_raises_leaves_the_optimizer_usable(name, moment, backend, device):

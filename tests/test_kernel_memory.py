@@ -16,6 +16,7 @@ from rule_cases import (
     tensors,
     twin_step,
 )
+from thinning import every_pair
 
 from fusedopt import kernels
 
@@ -79,6 +80,7 @@ def shifted(x, offset=1):
     return room[offset:].copy_(x.flatten()).view(x.shape)
 
 
+@every_pair
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("address", ADDRESSES)
 @pytest.mark.parametrize("moved", ["gradients", "parameters", "one gradient"])

@@ -28,6 +28,7 @@ from rule_cases import (
     tensors,
     twin_step,
 )
+from thinning import every_pair
 
 from fusedopt import kernels, means, torch_stages, triton_backend
 
@@ -81,6 +82,7 @@ AROUND = [
 ]
 
 
+@every_pair
 @pytest.mark.parametrize(("case", "chain", "dtype"), AROUND)
 @pytest.mark.parametrize("address", ADDRESSES)
 def test_one_step(case, address, chain, dtype, device):
@@ -219,6 +221,7 @@ def test_rounding(dtype, device):
     assert same_bits(p.detach().cpu(), rounded_once(values, dtype))
 
 
+@every_pair
 @pytest.mark.parametrize("address", ADDRESSES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("case", CASES)

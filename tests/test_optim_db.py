@@ -10,6 +10,7 @@ import torch
 from cases import give_gradients, model
 from options import IN_TORCH
 from pairs import Pair, close, raised, same_bits
+from thinning import every_pair
 from torch_table import INFOS, every_info, every_input, exact, inputs
 
 import fusedopt
@@ -89,6 +90,7 @@ def test_errors(name, device):
         assert found == outcome(getattr(torch.optim, name), theirs)
 
 
+@every_pair
 @every_input
 @pytest.mark.parametrize("shape", [(), (1,)], ids=["0-dim", "1-element"])
 def test_tensor_lr(name, index, shape, device):

@@ -7,11 +7,13 @@ import pytest
 import torch
 from cases import AFTER_LOADING, give_gradients
 from pairs import Pair, assert_same, close, snapshot
+from thinning import every_pair
 from torch_table import INFOS, every_info, every_input, exact, inputs
 
 import fusedopt
 
 
+@every_pair
 @every_input
 @pytest.mark.parametrize("steps", [0, 1, 5])
 def test_states_exchanged_with_torch(name, index, steps, device):

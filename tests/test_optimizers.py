@@ -8,6 +8,7 @@ from cases import every_optimizer, every_optimizer_and_backend, every_torch_opti
 from options import LR, OPTIONS
 from oracles import oracle_class
 from pairs import Pair
+from thinning import every_pair
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 import fusedopt
@@ -93,6 +94,7 @@ def test_options_changed_in_mid_training(name, backend, device):
             pair.check()
 
 
+@every_pair
 @every_optimizer_and_backend
 @pytest.mark.parametrize("flatten", [False, True])
 def test_add_param_group_in_mid_training(name, flatten, backend, device):

@@ -17,12 +17,14 @@ from cases import (
 )
 from options import IN_TORCH
 from pairs import Pair, both, close, same_bits
+from thinning import every_pair
 
 import fusedopt
 
 flat_or_not = pytest.mark.parametrize("flatten", [False, True], ids=["in place", "flatten"])
 
 
+@every_pair
 @every_optimizer_and_backend
 @flat_or_not
 def test_data_replaced_between_steps(name, flatten, backend, device):
@@ -94,6 +96,7 @@ def test_memory_of_another_layout_beside_the_old_gradient(change, frozen, flatte
     assert all((p == 0.5).all() for p in params[:-1])
 
 
+@every_pair
 @every_optimizer
 @flat_or_not
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=["double", "bfloat16"])
@@ -160,6 +163,7 @@ def test_tied_parameters(name, flatten):
     close(module.parameters(), pairs[1][0].parameters(), 1e-12)
 
 
+@every_pair
 @every_optimizer_and_backend
 @flat_or_not
 def test_frozen_then_unfrozen(name, flatten, backend, device):

@@ -6,6 +6,7 @@ import gc
 import pytest
 import torch
 from pairs import close
+from thinning import every_pair
 
 import fusedopt
 from fusedopt import plan
@@ -50,6 +51,7 @@ ACTS = [None, double_a_state, replace_a_state, replace_its_memory, begin_again, 
 ACTS.append(copy_all_states)
 
 
+@every_pair
 @pytest.mark.parametrize("flatten", [False, True])
 @pytest.mark.parametrize("act", ACTS, ids=lambda act: act.__name__ if act else "nothing")
 def test_changes_are_noticed_when_the_gradient_comes_back(act, flatten, backend, device):
@@ -128,6 +130,7 @@ LATER = [replace_a_state_that_is_used, move_a_state, replace_all_of_a_state, mov
 LATER += [reset_all, freeze_differently]
 
 
+@every_pair
 @pytest.mark.parametrize("act", LATER, ids=lambda act: act.__name__)
 @pytest.mark.parametrize("cautious", [False, True])
 def test_nothing_known_outlives_what_it_is_about(cautious, act, backend, device):

@@ -1,6 +1,7 @@
 """Whatever users do between steps, in random order: after each step the optimizer is where torch's is.
 
-Each operation below happens to both. A failure names the seed, and so the whole sequence.
+Each operation below happens to both. A failure names the seed, and so the whole sequence. FUSEDOPT_CASES=all takes more
+seeds.
 """
 
 import copy
@@ -9,6 +10,7 @@ import pickle
 import random
 
 import pytest
+import thinning
 import torch
 from cases import AFTER_LOADING, KERNEL_NAMES, give_gradients, laid_out, model
 from options import LR, NAMES, STATEFUL
@@ -17,7 +19,7 @@ from pairs import Pair, clip, close
 import fusedopt
 
 IN_TORCH = [name for name in NAMES if hasattr(torch.optim, name)]
-SEEDS = range(3)
+SEEDS = range(20 if thinning.ALL else 2)
 
 
 class Use:

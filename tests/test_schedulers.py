@@ -5,10 +5,11 @@ import warnings
 
 import pytest
 import torch
-from cases import every_optimizer, every_optimizer_and_backend, model
-from options import LR, STATEFUL, TENSOR_LR
+from cases import KERNEL_NAMES, every_optimizer, model
+from options import LR, NAMES, STATEFUL, TENSOR_LR
 from oracles import oracle_class
 from pairs import Pair, close
+from thinning import every_pair
 from torch.optim import lr_scheduler
 from torch.optim.swa_utils import SWALR, AveragedModel, get_ema_multi_avg_fn
 
@@ -77,13 +78,16 @@ def as_number(value):
     return tuple(map(as_number, value)) if isinstance(value, tuple) else float(value)
 
 
-@every_optimizer_and_backend
-@pytest.mark.parametrize("scheduler", SCHEDULERS)
-@pytest.mark.parametrize("tensor", [False, True], ids=["float lr", "tensor lr"])
+@every_pair
+@pytest.mark.parametrize(
+    ("name", "backend", "scheduler", "tensor"),
+    [(name, "torch", scheduler, tensor) for name in NAMES for scheduler in SCHEDULERS for tensor in (False, True)]
+    # Kernels get rows of numbers, whoever wrote them.
+    + [(name, "triton", scheduler, False) for name in KERNEL_NAMES for scheduler in ("OneCycleLR", "SWALR")],
+    indirect=["backend"],
+)
 def test_like_torchs_optimizer(name, scheduler, tensor, backend, device):
     """No plan is made anew, and no kernel for other numbers."""
-    if backend == "triton" and device.type == "cpu" and (tensor or scheduler not in ("OneCycleLR", "SWALR")):
-        return  # the interpreter is slow, and the kernels get rows of numbers, whoever wrote them
     pair = Pair(name, None, "tiny", device=device, backend=backend)
     if tensor:
         # An object for each group of each optimizer: schedulers write to them.

@@ -8,6 +8,7 @@ import pytest
 import torch
 from options import NAMES
 from oracles import oracle_class
+from thinning import every_value
 from torch.optim import lr_scheduler
 
 import fusedopt
@@ -152,6 +153,7 @@ def test_formula(row, kind):
     assert float(params[0][0].detach()) == pytest.approx(1 - moved, abs=1e-12)
 
 
+@every_value
 @pytest.mark.parametrize("kind", ["float", "tensor"])
 @pytest.mark.parametrize("name", NAMES)
 def test_every_schedule_on_every_optimizer(name, kind):

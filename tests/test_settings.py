@@ -18,6 +18,7 @@ from cases import (
 from options import LR, STATEFUL
 from oracles import oracle_class
 from pairs import Pair, assert_same, close, snapshot
+from thinning import every_pair
 
 import fusedopt
 
@@ -85,6 +86,7 @@ def test_norm_of_extreme_float64_gradients(device):
     assert float(params[0][0].detach()) == pytest.approx(-(5**-0.5), rel=1e-12)
 
 
+@every_pair
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf], ids=str)
 @pytest.mark.parametrize("flatten", [False, True], ids=["in place", "flatten"])
 @every_kind_and_backend
@@ -146,6 +148,7 @@ def test_nan_and_inf_together_are_nan(dtypes, backend, device):
     assert [math.isnan(norm) for norm in norms] == [True, True, True, False]
 
 
+@every_pair
 @pytest.mark.parametrize("after", ["load", "load other", "deepcopy", "edit", "switch backend"])
 @every_kind_and_backend
 def test_skipped_step_and_then(name, after, backend, device):

@@ -10,6 +10,7 @@ from cases import AFTER_LOADING, every_kind_and_backend, every_optimizer, give_g
 from options import LR, STATEFUL
 from oracles import oracle_class
 from pairs import SCALARS, Pair, assert_same, close, snapshot
+from thinning import every_pair
 
 import fusedopt
 
@@ -39,6 +40,7 @@ def continuation(cls, source, params, options, **settings):
     return params, optimizer
 
 
+@every_pair
 @every_kind_and_backend
 @pytest.mark.parametrize("carrier", CARRIERS)
 @flat_or_not
@@ -85,6 +87,7 @@ def test_loading_into_the_same_optimizer_goes_back(name, flatten, backend, devic
     assert_same(first, snapshot(pair.opt))
 
 
+@every_pair
 @every_kind_and_backend
 @pytest.mark.parametrize("carry", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["deepcopy", "pickle"])
 @flat_or_not

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from rule_cases import same_bits
+from thinning import every_pair
 
 import fusedopt
 from fusedopt import storage
@@ -41,6 +42,7 @@ def everything(params, optimizer):
     return [*(p.detach() for p in params), *(x.to("cpu") for entry in shown.values() for x in entry.values())]
 
 
+@every_pair
 @pytest.mark.parametrize("bad", [math.nan, -math.inf])
 @pytest.mark.parametrize(("master", "state_dtype"), STORED, ids=str)
 def test_only_that_step_is_skipped(backend, device, master, state_dtype, bad):

@@ -9,6 +9,7 @@ import pytest
 import torch
 from cases import interpreter_noise
 from textbook import CLIPPING, ROWS, STEPS
+from thinning import every_pair
 
 import fusedopt
 
@@ -54,6 +55,7 @@ def compare(row, dtype, backend, device, objective, clip="none", eta=lambda t: 0
     assert moved != (row == "F4 with beta 1")
 
 
+@every_pair
 @RUNS
 @rows
 @pytest.mark.parametrize("objective", ["quadratic", "random"])
@@ -70,6 +72,7 @@ def test_update_rule_under_a_schedule(row, backend, dtype, device):
     compare(row, dtype, backend, device, "random", eta=lambda t: 0.05 * 0.97**t)
 
 
+@every_pair
 @RUNS
 @pytest.mark.parametrize("clip", CLIPPING)
 @pytest.mark.parametrize("row", ["F1 gradient descent", "F3 momentum, velocity", "F12 Adam"])

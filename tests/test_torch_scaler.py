@@ -12,6 +12,7 @@ from cases import KERNEL_NAMES, every_optimizer, every_optimizer_and_backend, mo
 from options import NAMES, STATEFUL
 from oracles import oracle_class
 from pairs import Pair, close, raised, same_bits
+from thinning import every_pair
 
 import fusedopt
 
@@ -83,6 +84,7 @@ CASES = [
 CASES += [(name, "triton", name in FUSED, loop) for name in KERNEL_NAMES for loop in LOOPS if "unscale" not in loop]
 
 
+@every_pair
 @pytest.mark.parametrize(("name", "backend", "fused", "loop"), CASES, indirect=["backend"])
 def test_like_torchs_optimizer(name, backend, fused, loop, device):
     settings, unscale, clips = LOOPS[loop]
