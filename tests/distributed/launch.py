@@ -5,18 +5,16 @@ A case that breaks its group (an error, a crash, a time limit) is reported, and 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import pickle
+import signal
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
-
-GROUP_LIMIT = 1800
-"""Seconds for one process group with all its cases. They take one to three minutes; the limit is for what hangs."""
 
 measured: dict[str, float] = {}
 """What the running case has measured, for the report: ``pytest -rP`` shows it."""
@@ -31,6 +29,8 @@ class Case:
 
 @dataclasses.dataclass
 class Job:
+    """Cases for groups of ``world`` ranks."""
+
     world: int
     cases: list[Case]
 
@@ -44,60 +44,31 @@ class Outcome:
     measured: dict[str, float]
 
 
-def run(world: int, cases: list[Case]) -> list[list[Outcome]]:
-    """The outcomes of each case, one per rank."""
-    outcomes: list[list[Outcome]] = []
-    while len(outcomes) < len(cases):
-        outcomes += _run_group(Job(world, cases[len(outcomes) :]))
-    return outcomes
-
-
-def _run_group(job: Job) -> list[list[Outcome]]:
-    """The outcomes of the cases up to the first that failed, or of all."""
+def run(jobs: list[Job]) -> list[list[list[Outcome]]]:
+    """The outcomes of each job's cases, one per rank."""
     with tempfile.TemporaryDirectory(prefix="fusedopt-") as name:
         folder = Path(name)
-        file = folder / "job"
-        file.write_bytes(pickle.dumps(job))
-        logs = [folder / f"log.{rank}" for rank in range(job.world)]
-        ranks = [_start(file, rank, logs[rank]) for rank in range(job.world)]
-        note = _wait(ranks)
-        outcomes = []
-        for index in range(len(job.cases)):
-            done = [_outcome(folder / f"{index}.{rank}") for rank in range(job.world)]
-            outcomes.append([o or Outcome(_epitaph(note, log), 0.0, {}) for o, log in zip(done, logs)])
-            if any(outcome.error for outcome in outcomes[-1]):
-                break
-        return outcomes
+        (folder / "jobs").write_bytes(pickle.dumps(jobs))
+        log = folder / "log"
+        with log.open("wb") as output, _started(folder, output) as groups:
+            groups.wait()
+        if groups.returncode:
+            raise RuntimeError(f"groups.py left with {groups.returncode}:\n{log.read_text(errors='replace')[-3000:]}")
+        return pickle.loads((folder / "outcomes").read_bytes())
 
 
-def _start(file: Path, rank: int, log: Path) -> subprocess.Popen:
+@contextlib.contextmanager
+def _started(folder: Path, output: Any):
+    """A process that has imported everything and forks the ranks. They all end with this."""
     # The ranks' tensors are on the CPU, and so their kernels in the interpreter, whatever else is here.
     without_gpus = dict.fromkeys(("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES"), "")
     environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"} | without_gpus
-    command = [sys.executable, str(Path(__file__).with_name("worker.py")), str(file), str(rank)]
-    with log.open("wb") as output:
-        return subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
-
-
-def _wait(ranks: list[subprocess.Popen]) -> str:
-    """Until all have left or the time is up; then end those that are left."""
-    deadline = time.monotonic() + GROUP_LIMIT
-    try:
-        for process in ranks:
-            process.wait(max(deadline - time.monotonic(), 0.1))
-    except subprocess.TimeoutExpired:
-        return f"ended after {GROUP_LIMIT} s"
-    finally:
-        for process in ranks:
-            if process.poll() is None:
-                process.kill()
-                process.wait()
-    return f"left with {[process.returncode for process in ranks]}"
-
-
-def _outcome(file: Path) -> Outcome | None:
-    return pickle.loads(file.read_bytes()) if file.exists() else None
-
-
-def _epitaph(note: str, log: Path) -> str:
-    return f"no result ({note}):\n{log.read_text(errors='replace')[-3000:]}"
+    command = [sys.executable, str(Path(__file__).with_name("groups.py")), str(folder)]
+    with subprocess.Popen(
+        command, stdout=output, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+    ) as groups:
+        try:
+            yield groups
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(groups.pid, signal.SIGKILL)

@@ -1,8 +1,10 @@
 """Tests that run on several ranks: ``@pytest.mark.ranks(2)`` runs the test's function on each of two processes.
 
-All selected tests of one folder and number of ranks share a process group. ``pytest -rP`` shows what they measured. The
-hooks serve the folders whose ``conftest.py`` imports them.
+All selected tests of one folder and number of ranks share a process group, and whichever comes first runs all of the
+folder. ``pytest -rP`` shows what they measured. The hooks serve the folders whose ``conftest.py`` imports them.
 """
+
+import itertools
 
 import launch
 import pytest
@@ -23,19 +25,26 @@ def folder():
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_pyfunc_call(pyfuncitem):
-    world = ranks(pyfuncitem)
-    if world is None:
+    if ranks(pyfuncitem) is None:
         return None
     if not dist.is_gloo_available():
         pytest.skip("torch was built without gloo")
     outcomes = pyfuncitem.config.stash[UNRUN]
     if pyfuncitem.nodeid not in outcomes:
-        beside = (item for item in pyfuncitem.session.items if item.path.parent == pyfuncitem.path.parent)
-        items = [item for item in beside if ranks(item) == world]
-        results = launch.run(world, [case(item) for item in items])
-        outcomes.update((item.nodeid, result) for item, result in zip(items, results))
+        outcomes.update(run_all_beside(pyfuncitem))
     report(pyfuncitem, outcomes[pyfuncitem.nodeid])
     return True
+
+
+def run_all_beside(item):
+    """The outcomes of all selected tests of its folder that run on several ranks, by name."""
+    beside = [other for other in item.session.items if other.path.parent == item.path.parent]
+    groups = [
+        [other for other in beside if ranks(other) == world] for world in sorted(set(map(ranks, beside)) - {None})
+    ]
+    outcomes = launch.run([launch.Job(ranks(group[0]), list(map(case, group))) for group in groups])
+    names = (other.nodeid for group in groups for other in group)
+    return zip(names, itertools.chain.from_iterable(outcomes))
 
 
 def ranks(item):
