@@ -4,17 +4,16 @@ import contextlib
 from unittest import mock
 
 import torch.distributed as dist
+from torch import nn
 from torch.distributed.fsdp import fully_shard
-from training import (
-    Net,
-    net,
-)
+from training import Net, net
 
 
 def sharded(build=Net, **options):
     model = net(build)
-    for layer in (model.first, model.second, model.last):
-        fully_shard(layer, **options)
+    for layer in model.children():
+        if isinstance(layer, nn.Linear):
+            fully_shard(layer, **options)
     return fully_shard(model, **options)
 
 

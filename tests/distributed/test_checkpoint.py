@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from sharding import sharded
+from thinning import every_pair
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_optimizer_state_dict,
@@ -67,15 +68,21 @@ def load(form, world, model, optimizer, folder):
     set_optimizer_state_dict(model, optimizer, state["optimizer"], options=options)
 
 
-RESUMES = list(itertools.product(FORMS, [(2, 1), (2, 2), (1, 2)], MAKERS, MAKERS))
+RESUMES = [
+    (form, worlds, *makers)
+    for form, worlds, *makers in itertools.product(FORMS, [(2, 1), (2, 2), (1, 2)], MAKERS, MAKERS)
+    if "ours" in makers
+]
 
 
+@every_pair
 @pytest.mark.ranks(2)
 @pytest.mark.parametrize(
     ("form", "worlds", "source", "target"),
     [pytest.param(f, w, s, t, id=f"{f}-{s} on {w[0]}-{t} on {w[1]}") for f, w, s, t in RESUMES],
 )
 def test_resumes_as_if_uninterrupted(form, worlds, source, target, folder):
+    """How it was saved, from and to how many ranks, by whose optimizer and for whose: every two of these together."""
     model, optimizer = trained(MAKERS[source], worlds[0], 2)
     save(form, worlds[0], model, optimizer, folder)
     dist.barrier()
@@ -194,7 +201,7 @@ def test_what_is_stored_beside_bfloat16_parameters_comes_back_exactly(settings, 
     other, optimizer_of_other = build()
     load("sharded", 2, other, optimizer_of_other, folder)
     for m, o in ((model, optimizer), (other, optimizer_of_other)):
-        train(m, o, 2, start=2, split=split)
+        train(m, o, 1, start=2, split=split)
     close(weights(other), weights(model), 0.0)
     for p, q in zip(model.parameters(), other.parameters()):
         state, restored = optimizer.state[p], optimizer_of_other.state[q]

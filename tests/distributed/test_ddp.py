@@ -5,7 +5,21 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from training import Net, batch, clip, close, moved, net, ours, part, same_on_all_ranks, theirs, train, weights
+from training import (
+    Net,
+    batch,
+    build_for,
+    clip,
+    close,
+    moved,
+    net,
+    ours,
+    part,
+    same_on_all_ranks,
+    theirs,
+    train,
+    weights,
+)
 
 import fusedopt
 
@@ -52,8 +66,8 @@ def test_trains_as_torch_does(options, settings):
     build = Unused if options.get("find_unused_parameters") else Net
     model, reference = (DistributedDataParallel(net(build), **options) for _ in range(2))
     optimizer = ours(model, **settings)
-    train(model, optimizer, **loop)
-    train(reference, theirs(reference), **loop, before_step=clip)
+    train(model, optimizer, steps=3, **loop)
+    train(reference, theirs(reference), steps=3, **loop, before_step=clip)
     # float32 rounding in another order of operations; see close().
     close(weights(model), weights(reference))
     assert build is Unused or moved(model.module)
@@ -63,7 +77,8 @@ def test_trains_as_torch_does(options, settings):
 @pytest.mark.ranks(2)
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_each_backend(backend):
-    model, reference = (DistributedDataParallel(net(), gradient_as_bucket_view=True) for _ in range(2))
+    build = build_for(backend)
+    model, reference = (DistributedDataParallel(net(build), gradient_as_bucket_view=True) for _ in range(2))
     optimizer = ours(model, backend=backend)
     train(model, optimizer, steps=3)
     train(reference, theirs(reference), steps=3, before_step=clip)

@@ -5,6 +5,7 @@ import warnings
 import pytest
 import torch
 import torch.distributed as dist
+from thinning import every_value
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
 from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
@@ -48,20 +49,24 @@ def reference():
 both_forms = pytest.mark.parametrize("use_orig_params", [True, False], ids=["original", "flat"])
 
 
+@every_value
 @pytest.mark.ranks(2)
 @both_forms
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_clipped_by_the_model(use_orig_params, backend):
+    """Either backend with one form: to both, the pieces are plain tensors."""
     model = sharded(use_orig_params)
     optimizer = one_group(model, backend=backend)
     train(model, optimizer, STEPS, before_step=lambda model: model.clip_grad_norm_(0.5))
     close(weights(model), reference())
 
 
+@every_value
 @pytest.mark.ranks(2)
 @both_forms
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_clipped_over_the_world(use_orig_params, backend):
+    """Chosen as above."""
     model = sharded(use_orig_params)
     optimizer = one_group(model, backend=backend, max_grad_norm=0.5, clip_group="world")
     train(model, optimizer, STEPS)

@@ -7,9 +7,11 @@ import torch
 import torch.distributed as dist
 from oracles import oracle_class
 from sharding import counted, sharded
+from thinning import every_pair
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 from training import (
+    build_for,
     clip,
     close,
     full,
@@ -27,11 +29,13 @@ from training import (
 import fusedopt
 
 
+@every_pair
 @pytest.mark.ranks(2)
 @pytest.mark.parametrize("set_to_none", [True, False], ids=["none", "zero"])
 @pytest.mark.parametrize("accumulate", [1, 3])
 @pytest.mark.parametrize("reshard", [True, False], ids=["reshard", "keep"])
 def test_trains_as_one_process_does(reshard, accumulate, set_to_none):
+    """Each two of these three together."""
     model = sharded(reshard_after_forward=reshard)
     parts = [p._local_tensor.numel() for p in model.parameters()]
     assert 0 in parts or dist.get_rank() == 0
@@ -86,7 +90,7 @@ def options_of(name):
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 @pytest.mark.parametrize("name", sorted(fusedopt.registry))
 def test_every_optimizer(name, backend):
-    model, reference = sharded(), net()
+    model, reference = sharded(build_for(backend)), net(build_for(backend))
     optimizer = fusedopt.registry[name](model.parameters(), **options_of(name), max_grad_norm=0.5, backend=backend)
     oracle = oracle_class(name)(reference.parameters(), **options_of(name), foreach=False)
     train(model, optimizer, steps=3)
@@ -175,20 +179,20 @@ def test_ignored_parameters_stay_plain():
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_deferred_clipping(backend):
     """optimizer.clip_grad_norm_() returns the norm over all ranks, and communicates once."""
-    model = sharded()
+    model = sharded(build_for(backend))
     optimizer = ours(model, max_grad_norm=None, backend=backend)
     norms = []
     with counted(optimizer) as calls:
         train(model, optimizer, steps=3, before_step=lambda model: norms.append(optimizer.clip_grad_norm_(0.5)))
     assert calls == []
-    close(weights(model), weights(single_process(steps=3)))
+    close(weights(model), weights(single_process(steps=3, build=build_for(backend))))
     same_on_all_ranks([*weights(model), *norms])
 
 
 @pytest.mark.ranks(2)
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_averages(backend):
-    model = sharded()
+    model = sharded(build_for(backend))
     optimizer = ours(model, ema_decay=0.9, backend=backend)
     expected = [full(p).clone() for p in optimizer.param_groups[0]["params"]]
     for number in range(3):
@@ -196,7 +200,7 @@ def test_averages(backend):
         expected = [a + 0.1 * (full(p) - a) for a, p in zip(expected, optimizer.param_groups[0]["params"])]
     averages = optimizer.ema_parameters()
     assert averages[0].placements == model.first.weight.placements
-    close(map(full, averages[:3]), expected)
+    close(map(full, averages[: len(expected)]), expected)
     trained = [w.clone() for w in weights(model)]
     with optimizer.ema_parameters():
         close([full(model.first.weight)], [expected[0]])

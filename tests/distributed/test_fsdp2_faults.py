@@ -6,8 +6,10 @@ import pytest
 import torch
 import torch.distributed as dist
 from sharding import sharded
+from thinning import every_pair
 from torch.distributed.fsdp import fully_shard
 from training import (
+    build_for,
     clip,
     close,
     full,
@@ -40,12 +42,13 @@ def test_a_rank_without_gradients():
     same_on_all_ranks([optimizer.grad_norm])
 
 
+@every_pair
 @pytest.mark.ranks(2)
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 @pytest.mark.parametrize("settings", [{"max_grad_norm": None}, {}], ids=["skip", "skip and clip"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_nonfinite_on_one_rank_skips_on_all(value, settings, backend):
-    model = sharded()
+    model = sharded(build_for(backend))
     optimizer = ours(model, skip_nonfinite=True, backend=backend, **settings)
     train(model, optimizer, steps=2)
     states = [{key: full(x).clone() for key, x in optimizer.state[p].items()} for p in model.parameters()]

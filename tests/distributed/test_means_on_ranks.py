@@ -7,13 +7,15 @@ import pytest
 import torch
 import torch.distributed as dist
 from sharding import counted, sharded
-from test_mesh import Wide, mesh, tensor_parallel
+from test_mesh import Wide, mesh, tensor_parallel_and_sharded
+from thinning import every_value
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from training import (
     MAX_NORM,
     OPTIONS,
     Net,
+    build_for,
     close,
     full,
     loss_of,
@@ -51,15 +53,16 @@ def in_one_process(kind, steps, build=Net, **settings):
 @BACKENDS
 @pytest.mark.parametrize("kind", KINDS)
 def test_uneven_and_empty_shards(kind, backend):
-    model = sharded()
+    build = build_for(backend)
+    model = sharded(build)
     assert 0 in [p._local_tensor.numel() for p in model.parameters()] or dist.get_rank() == 0
     optimizer = made(kind, model, backend=backend)
     with counted(optimizer) as calls:
-        train(model, optimizer, steps=4)
+        train(model, optimizer, steps=3)
     # Per step: the norm and found_inf; a row of means for each parameter.
     terms = 2 if kind == "both" else 1
-    assert calls == [2, terms * len(weights(model))] * 4
-    close(weights(model), weights(in_one_process(kind, 4)))
+    assert calls == [2, terms * len(weights(model))] * 3
+    close(weights(model), weights(in_one_process(kind, 3, build)))
     assert moved(model)
     same_on_all_ranks(weights(model))
 
@@ -81,31 +84,27 @@ def test_without_clipping():
     close(weights(model), weights(in_one_process("cautious", 3, Even, max_grad_norm=None)))
 
 
+@every_value
 @pytest.mark.ranks(4)
 @BACKENDS
 @pytest.mark.parametrize("kind", ["cautious", "StableAdamW"])
 def test_hybrid_sharding(kind, backend):
-    """Replicas count once."""
-    grid = mesh(2, 2)
-    model = net()
-    for layer in (model.first, model.second, model.last):
-        fully_shard(layer, mesh=grid)
-    fully_shard(model, mesh=grid)
+    """Replicas count once. Not every kind with every backend, as in test_uneven_and_empty_shards."""
+    build = build_for(backend)
+    model = sharded(build, mesh=mesh(2, 2))
     train(model, made(kind, model, backend=backend), steps=3)
-    close(weights(model), weights(in_one_process(kind, 3)))
+    close(weights(model), weights(in_one_process(kind, 3, build)))
     same_on_all_ranks(weights(model))
 
 
+@every_value
 @pytest.mark.ranks(4)
 @BACKENDS
 @pytest.mark.parametrize("kind", ["cautious", "StableAdamW"])
 def test_sharding_with_tensor_parallelism(kind, backend):
-    """Some parameters are spread over one dimension of the mesh, some over both."""
+    """Some parameters are spread over one dimension of the mesh, some over both. Cases are chosen as above."""
     grid = mesh(2, 2)
-    model = tensor_parallel(net(Wide), grid["tp"])
-    for layer in (model.first, model.second, model.last):
-        fully_shard(layer, mesh=grid["dp"])
-    fully_shard(model, mesh=grid["dp"])
+    model = tensor_parallel_and_sharded(grid)
     optimizer = made(kind, model, backend=backend)
     train(model, optimizer, steps=3, split=functools.partial(part, group=grid.get_group("dp")))
     close(weights(model), weights(in_one_process(kind, 3, Wide)))
@@ -120,7 +119,7 @@ def test_every_placement(backend):
     layouts = [[Replicate(), Replicate()], [Shard(0), Replicate()], [Replicate(), Shard(1)], [Shard(0), Shard(1)], None]
     shapes = [(5, 7), (5, 7), (5, 7), (41, 77), (5, 7)]
     generator = torch.Generator().manual_seed(0)
-    values = [[torch.randn(s, generator=generator) for s in shapes] for _ in range(4)]
+    values = [[torch.randn(s, generator=generator) for s in shapes] for _ in range(3)]
 
     def arranged(value, layout):
         return value.clone() if layout is None else distribute_tensor(value, grid, layout)
@@ -159,7 +158,7 @@ def test_a_rank_without_gradients_meets_the_others(backend):
 @pytest.mark.ranks(2)
 @BACKENDS
 def test_skipped_steps(backend):
-    model = sharded()
+    model = sharded(build_for(backend))
     optimizer = made("cautious", model, backend=backend, skip_nonfinite=True)
     train(model, optimizer, steps=2)
     before = [w.clone() for w in weights(model)]
@@ -177,6 +176,7 @@ def test_skipped_steps(backend):
     same_on_all_ranks(weights(model))
 
 
+@every_value
 @pytest.mark.ranks(2)
 @BACKENDS
 @pytest.mark.parametrize("storage", [{"state_dtype": torch.float32}, {"master": "fp32"}], ids=str)
@@ -184,7 +184,7 @@ def test_bfloat16_parameters(storage, backend):
     to_bfloat16 = lambda x: x.chunk(2)[dist.get_rank()].bfloat16()  # noqa: E731
     ends = []
     for name in (backend, "torch"):
-        model = fully_shard(net().bfloat16())
+        model = fully_shard(net(build_for(backend)).bfloat16())
         train(model, made("StableAdamW", model, backend=name, **storage), steps=2, split=to_bfloat16)
         ends.append(weights(model))
     # The same arithmetic, but for the order of additions, which may round to the neighbouring bfloat16.

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from sharding import counted, sharded
-from training import MAX_NORM, loss_of, net, same_on_all_ranks
+from training import MAX_NORM, build_for, loss_of, net, same_on_all_ranks
 
 import fusedopt
 
@@ -21,7 +21,7 @@ def backward(model, number, split=None):
 def test_shards(track, backend):
     """The step adds up, in one all_reduce more, so a single rank may ask. Between backends and ranks float32 sums are
     taken in other orders: 1e-7 of each. The bias of a layer before a normalisation has a gradient near zero."""
-    model, reference = sharded(), net()
+    model, reference = sharded(build_for(backend)), net(build_for(backend))
     made = fusedopt.AdamW(model.parameters(), **OPTIONS, track=track, backend=backend)
     alone = fusedopt.AdamW(reference.parameters(), **OPTIONS, track=track, backend="torch")
     for number in range(3):

@@ -5,7 +5,7 @@ import warnings
 import pytest
 from sharding import sharded
 from torch.nn.parallel import DistributedDataParallel
-from training import close, loss_of, moved, net, ours, same_on_all_ranks, train, weights
+from training import build_for, close, loss_of, moved, net, ours, same_on_all_ranks, train, weights
 
 import fusedopt
 
@@ -13,7 +13,7 @@ import fusedopt
 @pytest.mark.ranks(2)
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_equals_step_under_fully_shard(backend):
-    model, reference = sharded(), sharded()
+    model, reference = sharded(build_for(backend)), sharded(build_for(backend))
     optimizer = ours(model, max_grad_norm=None, backend=backend)
     fusedopt.enable_gradient_release(model, optimizer)
     with warnings.catch_warnings():
