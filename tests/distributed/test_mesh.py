@@ -108,8 +108,8 @@ def test_sharding_with_tensor_parallelism(backend):
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 @pytest.mark.parametrize("parallel", ["hybrid", "with tensor parallelism"])
 def test_nan_in_one_part_of_the_batch_skips_on_all(parallel, backend):
-    """Parameters that are spread over one dimension only belong to the verdict of all ranks too. Either backend with one
-    layout: what ranks exchange is made by the same code for both, and test_fsdp2_faults has each with each setting."""
+    """Parameters that are spread over one dimension only belong to the verdict of all ranks too. Either backend with
+    one layout: what ranks exchange is made by the same code, and test_fsdp2_faults has each with each setting."""
     grid = mesh(2, 2)
     model = sharded(mesh=grid) if parallel == "hybrid" else tensor_parallel_and_sharded(grid)
     split = part if parallel == "hybrid" else functools.partial(part, group=grid.get_group("dp"))
