@@ -10,16 +10,29 @@ binder and cache, its compiler and ptxas are the real ones, and only the launch 
 """
 
 import collections
+import gc
 import json
+import multiprocessing
 import os
 import sys
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from unittest import mock
 
 import torch
 import triton
 from absent_gpu import NoGPU, facts, per_thread, tiles_at_once, unfenced
-from extents import compiled_addresses, compiled_at_once, compiled_rules, launched_cases
+from extents import (
+    compiled_addresses,
+    compiled_at_once,
+    compiled_means,
+    compiled_rules,
+    counted_dtypes,
+    is_whole,
+    launched_cases,
+    units_dtypes,
+    zeroing_cases,
+)
 from form_cases import FORMS, FORMS_AT_ONCE, stored_cases
 from rule_cases import ADDRESSES, AT_ONCE, CASES, CHAINS, WITH_MEANS, optimizer, parameters, set_gradients
 from triton.runtime import driver
@@ -41,6 +54,9 @@ DTYPES = {
 
 EXTENT = os.environ.get("FUSEDOPT_COMPILE", "some")
 """How much: see extents.py."""
+
+MOST = 8
+"""Processes at a time: each takes half a gigabyte."""
 
 
 def step_once(case, address, dtype, scaler=False, **settings):
@@ -98,15 +114,18 @@ def all_facts(target, dtype):
         rules = compiled_rules(target, dtype, address, EXTENT)
         cases = [case for case in CASES if case.split()[0] in rules and WITH_MEANS.get(case) != {}]
         runs += [(case, address, clips | norm) for case in cases]
-    # Unscaling by the norm kernel, and, where no norm is needed, by a kernel of its own.
-    runs += [("adam", "scattered", clips | settings | {"scaler": True}) for settings in (norm, {})]
+    everything = is_whole(target, dtype, EXTENT)
+    if everything:
+        # Unscaling by the norm kernel, and, where no norm is needed, by a kernel of its own.
+        runs += [("adam", "scattered", clips | settings | {"scaler": True}) for settings in (norm, {})]
     without = len(runs)
-    runs += [(case, a, clips | norm | settings) for a in addresses for case, settings in WITH_MEANS.items()]
+    with_means = compiled_means(target, dtype, EXTENT)
+    runs += [(case, a, clips | norm | settings) for a in addresses for case, settings in with_means.items()]
     end = len(runs)
     runs += [(case, "scattered", clips | norm | {"launches": 1}) for case in compiled_at_once(target, dtype, EXTENT)]
     tracked = clips | norm | {"track": "total"}
     runs += [("adam", address, tracked) for address in addresses]
-    runs += [("adam", "scattered", tracked | {"launches": 1})]
+    runs += [("adam", "scattered", tracked | {"launches": 1})] * everything
     for i, (case, address, settings) in enumerate(runs):
         before = set(gpu.compiled())
         step_once(case, address, dtype, **settings)
@@ -122,26 +141,20 @@ def zeroing_facts(target):
     for flat_grads in ("zeroed", True):
         gpu = NoGPU(target, f"flat_grads {flat_grads}")
         driver.set_active(gpu)
-        for address, dtype, settings in (
-            ("scattered", torch.float32, {}),
-            ("scattered", torch.float32, {"launches": 1}),
-            ("scattered", torch.float32, {"track": "total"}),
-            ("scattered", torch.float32, {"state_dtype": "8bit"}),
-            ("flat", torch.bfloat16, {"state_dtype": "8bit"}),
-        ):
+        for address, dtype, settings in zeroing_cases(EXTENT):
             before = set(gpu.compiled())
             # Large enough to have quantized states.
-            params = parameters([5000], "cpu", dtype)
+            params = parameters([5000], "cpu", getattr(torch, dtype))
             optimizer("adam", params, address, max_grad_norm=1.0, flat_grads=flat_grads, **settings).step()
             for kernel in set(gpu.compiled()) - before:
                 if kernel.metadata.name.endswith("_adam"):
                     found = facts(kernel) | {"zeroes": flat_grads == "zeroed", "unfenced": unfenced(kernel)}
-                    yield found | {"dtype": str(dtype), "quantizes": "state_dtype" in settings}
+                    yield found | {"dtype": dtype, "quantizes": "state_dtype" in settings}
 
 
 def units_facts(target):
     """Facts about Adam's kernels with adaptive clipping, in two launches and in one."""
-    for dtype in ("float32", "bfloat16"):
+    for dtype in units_dtypes(EXTENT):
         gpu = NoGPU(target, f"{dtype} units")
         driver.set_active(gpu)
         for settings in ({}, {"launches": 1}):
@@ -189,7 +202,8 @@ def compiles(case, address, **more):
     driver.set_active(gpu)
     for sizes in ([5000, 33, 1024], [16]):
         params = parameters(sizes, "cpu")
-        settings = {"weight_decay": 0.1, "maximize": True, "skip_nonfinite": True} | more
+        # As in all_facts(), whose kernels are then found in Triton's cache.
+        settings = CHAINS["all"] | {"skip_nonfinite": True} | more
         made = optimizer(case, [{"params": [p]} for p in params], address, **settings)
         for t in range(50):
             set_gradients(params, [torch.ones(size) for size in sizes])
@@ -198,13 +212,34 @@ def compiles(case, address, **more):
                 group["lr"] = (1, 0, 16, 0.5 / (t + 1), True)[(t + i) % 5]
                 group["weight_decay"] = (1, 16, 0.1 * (t + 1))[(t + i) % 3]
             made.max_grad_norm = (1, 16, 0.3 * (t + 1))[t % 3]
-            made.max_grad_value = (-1 - t, 16)
+            made.max_grad_value = (None, (1, 16, 0.3 * (t + 1))[t % 3])
             # As if every second step had been skipped, and the host had not yet heard of some.
             if t:
                 made._engine.skips.device[3] += t % 2
             with mock.patch.object(Skips, "variants", 1 + t // 3):
                 made.step()
     return collections.Counter(kernel.metadata.name for kernel in gpu.compiled())
+
+
+def launches():
+    """How often each kernel is compiled, by case."""
+    found = {f"{case}, {a}": compiles(case, a) for a in ADDRESSES for case in launched_cases(a, EXTENT)}
+    found |= {f"{case}, at once": compiles(case, "scattered", launches=1) for case in AT_ONCE[:1]}
+    found |= {"adam, tracked": compiles("adam", "flat", track="total")}
+    found |= {"adam, units": compiles("adam", "flat", adaptive_grad_clip=0.1)}
+    return found | {f"{case}, means": compiles(case, "flat", **more) for case, more in WITH_MEANS.items()}
+
+
+def report(job):
+    if job == "instructions":
+        return {dtype: instructions_per_element(dtype) for dtype in counted_dtypes(EXTENT)}
+    if job == "stored instructions":
+        return stored_instructions()
+    if job == "launches":
+        return launches()
+    target, what = job.split(":")
+    found = {"stored": stored_facts, "zeroed": zeroing_facts, "units": units_facts}.get(what)
+    return list(all_facts(target, what) if found is None else found(target))
 
 
 def main(jobs):
@@ -215,27 +250,14 @@ def main(jobs):
     # Every processor compiles already: threads would take each other's lock, Triton 3.6's at every instruction that it
     # forms, and then five times as long. That they make the same kernels is asked in test_ahead.py.
     triton_ahead._side_by_side = lambda compilations: None
-    report = {"triton": triton.__version__}
-    for job in jobs:
-        if job == "instructions":
-            report[job] = {dtype: instructions_per_element(dtype) for dtype in ("float32", "mixed", "bfloat16")}
-        elif job == "stored instructions":
-            report[job] = stored_instructions()
-        elif job == "launches":
-            report[job] = {
-                f"{case}, {address}": compiles(case, address)
-                for address in ADDRESSES
-                for case in launched_cases(address, EXTENT)
-            }
-            report[job] |= {f"{case}, at once": compiles(case, "scattered", launches=1) for case in AT_ONCE[:1]}
-            report[job] |= {"adam, tracked": compiles("adam", "flat", track="total")}
-            report[job] |= {"adam, units": compiles("adam", "flat", adaptive_grad_clip=0.1)}
-            report[job] |= {f"{case}, means": compiles(case, "flat", **more) for case, more in WITH_MEANS.items()}
-        else:
-            target, what = job.split(":")
-            found = {"stored": stored_facts, "zeroed": zeroing_facts, "units": units_facts}.get(what)
-            report[job] = list(all_facts(target, what) if found is None else found(target))
-    print(json.dumps(report))
+    # What every worker would do for itself: import what optimizers of torch do, and look through all that at every
+    # collection of garbage, of which compiling makes much.
+    torch.optim.SGD([torch.zeros(1)])
+    gc.collect()
+    gc.freeze()
+    workers = min(os.cpu_count(), MOST, len(jobs))
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("fork")) as pool:
+        print(json.dumps({"triton": triton.__version__, **dict(zip(jobs, pool.map(report, jobs)))}))
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ import os
 import re
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -19,9 +18,6 @@ TARGETS = [*NVIDIA, "gfx942"]
 # How NVIDIA's kernels access the elements of tensors, which are not wanted again soon; the width follows.
 LOAD = r"ld\.global\..*evict_first.*"
 STORE = r"st\.global\.cs"
-
-MOST = 8
-"""Processes at a time: each takes seconds, and half a gigabyte, before it compiles anything."""
 
 TRITONS = [
     "installed",
@@ -46,20 +42,13 @@ def extent(which):
 
 def compiled(which, jobs):
     """What tests/aot.py says by job, with the installed Triton or the old one."""
-    environment = environment_of(which) | {"FUSEDOPT_COMPILE": extent(which)}
-
-    def run(jobs):
-        # -W error: what warns us would warn every user.
-        command = [sys.executable, "-W", "error", PROGRAM, *jobs]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr[-4000:]
-        return json.loads(done.stdout)
-
-    # One process per core, each with as much to do as the others.
-    workers = min(os.cpu_count(), MOST, len(jobs))
-    with ThreadPoolExecutor(workers) as pool:
-        parts = list(pool.map(run, [jobs[i::workers] for i in range(workers)]))
-    return {key: value for part in parts for key, value in part.items()}
+    # One thread, or Python warns of the forks.
+    environment = environment_of(which) | {"FUSEDOPT_COMPILE": extent(which), "OMP_NUM_THREADS": "1"}
+    # -W error: what warns us would warn every user.
+    command = [sys.executable, "-W", "error", PROGRAM, *jobs]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(done.stdout)
 
 
 def count(kernel, pattern):

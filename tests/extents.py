@@ -11,6 +11,9 @@ ONE_OF_EACH = ["sm_90", "gfx942"]
 CORE = {"momentum", "rmsprop_centered_momentum", "adam", "amsgrad", "adan"}
 """Rules with one to four states, which stand for all where compiling every one would take too long."""
 
+LARGE = {"adadelta", "ademamix"}
+"""Those that need most registers beside them, where a thread holds eight elements of bfloat16."""
+
 FEW = {"adam", "adan"}
 """The rule of most training, and one with four states."""
 
@@ -45,10 +48,10 @@ def compiled_rules(target: str, dtype: str, address: str, extent: str) -> set[st
     rules = {case.split()[0] for case in CASES}
     if extent == "all":
         return rules if target in ONE_OF_EACH else rules - VARIANTS
-    if address == "flat" and (target not in ONE_OF_EACH or dtype != "float32"):
+    if address == "flat" and (dtype != "float32" or target not in (ONE_OF_EACH if extent == "some" else ["sm_90"])):
         return set()
-    if (target, address, extent) == ("sm_90", "scattered", "some") and dtype in ("float32", "bfloat16"):
-        return rules if dtype == "float32" else rules - VARIANTS
+    if (target, address) == ("sm_90", "scattered") and extent == "some":
+        return {"float32": rules, "bfloat16": CORE | LARGE}.get(dtype, FEW)
     return CORE if (target, address, dtype) == ("sm_90", "scattered", "float32") else FEW
 
 
@@ -56,9 +59,23 @@ def compiled_addresses(target: str, dtype: str, extent: str) -> list[str]:
     return [address for address in ADDRESSES if compiled_rules(target, dtype, address, extent)]
 
 
+def is_whole(target: str, dtype: str, extent: str) -> bool:
+    """Whether each feature is compiled there: on a GPU of each make. Elsewhere neither a GradScaler's unscaling nor
+    norms taken in one launch, and fewer means."""
+    return extent == "all" or (target in ONE_OF_EACH and dtype == "float32")
+
+
 def compiled_at_once(target: str, dtype: str, extent: str) -> tuple[str, ...]:
     """The cases that are compiled as one cooperative kernel too."""
-    return AT_ONCE if extent == "all" or (target, dtype) == ("sm_90", "float32") else AT_ONCE[:1]
+    return AT_ONCE if extent == "all" or (target, dtype, extent) == ("sm_90", "float32", "some") else AT_ONCE[:1]
+
+
+def compiled_means(target: str, dtype: str, extent: str) -> dict[str, dict]:
+    """The cases with a stage that needs a mean, and their settings. Elsewhere than where all is compiled the one with
+    more states, on one GPU, and for another Triton none."""
+    if is_whole(target, dtype, extent):
+        return WITH_MEANS
+    return {"amsgrad": WITH_MEANS["amsgrad"]} if (target, extent) == ("sm_90", "some") else {}
 
 
 def launched_cases(address: str, extent: str) -> list[str]:
@@ -66,3 +83,27 @@ def launched_cases(address: str, extent: str) -> list[str]:
     everything = {case.split()[0] for case in CASES} - VARIANTS
     rules = everything if extent == "all" else CORE if address == "scattered" else FEW
     return [case for case in CASES if case.split()[0] in rules and WITH_MEANS.get(case) != {}]
+
+
+ZEROING = (
+    ("scattered", "float32", {}),
+    ("scattered", "float32", {"launches": 1}),
+    ("scattered", "float32", {"track": "total"}),
+    ("scattered", "float32", {"state_dtype": "8bit"}),
+    ("flat", "bfloat16", {"state_dtype": "8bit"}),
+)
+
+
+def zeroing_cases(extent: str) -> tuple[tuple[str, str, dict], ...]:
+    """(address, dtype, settings) of the steps that leave zeros in place of gradients: for another Triton two."""
+    return ZEROING[::4] if extent == "core" else ZEROING
+
+
+def units_dtypes(extent: str) -> list[str]:
+    """Those with which adaptive clipping is compiled."""
+    return ["float32"] if extent == "core" else ["float32", "bfloat16"]
+
+
+def counted_dtypes(extent: str) -> list[str]:
+    """Those of which instructions are counted."""
+    return ["float32"] if extent == "core" else ["float32", "mixed", "bfloat16"]
