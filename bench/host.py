@@ -26,7 +26,7 @@ import multiprocessing
 import random
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -36,6 +36,7 @@ from device import surroundings
 from torch.distributed.device_mesh import DeviceMesh
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
+from triton.runtime.cache import triton_key
 
 import fusedopt
 from fusedopt import backends
@@ -225,12 +226,15 @@ def measure(name: str, model: Model, clip: bool, rounds: int) -> dict[str, Times
     return {label: case.times for label, case in made.items()}
 
 
-def import_for_all(kinds: Iterable[str]) -> None:
-    """What every process would take seconds to import after its fork: what optimizers of torch and DTensors do."""
+def import_for_all() -> None:
+    """What every process would take seconds for after its fork: imports, and to hash Triton's own files."""
+    from torch.distributed import tensor  # noqa: F401
+    from torch.testing._internal.distributed import fake_pg  # noqa: F401
+
+    from fusedopt import triton_backend  # noqa: F401
+
     torch.optim.SGD([torch.zeros(1)])
-    if "DTensors" in kinds:
-        from torch.distributed import tensor  # noqa: F401
-        from torch.testing._internal.distributed import fake_pg  # noqa: F401
+    triton_key()
 
 
 def alone(function: Callable[..., Any], *args: object) -> Any:
@@ -269,7 +273,7 @@ def main() -> None:
     driver.set_active(NoGPU())
     backends._device_problem = lambda device, requested: None  # CPU tensors are taken for those of the GPU
     counts = {"tensors": options.counts, "groups": options.groups, "DTensors": options.dtensors}
-    import_for_all(kind for kind, numbers in counts.items() if numbers)
+    import_for_all()
     models = [Model(count, kind) for kind, numbers in counts.items() for count in numbers]
     wanted = [(name, model, clip) for name in options.optimizers for model in models for clip in (False, True)]
     # In memory where others have been, tensors lie scattered, and take longer.

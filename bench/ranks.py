@@ -222,7 +222,7 @@ def main() -> None:
     parser.add_argument("--save", action="store_true", help="append rows to history.csv")
     options = parser.parse_args()
     cases = [Case(*case.split("/")) for case in options.cases]
-    torch.optim.SGD([torch.zeros(1)])  # imports what every rank would
+    host.import_for_all()
     for world in options.ranks:
         # A process belongs to one group, and to one rank of it, as long as it lives.
         first, last = (host.alone(watched, rank, world, cases) for rank in (0, world - 1))

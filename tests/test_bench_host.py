@@ -1,5 +1,6 @@
 """bench/host.py, scale.py and ranks.py: what they claim to measure is measured."""
 
+import json
 import sys
 
 import growth
@@ -10,17 +11,65 @@ from programs import BENCH, program
 
 from fusedopt import backends
 
+PROGRAMS = {
+    "host.py": "--optimizers SGD --counts 20 --groups 40 --dtensors 8 --rounds 2 --passes 2",
+    "scale.py": "--counts 20 40 --repeats 1",
+    "ranks.py": "--ranks 24 --cases mlp/fully_shard/float32 mlp/tensor-parallel/float32 50/hybrid/float32",
+}
+
+RUN = """
+import contextlib, json, multiprocessing, pathlib, runpy, sys
+bench, folder = map(pathlib.Path, sys.argv[1:3])
+programs = json.loads(sys.argv[3])
+sys.path.insert(0, str(bench))
+import history, host
+
+def run(script, options):
+    history.append.__defaults__ = (folder / f"{script}.csv",)
+    sys.argv = [script, *options.split(), "--save"]
+    with (folder / f"{script}.out").open("w") as out, contextlib.redirect_stdout(out):
+        runpy.run_path(str(bench / script), run_name="__main__")
+
+host.import_for_all()
+codes = {}
+for program in programs.items():
+    process = multiprocessing.get_context("fork").Process(target=run, args=program)
+    process.start()
+    process.join()
+    codes[program[0]] = process.exitcode
+print(json.dumps(codes))
+"""
+"""Runs each program in a fork of a process that has imported what they all would, with rows that go to another file."""
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    """All programs are run once; by name, what one printed, line by line, and the rows that it saved."""
+    folder = tmp_path_factory.mktemp("bench")
+    ran = program(sys.executable, "-c", RUN, BENCH, folder, json.dumps(PROGRAMS))
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    codes = json.loads(ran.stdout)
+
+    def of(script):
+        assert codes[script] == 0, ran.stderr[-2000:]
+        rows, problems = history.read(folder / f"{script}.csv")
+        assert problems == []
+        return (folder / f"{script}.out").read_text().splitlines(), rows
+
+    return of
+
+
+def by_name(rows):
+    return {(row.part, row.model, row.implementation): row for row in rows}
+
 
 @pytest.mark.skipif(backends.triton_problem() is not None, reason="measures the Triton backend")
-def test_every_case_is_measured(tmp_path):
-    models = ["--counts", "20", "--groups", "40", "--dtensors", "8"]
-    options = ["--optimizers", "SGD", *models, "--rounds", "2", "--passes", "2"]
-    lines, _ = saved(tmp_path, "host.py", *options)
+def test_every_case_is_measured(done):
+    lines, rows = done("host.py")
     cases = [
         ["SGD", *model.split(), clip] for model in ("20 tensors", "40 groups", "8 DTensors") for clip in ("no", "yes")
     ]
     assert [line.split()[:4] for line in lines[1:]] == cases
-    rows, _ = history.read(tmp_path / "history.csv")
     assert [row.clip for row in rows] == 2 * (8 * [False] + 8 * [True]) + 4 * [False] + 4 * [True]
     # Steps in a row and the first of a row, of two of ours, and of torch's fused and foreach.
     kinds = [(part, name) for name in growth.HOSTS for part in growth.HOST]
@@ -31,31 +80,10 @@ def test_every_case_is_measured(tmp_path):
     assert [line.count(" (") for line in table[2:]] == [10, 10]
 
 
-def saved(tmp_path, script, *options):
-    """What a program of bench/ prints, line by line, and the rows that it saves."""
-    path = tmp_path / "history.csv"
-    done = program(sys.executable, "-c", RUN, BENCH / script, path, *options, "--save")
-    assert done.returncode == 0, done.stderr[-2000:]
-    rows, problems = history.read(path)
-    assert problems == []
-    return done.stdout.splitlines(), {(row.part, row.model, row.implementation): row for row in rows}
-
-
-RUN = """
-import pathlib, runpy, sys
-script, path, *options = sys.argv[1:]
-sys.path.insert(0, str(pathlib.Path(script).parent))
-import history
-history.append.__defaults__ = (pathlib.Path(path),)
-sys.argv = [script, *options]
-runpy.run_path(script, run_name="__main__")
-"""
-"""Runs a program with rows that go to another file."""
-
-
 @pytest.mark.skipif(backends.triton_problem() is not None, reason="measures the Triton backend")
-def test_steps_of_every_size_are_measured(tmp_path):
-    lines, rows = saved(tmp_path, "scale.py", "--counts", "20", "40", "--repeats", "1")
+def test_steps_of_every_size_are_measured(done):
+    lines, rows = done("scale.py")
+    rows = by_name(rows)
     starts = [line.split()[:2] for line in lines[1:]]
     assert starts == [[b, count] for b in ("torch", "triton") for count in ("20", "40")]
     for count in (20, 40):
@@ -74,10 +102,10 @@ def test_steps_of_every_size_are_measured(tmp_path):
 
 @pytest.mark.skipif(backends.triton_problem() is not None, reason="measures the Triton backend")
 @pytest.mark.skipif(not dist.is_available(), reason="needs torch.distributed")
-def test_a_rank_of_many(tmp_path):
+def test_a_rank_of_many(done):
     """Shards of 4 tensors over 24 ranks, in whole rows: 256 of 784 and as many biases, 10 of 256 and as many biases."""
-    options = "--ranks", "24", "--cases", "mlp/fully_shard/float32", "mlp/tensor-parallel/float32", "50/hybrid/float32"
-    lines, rows = saved(tmp_path, "ranks.py", *options)
+    lines, rows = done("ranks.py")
+    rows = by_name(rows)
     assert len(lines) == 6
     first, last = (rows["rank", "mlp fully_shard 24", f"{place} rank"] for place in ("first", "last"))
     assert (first.tensors, first.elements) == (4, 11 * 784 + 11 + 256 + 1)
