@@ -24,7 +24,7 @@ import torch
 
 from .columns import number
 from .optimizer import FusedOptimizer
-from .rule import FOREVER, Rule, divisible, root_of_sum, root_plus_eps, step_tensors
+from .rule import EVERY_DTYPE, FOREVER, Rule, divisible, root_of_sum, root_plus_eps, step_tensors
 from .setting_checks import flag
 from .settings import EpsSettings, setting
 
@@ -65,13 +65,11 @@ def _fused(params, grads, states, steps, group, scale):
     )  # fmt: skip
 
 
-# In 16 bits, too, its arithmetic is float32 and each result is rounded once.
-DTYPES = frozenset((torch.float32, torch.float64, torch.bfloat16, torch.float16))
 STATES = ("exp_avg", "exp_avg_sq")
 MAX_STATES = (*STATES, "max_exp_avg_sq")
 SQUARES = MAX_STATES[1:]
-ADAM = Rule("adam", STATES, adam, fused, DTYPES, list_threads=1, squares=SQUARES)
-AMSGRAD = Rule("amsgrad", MAX_STATES, amsgrad, fused, DTYPES, list_threads=1, squares=SQUARES)
+ADAM = Rule("adam", STATES, adam, fused, EVERY_DTYPE, list_threads=1, squares=SQUARES)
+AMSGRAD = Rule("amsgrad", MAX_STATES, amsgrad, fused, EVERY_DTYPE, list_threads=1, squares=SQUARES)
 ADAM_EPS_INSIDE = Rule("adam_eps_inside", STATES, partial(adam, denominator=root_of_sum), squares=SQUARES)
 AMSGRAD_EPS_INSIDE = Rule("amsgrad_eps_inside", MAX_STATES, partial(amsgrad, denominator=root_of_sum), squares=SQUARES)
 UNCORRECTED = {rule.name: rule._replace(fused=fused_uncorrected) for rule in (ADAM, AMSGRAD)}

@@ -17,9 +17,9 @@ from __future__ import annotations
 
 import torch
 
-from .blocks import blocks, scratch
+from .blocks import blocks, is_plain, scratch
 from .columns import Number, number, product
-from .normalized import normalized, step_normalized
+from .normalized import normalized, step_uncorrected
 from .optimizer import FusedOptimizer
 from .rule import Rule, divisible
 
@@ -27,23 +27,52 @@ from .rule import Rule, divisible
 def nadam(g, state, h):
     m, v = state
     weight1, weight2, eps, g_weight, m_weight, correction2 = h
-    return normalized(numerator(g, m, weight1, g_weight, m_weight), g, v, weight2, correction2, eps)
-
-
-def numerator(g, m, weight1, g_weight, m_weight, out=None):
     m.lerp_(g, weight1)
-    return torch.mul(m, m_weight, out=out).add_(g, alpha=g_weight)
+    return normalized(m.mul(m_weight).add_(g, alpha=g_weight), g, v, weight2, correction2, eps)
 
 
 def fused(params, grads, states, t, group, scale, mu_product):
-    """torch has no fused NAdam, but its fused AdamW divides by the root and takes the step."""
+    """torch has no fused NAdam, but its fused Adam takes this step by another first moment: what is divided is also a
+    mean of m, before it moves, and g."""
+    weight, numbers, inside = _as_adam(group, t, mu_product)
+    for p, g, m, v in blocks(inside, scale, params, grads, *states):
+        ahead = scratch("ahead", p).copy_(m)
+        m.lerp_(g, weight)
+        step_uncorrected([p], [g], [ahead], [v], **numbers)
+
+
+def fused_narrow(p, g, states, t, group, scale, mu_product):
+    """The same, and what else comes before the rule stays in the kernel: a copy would be rounded."""
+    m, v = states
+    weight, numbers, inside = _as_adam(group, t, mu_product)
+    if not numbers["decoupled"]:
+        numbers["weight_decay"] = float(inside["weight_decay"])
+    numbers |= {"maximize": bool(inside["maximize"]), "scale": scale}
+    ahead = scratch("ahead", p).copy_(m)
+    if weight < 0.5 and is_plain(inside, scale):
+        m.lerp_(g, weight)
+    else:
+        # From a weight of 0.5 on torch's lerp_ rounds more than once.
+        others = scratch("unmoved", p).copy_(p), scratch("gradient", p).copy_(g), m, scratch("unused", p).zero_()
+        step_uncorrected(*([x] for x in others), **numbers | {"lr": 0.0, "beta1": 1 - weight})
+    # The kernel writes back what it scaled.
+    g = g if scale is None else scratch("gradient", p).copy_(g)
+    step_uncorrected([p], [g], [ahead], [v], **numbers)
+
+
+def _as_adam(group, t, mu_product):
+    """The weight of g in m, the numbers with which Adam takes the step, and the group without a decay of theirs."""
     weight1, weight2, eps, g_weight, m_weight, correction2 = hyper(group, t, mu_product)
-    decay = 0.0
-    if group["decoupled_weight_decay"]:
-        decay, group = float(group["weight_decay"]), {**group, "weight_decay": 0.0}
-    for p, g, m, v in blocks(group, scale, params, grads, *states):
-        above = numerator(g, m, weight1, g_weight, m_weight, out=scratch("numerator", p))
-        step_normalized(p, above, g, v, weight2, correction2, eps, float(group["lr"]), decay)
+    from_m, from_g = m_weight * (1 - weight1), m_weight * weight1 + g_weight
+    factor = (from_m + from_g) / correction2
+    decay, decoupled = 0.0, bool(group["decoupled_weight_decay"])
+    if decoupled:
+        decay, group = float(group["weight_decay"]) / factor, {**group, "weight_decay": 0.0}
+    numbers = {
+        "lr": factor * float(group["lr"]), "beta1": from_m / (from_m + from_g), "beta2": 1 - weight2,
+        "eps": eps / correction2, "weight_decay": decay, "decoupled": decoupled,
+    }  # fmt: skip
+    return weight1, numbers, group
 
 
 def hyper(group, t, mu_product):
@@ -55,7 +84,7 @@ def hyper(group, t, mu_product):
 
 
 STATES = ("exp_avg", "exp_avg_sq")
-NADAM = Rule("nadam", STATES, nadam, fused, scalars=("mu_product",), squares=STATES[1:])
+NADAM = Rule("nadam", STATES, nadam, fused, fused_narrow=fused_narrow, scalars=("mu_product",), squares=STATES[1:])
 
 
 class NAdam(FusedOptimizer, torch.optim.NAdam):

@@ -1,10 +1,12 @@
-"""Division by the root of an average of squares: what Adam and its relatives spend their time on.
+"""torch's fused Adam for its relatives, which have no kernel of their own.
 
-torch has no fused kernel for the relatives, but its fused AdamW does this part of their work, in a third of the
-time of torch's separate calls, where it is told to leave the rest alone.
+What these spend their time on is the division by the root of an average of squares. The kernel does it in a third of
+the time of torch's separate calls, where it is told to leave alone what is not theirs.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -18,6 +20,22 @@ LONG_AGO = torch.tensor(-(2.0**53), device="cpu")
 """A step count at which the bias correction of a beta above 1 is 1, and that of KEEP what ``KEPT`` is."""
 
 KEPT = 1 - KEEP ** LONG_AGO.item()
+
+FAR = 2.0**64
+"""An eps beside which every root vanishes: with as large a learning rate the step is that of the first moment alone."""
+
+
+def step_uncorrected(
+    params: Sequence[Tensor], grads: Sequence[Tensor], moments: Sequence[Tensor], squares: Sequence[Tensor], *,
+    lr: float, beta1: float, beta2: float, eps: float, weight_decay: float = 0.0, decoupled: bool = False,
+    maximize: bool = False, scale: Tensor | None = None,
+) -> None:  # fmt: skip
+    """Adam's step, or AdamW's, without bias corrections: p <- p - lr m / (sqrt(v) + eps) after both averages moved."""
+    kernel = torch._fused_adamw_ if decoupled else torch._fused_adam_
+    kernel(
+        params, grads, moments, squares, [], [FOREVER] * len(params), lr=lr, beta1=beta1, beta2=beta2,
+        weight_decay=weight_decay, eps=eps, amsgrad=False, maximize=maximize, grad_scale=scale,
+    )  # fmt: skip
 
 
 def normalized(numerator: Tensor, g: Tensor, v: Tensor, weight: float, correction: float, eps: float) -> Tensor:

@@ -17,11 +17,10 @@ from __future__ import annotations
 
 import torch
 
-from .blocks import blocks, scratch
 from .columns import Number, maximum, where
-from .normalized import normalized, step_normalized
+from .normalized import FAR, normalized, step_uncorrected
 from .optimizer import FusedOptimizer
-from .rule import Rule, divisible
+from .rule import EVERY_DTYPE, Rule, divisible
 
 
 def radam(g, state, h):
@@ -35,19 +34,16 @@ def radam(g, state, h):
 
 
 def fused(params, grads, states, t, group, scale):
-    """torch has no fused RAdam, but its fused AdamW divides by the root and takes the step."""
-    weight1, weight2, eps, correction1, rectification = hyper(group, t)
-    lr, decay = float(group["lr"]), 0.0
-    if group["decoupled_weight_decay"]:
-        decay, group = float(group["weight_decay"]), {**group, "weight_decay": 0.0}
-    for p, g, m, v in blocks(group, scale, params, grads, *states):
-        m.lerp_(g, weight1)
-        if rectification == 0:
-            v.mul_(1 - weight2).addcmul_(g, g, value=weight2)
-            p.mul_(1 - lr * decay).sub_(m, alpha=lr * correction1)
-        else:
-            above = torch.mul(m, correction1 * rectification, out=scratch("numerator", p))
-            step_normalized(p, above, g, v, weight2, 1.0, eps, lr, decay)
+    """torch has no fused RAdam, but its fused Adam takes this step by another learning rate."""
+    _, _, eps, correction1, rectification = hyper(group, t)
+    beta1, beta2 = map(float, group["betas"])
+    factor = correction1 * (rectification or FAR)
+    decay, decoupled = float(group["weight_decay"]), bool(group["decoupled_weight_decay"])
+    step_uncorrected(
+        params, grads, *states, lr=factor * float(group["lr"]), beta1=beta1, beta2=beta2,
+        eps=eps if rectification else FAR, weight_decay=decay / factor if decoupled else decay, decoupled=decoupled,
+        maximize=bool(group["maximize"]), scale=scale,
+    )  # fmt: skip
 
 
 def hyper(group, t):
@@ -55,7 +51,8 @@ def hyper(group, t):
     return 1 - beta1, 1 - beta2, divisible(group["eps"]), 1 / (1 - beta1**t), rectification(beta2, t)
 
 
-RADAM = Rule("radam", ("exp_avg", "exp_avg_sq"), radam, fused, squares=("exp_avg_sq",))
+STATES = ("exp_avg", "exp_avg_sq")
+RADAM = Rule("radam", STATES, radam, fused, EVERY_DTYPE, list_threads=1, squares=STATES[1:])
 
 
 class RAdam(FusedOptimizer, torch.optim.RAdam):

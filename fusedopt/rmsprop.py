@@ -21,9 +21,9 @@ from functools import partial
 import torch
 
 from .blocks import blocks, is_plain, scratch
-from .normalized import step_normalized
+from .normalized import step_normalized, step_uncorrected
 from .optimizer import FusedOptimizer
-from .rule import FOREVER, Rule, divisible, root_of_sum, root_plus_eps
+from .rule import Rule, divisible, root_of_sum, root_plus_eps
 from .settings import EpsSettings
 
 
@@ -84,10 +84,10 @@ def fused_narrow(p, g, states, t, group, scale):
 
 
 def _adam(params, grads, moments, squares, group, scale):
-    torch._fused_adam_(
-        params, grads, moments, squares, [], [FOREVER] * len(params), lr=float(group["lr"]), beta1=0.0,
-        beta2=float(group["alpha"]), weight_decay=float(group["weight_decay"]), eps=divisible(group["eps"]),
-        amsgrad=False, maximize=bool(group["maximize"]), grad_scale=scale,
+    step_uncorrected(
+        params, grads, moments, squares, lr=float(group["lr"]), beta1=0.0, beta2=float(group["alpha"]),
+        eps=divisible(group["eps"]), weight_decay=float(group["weight_decay"]), maximize=bool(group["maximize"]),
+        scale=scale,
     )  # fmt: skip
 
 
@@ -120,10 +120,7 @@ def _half_moved(g, v, a, h, fits):
         move(g, v, a, h)
     else:
         # One call of Adam, which waits for memory once. What becomes of its parameter does not matter.
-        torch._fused_adam_(
-            [half], [g], [a], [v], [], [FOREVER], lr=0.0, beta1=1 - h[0], beta2=1 - h[0],
-            weight_decay=0.0, eps=h[1], amsgrad=False, maximize=False,
-        )  # fmt: skip
+        step_uncorrected([half], [g], [a], [v], lr=0.0, beta1=1 - h[0], beta2=1 - h[0], eps=h[1])
     return torch.mul(v, HALF, out=half)
 
 

@@ -31,8 +31,8 @@ class Rule(NamedTuple):
     fused_dtypes: frozenset = frozenset((torch.float32, torch.float64))
     """Parameter dtypes in which that kernel is right."""
     fused_narrow: Callable[..., None] | None = None
-    """The same for one 16-bit block, ``fused_narrow(p, g, states, t, group, scale)``, with one rounding of each
-    result. Without it ``fused`` gets float32 copies of the blocks of parameters in whose dtype it is not right."""
+    """The same for one 16-bit block, ``fused_narrow(p, g, states, t, group, scale, *scalars)``, each result rounded
+    once. Without it ``fused`` gets float32 copies of the blocks of parameters in whose dtype it is not right."""
     takes_rates: bool = False
     """Whether it takes one argument more behind ``scale``, a list of the parameters' learning rates, so that one call
     serves groups that differ in nothing else."""
@@ -88,6 +88,10 @@ def root_of_sum(v: Tensor, eps: float, correction: float = 1.0) -> Tensor:
     """sqrt(v_hat + eps)."""
     return (v.add(eps) if correction == 1 else v.mul(correction**2).add_(eps)).sqrt_()
 
+
+EVERY_DTYPE = frozenset((torch.float32, torch.float64, torch.bfloat16, torch.float16))
+"""Those in which torch's fused Adam is right: in 16 bits, too, its arithmetic is float32 and each result is rounded
+once."""
 
 FOREVER = torch.tensor(2.0**100, device="cpu")
 """A step count at which Adam's bias corrections are 1 for every beta below 1."""

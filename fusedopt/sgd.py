@@ -28,7 +28,7 @@ import torch
 from .capture import CapturableSettings
 from .columns import number, where
 from .optimizer import FusedOptimizer
-from .rule import Rule
+from .rule import EVERY_DTYPE, Rule
 from .setting_checks import one_of
 from .settings import setting
 from .widened import COPIED, widened
@@ -134,8 +134,7 @@ def fused_average(params, grads, states, t, group, scale):
     fused(params, grads, states, 0, {**group, "dampening": group["momentum"]}, scale)
 
 
-WITH_NARROW = frozenset((torch.float32, torch.float64, torch.bfloat16, torch.float16))
-PLAIN = Rule("sgd", (), sgd, fused_plain, WITH_NARROW, takes_rates=True, list_threads=math.inf)
+PLAIN = Rule("sgd", (), sgd, fused_plain, EVERY_DTYPE, takes_rates=True, list_threads=math.inf)
 MOMENTUM = Rule("momentum", ("momentum_buffer",), momentum, fused, list_threads=1)
 VELOCITY = Rule("momentum_velocity", ("velocity",), momentum_velocity)
 AVERAGE = Rule("momentum_average", ("grad_avg",), momentum_average, fused_average, list_threads=1)

@@ -55,7 +55,7 @@ def fused_step(bucket: Bucket, settings: Settings) -> Callable[..., None] | None
 
 def _update_narrow(rule: Rule, tensors: Sequence[Tensor], g: Tensor, cohort: Cohort, scale: Tensor | None) -> Tensor:
     p, *states = tensors
-    rule.fused_narrow(p, g, states, cohort.t + 1, cohort.group, scale)
+    rule.fused_narrow(p, g, states, cohort.t + 1, cohort.group, scale, *cohort.scalars)
     return p
 
 
