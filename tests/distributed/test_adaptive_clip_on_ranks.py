@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from sharding import sharded
+from thinning import every_value
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from training import close, loss_of, moved, net, weights
@@ -23,11 +24,13 @@ class Rows(nn.Module):
         return self.last(torch.tanh(self.first(x)))
 
 
+@every_value
 @pytest.mark.ranks(2)
 @pytest.mark.parametrize("cautious", [False, True])
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_rows(backend, cautious):
-    """Also where means over whole parameters are taken of what is left of the gradients."""
+    """Also where means over whole parameters are taken of what is left of the gradients: in the kernels, which do both
+    at once."""
     model, reference = fully_shard(net(Rows)), net(Rows)
     settings = {"lr": 0.5, "adaptive_grad_clip": 0.01, "max_grad_norm": 10.0, "cautious": cautious}
     settings |= {"momentum": 0.9, "weight_decay": 0.01, "track": "total"}

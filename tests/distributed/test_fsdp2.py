@@ -42,7 +42,7 @@ def test_trains_as_one_process_does(reshard, accumulate, set_to_none):
     optimizer = ours(model)
     with counted(optimizer) as calls:
         train(model, optimizer, accumulate=accumulate, set_to_none=set_to_none)
-    assert calls == [2] * 5  # one sum of squares, one found_inf
+    assert calls == [2] * 3  # one sum of squares, one found_inf
     # float32 sums over the batch are taken in another order: 1e-7 of a gradient, of which Adam makes 1e-2 at most.
     close(weights(model), weights(single_process(accumulate=accumulate)))
     assert moved(model)
@@ -70,11 +70,11 @@ def test_even_shards(backend):
     for p in model.parameters():
         assert 2 * p._local_tensor.numel() == p.numel()
     optimizer = ours(model, backend=backend)
-    train(model, optimizer, steps=3)
+    train(model, optimizer, steps=2)
     state = get_optimizer_state_dict(model, optimizer)
     optimizer = ours(model, backend=backend)
     set_optimizer_state_dict(model, optimizer, state)
-    train(model, optimizer, steps=2, start=3)
+    train(model, optimizer, steps=1, start=2)
     close(weights(model), weights(single_process(build=Even)))
     assert moved(model)
 
@@ -93,8 +93,8 @@ def test_every_optimizer(name, backend):
     model, reference = sharded(build_for(backend)), net(build_for(backend))
     optimizer = fusedopt.registry[name](model.parameters(), **options_of(name), max_grad_norm=0.5, backend=backend)
     oracle = oracle_class(name)(reference.parameters(), **options_of(name), foreach=False)
-    train(model, optimizer, steps=3)
-    train(reference, oracle, steps=3, split=lambda x: x, before_step=clip)
+    train(model, optimizer, steps=2)
+    train(reference, oracle, steps=2, split=lambda x: x, before_step=clip)
     close(weights(model), weights(reference))
     assert moved(model)
     for p, q in zip(model.parameters(), reference.parameters()):
@@ -170,7 +170,7 @@ def test_ignored_parameters_stay_plain():
     optimizer = ours(model)
     with counted(optimizer) as calls:
         train(model, optimizer, before_step=average_the_plain)
-    assert calls == [2] * 5  # the plain ones' sum stays at home
+    assert calls == [2] * 3  # the plain ones' sum stays at home
     close(weights(model), weights(single_process()))
     same_on_all_ranks([*weights(model), optimizer.grad_norm])
 

@@ -58,11 +58,11 @@ def test_uneven_and_empty_shards(kind, backend):
     assert 0 in [p._local_tensor.numel() for p in model.parameters()] or dist.get_rank() == 0
     optimizer = made(kind, model, backend=backend)
     with counted(optimizer) as calls:
-        train(model, optimizer, steps=3)
+        train(model, optimizer, steps=2)
     # Per step: the norm and found_inf; a row of means for each parameter.
     terms = 2 if kind == "both" else 1
-    assert calls == [2, terms * len(weights(model))] * 3
-    close(weights(model), weights(in_one_process(kind, 3, build)))
+    assert calls == [2, terms * len(weights(model))] * 2
+    close(weights(model), weights(in_one_process(kind, 2, build)))
     assert moved(model)
     same_on_all_ranks(weights(model))
 

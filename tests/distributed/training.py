@@ -53,8 +53,8 @@ def build_for(backend):
 
 def net(build=Net):
     """Equal weights at each call, on every rank."""
-    with torch.random.fork_rng():
-        torch.manual_seed(1)
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(1)
         return build()
 
 
@@ -98,7 +98,7 @@ def clip(model):
     return torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_NORM)
 
 
-def train(model, optimizer, steps=5, start=0, accumulate=1, set_to_none=True, split=part, before_step=None):
+def train(model, optimizer, steps=3, start=0, accumulate=1, set_to_none=True, split=part, before_step=None):
     """Trains; returns the losses. ``before_step(model)`` is called with all gradients there."""
     losses = []
     for number in range(start, start + steps):
@@ -120,7 +120,7 @@ def quiet(model):
     return model.no_sync() if hasattr(model, "no_sync") else contextlib.nullcontext()
 
 
-def single_process(steps=5, accumulate=1, build=Net):
+def single_process(steps=3, accumulate=1, build=Net):
     """A model that one process has trained on whole batches with torch.optim and clip_grad_norm_."""
     model = net(build)
     train(model, theirs(model), steps, accumulate=accumulate, split=lambda x: x, before_step=clip)
