@@ -33,7 +33,7 @@ def tests(run: Run) -> None:
     if run.dry:
         command += ["-k", "bench"]
     # Most of a test's time on a GPU is compiling, which one core does.
-    count = 2 if run.dry else min(MOST, os.cpu_count() or 1)
+    count = 1 if run.dry else min(MOST, os.cpu_count() or 1)
     codes, texts = _run([[*command, f"--shard={part}/{count}"] for part in range(count)], run.end - RESERVE)
     text = "\n".join(texts)
     (run.out / "tests.txt").write_text(text)

@@ -1,9 +1,11 @@
 """The programs of bench/, for the tests of them: in processes of their own."""
 
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 BENCH = ROOT / "bench"
@@ -17,3 +19,19 @@ def program(*arguments, **environment):
     return subprocess.run(
         list(map(str, arguments)), env=inherited | {"PATH": path, **environment}, capture_output=True, text=True
     )
+
+
+class Done(NamedTuple):
+    """How a program ended."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+def forked(*commands):
+    """Several runs of programs of bench/, each a module's name and its arguments, in forks of one process."""
+    commands = [list(map(str, command)) for command in commands]
+    done = program(sys.executable, Path(__file__).with_name("forked.py"), json.dumps(commands), OMP_NUM_THREADS="1")
+    assert done.returncode == 0, done.stderr[-4000:]
+    return [Done(*found) for found in json.loads(done.stdout)]

@@ -1,10 +1,12 @@
 """The benchmarks themselves: rivals who do less are not timed, rows survive, and the script for GPUs runs from its
 first line to its last, here in the interpreter."""
 
+import csv
 import os
 import re
 import sys
 import time
+from typing import NamedTuple
 
 import gpu
 import history
@@ -15,7 +17,7 @@ import rivals
 import shapes
 import torch
 from problem import Case
-from programs import BENCH, program
+from programs import BENCH, Done, forked, program
 from variants import VARIANTS
 
 import fusedopt
@@ -162,22 +164,43 @@ class TestTrace:
         assert profiles.cpu_peak(action) == 16000
 
 
+class Compiled(NamedTuple):
+    """How bench/code_quality.py and compile_time.py end, with the kernels of adam."""
+
+    saved: Done
+    report: list[dict]
+    """Its lines, by that run."""
+    compared: Done
+    """With a report that says more than can be reached."""
+    committed: Done
+    timed: Done
+
+
+ADAM = "code_quality", "--targets", "sm_90", "--dtypes", "float32", "--cases", "adam", "--addresses", "scattered"
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("quality")
+    better = (BENCH / "code_quality.csv").read_text().replace(",128,128,", ",256,128,")
+    (folder / "better.csv").write_text(better)
+    saved, *others = forked(
+        (*ADAM, "--save", "--report", folder / "report.csv"),
+        (*ADAM, "--check", "--report", folder / "better.csv"),
+        (*ADAM, "--check"),
+        ("compile_time",),
+    )
+    with (folder / "report.csv").open(newline="") as file:
+        return Compiled(saved, list(csv.DictReader(file)), *others)
+
+
 @CPU_ONLY
 class TestCodeQuality:
     """One kernel through compiler, disassembler and comparison. (The whole report takes minutes.)"""
 
-    @pytest.fixture(scope="class")
-    @staticmethod
-    def saved(tmp_path_factory):
-        path = tmp_path_factory.mktemp("quality") / "report.csv"
-        return path, self_report("--save", "--report", path)
-
-    def test_adam(self, saved):
-        path, done = saved
-        assert done.returncode == 0, done.stderr
-        text = path.read_text().splitlines()
-        lines = [dict(zip(text[0].split(","), line.split(","))) for line in text[1:]]
-        adam, norm = sorted(lines, key=lambda line: float(line["bytes"]), reverse=True)
+    def test_adam(self, compiled):
+        assert compiled.saved.returncode == 0, compiled.saved.stderr
+        adam, norm = sorted(compiled.report, key=lambda line: float(line["bytes"]), reverse=True)
         assert (norm["kernel"], adam["kernel"]) == ("sum_of_squares", "step_adam")
         assert (float(norm["bytes"]), float(adam["bytes"])) == (4, 28)
         assert adam["load_bits"] == adam["store_bits"] == norm["load_bits"] == "128"
@@ -186,33 +209,20 @@ class TestCodeQuality:
         # 28 bytes of 124,439,808 elements at 4.8 TB/s.
         assert adam["h200_us"] == "725.9" and adam["a100_us"] == ""
 
-    def test_worse_than_before(self, saved):
-        path, _ = saved
-        before = path.read_text()
-        text = before.replace(",128,128,", ",256,128,")
-        assert text != before
-        path.write_text(text)
-        done = self_report("--check", "--report", path)
-        path.write_text(before)
-        assert done.returncode == 1
-        assert "WORSE: sm_90 step_adam scattered float32: load_bits 256 -> 128" in done.stdout
+    def test_worse_than_before(self, compiled):
+        assert compiled.compared.returncode == 1
+        assert "WORSE: sm_90 step_adam scattered float32: load_bits 256 -> 128" in compiled.compared.stdout
 
-    def test_not_worse_than_committed(self, saved):
-        done = self_report("--check")
+    def test_not_worse_than_committed(self, compiled):
+        done = compiled.committed
         assert done.returncode == 0, f"{done.stdout}\nif that is meant, run python bench/code_quality.py --save"
 
 
-def test_compile_time():
-    done = program(sys.executable, BENCH / "compile_time.py")
-    assert done.returncode == 0, done.stderr
+def test_compile_time(compiled):
+    assert compiled.timed.returncode == 0, compiled.timed.stderr
     times = r"([\d.]+) s, ([\d.]+) s of processors"
-    found = re.fullmatch(rf"Triton [\d.]+, sm_90: {times} for step_adam, sum_of_squares\n", done.stdout)
+    found = re.fullmatch(rf"Triton [\d.]+, sm_90: {times} for step_adam, sum_of_squares\n", compiled.timed.stdout)
     assert found and all(0.01 < float(seconds) < 100 for seconds in found.groups())
-
-
-def self_report(*more):
-    one = "--targets", "sm_90", "--dtypes", "float32", "--cases", "adam", "--addresses", "scattered"
-    return program(sys.executable, BENCH / "code_quality.py", *one, *more)
 
 
 @CPU_ONLY
