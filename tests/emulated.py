@@ -6,6 +6,7 @@ takes them on the machine and saves what they leave. A program of its own, since
 cannot live in one process.
 """
 
+import gc
 import sys
 
 import torch
@@ -105,6 +106,9 @@ def main(file, target, extent="few"):
     # CPU tensors are taken for those of the GPU.
     backends._device_problem = lambda device, requested: None
     device = torch.device("cpu")
+    torch.optim.SGD([torch.zeros(1)])  # imports what every optimizer of torch does
+    gc.collect()
+    gc.freeze()  # the machine looks for tensors among all objects, at every launch
     torch.save({label: outcome(label, about, device) for label, about in scenarios(extent).items()}, file)
 
 

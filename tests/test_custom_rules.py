@@ -16,6 +16,7 @@ from compiling import TRITONS, environment_of
 from pairs import assert_same, close, raised, snapshot
 
 import fusedopt
+from fusedopt.__main__ import main
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -181,14 +182,13 @@ def test_example_is_compiled(which, my_lion, needs_triton):
     assert done.stdout.split() == ["step_lion_kernel", "sum_of_squares"]
 
 
-def test_command_line(my_lion, needs_triton):
+def test_command_line(my_lion, needs_triton, capsys):
     """A file of one right and one wrong class."""
     file = Path(my_lion.__file__).with_name("two.py")
     wrong = EXAMPLE[EXAMPLE.index("class") :].replace("MyLion", "Wrong").replace("twin=lion", "twin=lambda g, s, h: g")
     file.write_text(EXAMPLE + wrong)
-    done = subprocess.run([sys.executable, "-m", "fusedopt", "check", file], capture_output=True, text=True)
-    assert done.returncode == 1, done.stderr
-    right, wrong = done.stdout.splitlines()
+    assert main(["check", str(file)]) == 1
+    right, wrong = capsys.readouterr().out.splitlines()
     assert right == "MyLion: the Triton function and the torch twin agree"
     assert wrong.startswith("Wrong: 'my_lion', step 1, float64, ") and "by the Triton function" in wrong
 
