@@ -29,6 +29,7 @@ from train import CharGPT, Sizes, sentences
 
 import fusedopt
 from fusedopt import lessons
+from fusedopt.__main__ import amount
 
 RUNS = pathlib.Path(__file__).with_name("convergence.csv")
 PLOTS = RUNS.with_name("plots")
@@ -266,7 +267,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument("--forms", nargs="+", choices=FORMS, default=list(FORMS), metavar="FORM")
-    parser.add_argument("--seeds", type=int, default=SEEDS, help="default: %(default)s")
+    parser.add_argument("--seeds", type=amount, default=SEEDS, help="default: %(default)s")
     parser.add_argument("--save", action="store_true", help="write bench/convergence.csv and its plot")
     options = parser.parse_args()
     torch.set_num_threads(1)

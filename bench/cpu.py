@@ -20,6 +20,8 @@ from problem import Case
 from step import HEADER, USUAL, line, run
 from variants import VARIANTS
 
+from fusedopt.__main__ import amount
+
 MAIN = "AdamW", "RMSprop", "SGD", "SGD-momentum"
 MODELS = "mlp", "small1000", "resnet50", "groups465", "one50m", "gpt2"
 """From the quickest to the slowest."""
@@ -43,7 +45,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--save", action="store_true", help="append the rows to bench/history.csv, and report")
     parser.add_argument("--minutes", type=float, default=11.5, help="no case begins later (default: %(default)s)")
-    parser.add_argument("--threads", type=int, default=1, help="default: %(default)s")
+    parser.add_argument("--threads", type=amount, default=1, help="default: %(default)s")
     options = parser.parse_args()
     deadline = time.monotonic() + 60 * options.minutes
     torch.set_num_threads(options.threads)

@@ -40,6 +40,7 @@ from triton.runtime.cache import triton_key
 
 import fusedopt
 from fusedopt import backends
+from fusedopt.__main__ import amount
 
 BUDGET = {"300 tensors": 170, "1000 tensors": 550, "1000 DTensors": 1500}
 """Microseconds, all checks and clipping included."""
@@ -260,12 +261,12 @@ def rows_of(name: str, model: Model, clip: bool, made: dict[str, Times], note: s
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--counts", nargs="*", type=int, default=[300, 1000], help="numbers of parameters")
-    parser.add_argument("--groups", nargs="*", type=int, default=[465], help="numbers of groups of one tensor each")
-    parser.add_argument("--dtensors", nargs="*", type=int, default=[1000], help="numbers of distributed parameters")
+    parser.add_argument("--counts", nargs="*", type=amount, default=[300, 1000], help="numbers of parameters")
+    parser.add_argument("--groups", nargs="*", type=amount, default=[465], help="numbers of groups of one tensor each")
+    parser.add_argument("--dtensors", nargs="*", type=amount, default=[1000], help="numbers of distributed parameters")
     parser.add_argument("--optimizers", nargs="+", choices=sorted(fusedopt.registry), default=sorted(fusedopt.registry))
-    parser.add_argument("--rounds", type=int, default=8)
-    parser.add_argument("--passes", type=int, default=3, help="over all cases, one after the other")
+    parser.add_argument("--rounds", type=amount, default=8)
+    parser.add_argument("--passes", type=amount, default=3, help="over all cases, one after the other")
     parser.add_argument("--save", action="store_true", help="append rows to history.csv")
     parser.add_argument("--note", default="", help="what the rows shall say besides")
     options = parser.parse_args()

@@ -40,6 +40,7 @@ from triton.runtime import driver
 
 import fusedopt
 from fusedopt import backends
+from fusedopt.__main__ import amount
 from fusedopt.shards import local
 
 NODE = 8
@@ -216,7 +217,7 @@ def line(case: Case, world: int, place: str, rank: Rank) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ranks", nargs="+", type=int, default=[8, 64, 512, 4096], help=f"multiples of {NODE}")
+    parser.add_argument("--ranks", nargs="+", type=amount, default=[8, 64, 512, 4096], help=f"multiples of {NODE}")
     parser.add_argument("--cases", nargs="+", default=CASES, help="MODEL/LAYOUT/DTYPE")
     parser.add_argument("--note", default="", help="what the rows shall say of the machine's state")
     parser.add_argument("--save", action="store_true", help="append rows to history.csv")

@@ -32,6 +32,7 @@ from triton.runtime import driver
 
 import fusedopt
 from fusedopt import backends
+from fusedopt.__main__ import amount
 
 SIZE = 3
 PARTS = 4
@@ -183,8 +184,8 @@ def line(backend: str, count: int, times: Times, whole: dict[str, Step]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--counts", nargs="+", type=int, default=[1_000, 10_000, 100_000], help="numbers of tensors")
-    parser.add_argument("--repeats", type=int, default=3, help="optimizers of each kind (default: %(default)s)")
+    parser.add_argument("--counts", nargs="+", type=amount, default=[1_000, 10_000, 100_000], help="numbers of tensors")
+    parser.add_argument("--repeats", type=amount, default=3, help="optimizers of each kind (default: %(default)s)")
     parser.add_argument("--note", default="", help="what the rows shall say of the machine's state")
     parser.add_argument("--save", action="store_true", help="append rows to history.csv")
     options = parser.parse_args()

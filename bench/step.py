@@ -27,6 +27,8 @@ from rivals import IMPLEMENTATIONS
 from shapes import GPU_ONLY, MODELS
 from variants import VARIANTS
 
+from fusedopt.__main__ import amount
+
 USUAL = ("fusedopt", "fusedopt flatten", "forloop", "foreach", "fused")
 """Compiling the step takes torch seconds to minutes per case, and most packages run on GPUs only: ask for them."""
 
@@ -100,7 +102,7 @@ def main() -> None:
     parser.add_argument("--clip", action=argparse.BooleanOptionalAction, help="only with, or only without")
     parser.add_argument("--amp", action="store_true", help="with a GradScaler")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: a GPU where there is one")
-    parser.add_argument("--threads", type=int, default=1, help="of the CPU (default: %(default)s)")
+    parser.add_argument("--threads", type=amount, default=1, help="of the CPU (default: %(default)s)")
     parser.add_argument("--seconds", type=float, help="per case, at least five rounds (default: by the case)")
     parser.add_argument("--save", action="store_true", help="append the rows to --out")
     parser.add_argument("--out", type=pathlib.Path, default=HISTORY, help="default: bench/history.csv")

@@ -28,6 +28,8 @@ from step import HEADER, line
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fusedopt.__main__ import amount
+
 LIMIT = 1.0
 """Of the gradient norm, as usual for such networks."""
 
@@ -224,7 +226,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: a GPU where there is one")
-    parser.add_argument("--threads", type=int, default=1, help="of the CPU (default: %(default)s)")
+    parser.add_argument("--threads", type=amount, default=1, help="of the CPU (default: %(default)s)")
     parser.add_argument("--seconds", type=float, default=20, help="per task (default: %(default)s)")
     parser.add_argument("--save", action="store_true", help="append the rows to --out")
     parser.add_argument("--out", type=pathlib.Path, default=HISTORY, help="default: bench/history.csv")

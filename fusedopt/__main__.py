@@ -113,7 +113,7 @@ def arguments() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(dest="command", title="instead of training", metavar="[paths | info | check FILE]")
     drawer = commands.add_parser("paths", help="draw the way of every textbook rule over a quadratic and a saddle")
-    drawer.add_argument("--steps", type=positive(int), default=40, help="default: %(default)s")
+    drawer.add_argument("--steps", type=amount, default=40, help="default: %(default)s")
     drawer.add_argument("--out", type=Path, default=Path("demo/paths.png"), help="a PNG (default: %(default)s)")
     commands.add_parser("info", help="versions, devices, the backend of each device, registered optimizers")
     checker = commands.add_parser("check", help="compare the Triton functions and torch twins of a file's optimizers")
@@ -125,8 +125,8 @@ def arguments() -> argparse.ArgumentParser:
     add("--optimizer", choices=comparable, help="of the classifier (default: SGD, then Adam; the regression has Adam)")
     add("--lr", type=positive(float), help="of the classifier (default: 0.1 for SGD, torch's default for the others)")
     add("--dtype", choices=["float32", "float64"], default="float32", help="of the classifier (default: %(default)s)")
-    add("--epochs", type=positive(int), default=60, help="of the classifier (default: %(default)s)")
-    add("--regression-epochs", type=positive(int), default=3000, help="full-batch epochs (default: %(default)s)")
+    add("--epochs", type=amount, default=60, help="of the classifier (default: %(default)s)")
+    add("--regression-epochs", type=amount, default=3000, help="full-batch epochs (default: %(default)s)")
     add("--schedule", choices=[*SCHEDULES], help="of the learning rate, over all steps (default: constant)")
     add("--clip", type=positive(float), metavar="S", help="clip the gradient norm to S (default: no clipping)")
     add(
@@ -138,7 +138,7 @@ def arguments() -> argparse.ArgumentParser:
         help="stop where one of these holds after an epoch: " + ", ".join(f"{name}=NUMBER" for name in CRITERIA),
     )
     add("--device", choices=present, default=present[-1], help="default: %(default)s")
-    add("--threads", type=positive(int), default=1, help="CPU threads (default: %(default)s; the networks are small)")
+    add("--threads", type=amount, default=1, help="CPU threads (default: %(default)s; the networks are small)")
     add("--seed", type=seed, default=0, help="of the split, the initial parameters and the batches (default: 0)")
     add("--out", type=Path, default=Path("demo/fusedopt.png"), help="the plot, a PNG (default: %(default)s)")
     return parser
@@ -172,6 +172,9 @@ def positive(number: type) -> Callable[[str], float]:
 
     parse.__name__ = number.__name__  # argparse shows it: "invalid int value: 'ten'"
     return parse
+
+
+amount = positive(int)
 
 
 def seed(text: str) -> int:
