@@ -33,7 +33,7 @@ from extents import (
     units_dtypes,
     zeroing_cases,
 )
-from form_cases import FORMS, FORMS_AT_ONCE, stored_cases
+from form_cases import FORMS, forms_at_once, stored_cases
 from rule_cases import ADDRESSES, AT_ONCE, CASES, CHAINS, WITH_MEANS, optimizer, parameters, set_gradients
 from triton.runtime import driver
 
@@ -74,6 +74,10 @@ def step_once(case, address, dtype, scaler=False, **settings):
     return made
 
 
+CLIPPED_ADAMW = {"max_grad_norm": 1.0, "weight_decay": 0.1, "decoupled": True}
+"""The step whose instructions are counted; where they are, registers are of the same kernels, compiled once."""
+
+
 def step_stored(case, address, form, **settings):
     """One step of a small model of bfloat16 parameters in that form, all large enough to have quantized states."""
     params = parameters([5000, 9001], "cpu", torch.bfloat16)
@@ -89,13 +93,13 @@ def stored_facts(target):
     driver.set_active(gpu)
     for case, form in stored_cases(EXTENT, target):
         before = set(gpu.compiled())
-        made = step_stored(case, "scattered", form, max_grad_norm=1.0)
+        made = step_stored(case, "scattered", form, **(CLIPPED_ADAMW if target == "sm_90" else {"max_grad_norm": 1.0}))
         (stored,) = {bucket.stored for bucket in made._engine.plan.buckets}
         for kernel in set(gpu.compiled()) - before:
             if kernel.metadata.name.startswith("step_"):
                 parts = [(part.dtype.itemsize, part.per) for _, role in stored.roles for part in role.parts]
                 yield facts(kernel) | {"form": form, "parts": parts, "per_thread": per_thread(kernel)}
-    for form in FORMS_AT_ONCE:
+    for form in forms_at_once(EXTENT, target):
         before = set(gpu.compiled())
         step_stored("adam", "scattered", form, max_grad_norm=1.0, launches=1)
         for kernel in set(gpu.compiled()) - before:
@@ -190,7 +194,7 @@ def stored_instructions():
     for form in ("nearest + 8bit", "split8 + 8bit"):
         gpu = NoGPU("sm_90", f"{form} instructions")
         driver.set_active(gpu)
-        step_stored("adam", "scattered", form, max_grad_norm=1.0, weight_decay=0.1, decoupled=True)
+        step_stored("adam", "scattered", form, **CLIPPED_ADAMW)
         (kernel,) = (k for k in gpu.compiled() if k.metadata.name == "step_adam")
         found[form] = whole_tiles(disassemble(kernel)).instructions / per_thread(kernel)
     return found

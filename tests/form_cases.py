@@ -23,14 +23,25 @@ SOME = ("nearest + 8bit", "stochastic + bfloat16", "split8 + 8bit")
 RULES = {"adam": tuple(FORMS), "momentum": SOME, "rmsprop_centered_momentum": SOME[:2], "adan": SOME}
 """Which forms are compiled with which case: one, two (of which one is exact) and four states beside Adam's two."""
 
+EACH_MASTER = (
+    "nearest + 8bit", "stochastic + bfloat16", "kahan + 8bit", "split + bfloat16", "split8 + 8bit", "fp32 + 8bit",
+)  # fmt: skip
+"""Each way to store parameters once, and both to store states: 8 bits with those that leave least room for them."""
 
 FORMS_AT_ONCE = ("nearest + 8bit", "stochastic + 8bit", "fp32 + 8bit")
-"""Compiled with Adam's rule as one cooperative kernel too."""
+"""Compiled with Adam's rule as one cooperative kernel too; only the last, which moves most bytes, unless
+FUSEDOPT_COMPILE is "all"."""
 
 
 def stored_cases(extent: str, target: str) -> list[tuple[str, str]]:
-    """(case, form): the forms of SOME with Adam's rule; more with extent "all", and with "some" for sm_90."""
+    """(case, form): the forms of SOME with Adam's rule; each master with extent "some" for sm_90; with "all" all."""
     if extent == "core" or (extent == "some" and target != "sm_90"):
         return [("adam", form) for form in SOME]
-    rules = RULES if extent == "all" else {case: RULES[case] for case in ("adam", "momentum")}
+    rules = RULES if extent == "all" else {"adam": EACH_MASTER, "momentum": SOME[:1]}
     return [(case, form) for case, forms in rules.items() for form in forms]
+
+
+def forms_at_once(extent: str, target: str) -> tuple[str, ...]:
+    if extent == "all":
+        return FORMS_AT_ONCE
+    return FORMS_AT_ONCE[2:] if extent == "some" or target == "sm_90" else ()
