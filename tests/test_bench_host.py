@@ -12,7 +12,7 @@ from programs import BENCH, program
 from fusedopt import backends
 
 PROGRAMS = {
-    "host.py": "--optimizers SGD --counts 20 --groups 40 --dtensors 8 --rounds 2 --passes 2",
+    "host.py": "--optimizers SGD --counts 20 --groups 40 --dtensors 8 --rounds 2 --passes 1",
     "scale.py": "--counts 20 40 --repeats 1",
     "ranks.py": "--ranks 24 --cases mlp/fully_shard/float32 mlp/tensor-parallel/float32 50/hybrid/float32",
 }
@@ -61,6 +61,15 @@ def done(tmp_path_factory):
 
 def by_name(rows):
     return {(row.part, row.model, row.implementation): row for row in rows}
+
+
+@pytest.mark.skipif(backends.triton_problem() is not None, reason="measures the Triton backend")
+def test_the_quietest_pass_counts():
+    import host
+
+    busy, quiet = host.Times([7.0], [5.0, 9.0]), host.Times([8.0], [6.0, 4.0])
+    passes = [{"fused": busy, "foreach": quiet}, {"fused": quiet, "foreach": busy}]
+    assert host.quietest(passes) == {"fused": quiet, "foreach": quiet}
 
 
 @pytest.mark.skipif(backends.triton_problem() is not None, reason="measures the Triton backend")

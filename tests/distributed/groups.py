@@ -22,6 +22,9 @@ import launch  # noqa: E402
 import torch  # noqa: E402
 import worker  # noqa: E402
 
+import fusedopt  # noqa: E402
+from fusedopt import backends  # noqa: E402
+
 GROUP_LIMIT = 1800
 """Seconds for one process group with all its cases. They take a minute; the limit is for what hangs."""
 
@@ -39,8 +42,16 @@ def prepare(modules: set[str]) -> None:
         setattr(torch, name, memory.poisoned(getattr(torch, name)))
     for module in modules:
         importlib.import_module(module)
-    torch.optim.SGD([torch.zeros(1)])  # imports torch._dynamo
+    take_a_step()
     gc.freeze()  # as conftest.py does
+
+
+def take_a_step() -> None:
+    """With it come modules that are imported late, and kernels as the interpreter wants them."""
+    p = torch.nn.Parameter(torch.ones(1))
+    p.grad = torch.ones(1)
+    backend = "triton" if backends.triton_problem() is None else None
+    fusedopt.AdamW([p], max_grad_norm=1.0, backend=backend).step()
 
 
 def run(job: launch.Job, folder: Path) -> list[list[launch.Outcome]]:

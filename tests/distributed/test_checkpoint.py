@@ -8,6 +8,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from sharding import sharded
 from thinning import every_pair
+from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_optimizer_state_dict,
@@ -179,7 +180,7 @@ class Larger(Net):
 
     def __init__(self):
         super().__init__()
-        self.first, self.second = torch.nn.Linear(7, 141), torch.nn.Linear(141, 35)
+        self.first, self.norm, self.last = nn.Linear(7, 705), nn.LayerNorm(705), nn.Linear(705, 5)
 
 
 STORED = [{"state_dtype": torch.float32}, {"state_dtype": "8bit"}, {"master": "fp32"}, {"master": "kahan"}]

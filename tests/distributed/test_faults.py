@@ -100,9 +100,9 @@ def test_a_bad_gradient_is_named_before_anything_changes():
     train(model, optimizer, 1)
     before = [w.clone() for w in weights(model)]
     loss_of(model, 1).backward()
-    model.second.weight.grad = None
-    model.second.weight.grad = torch.zeros_like(model.second.weight)
-    model.second.weight.grad._local_tensor = torch.zeros(3)
+    model.last.weight.grad = None
+    model.last.weight.grad = torch.zeros_like(model.last.weight)
+    model.last.weight.grad._local_tensor = torch.zeros(3)
     with pytest.raises(RuntimeError, match=r"the gradient of parameter 1 .* has shape"):
         optimizer.step()
     assert all(map(torch.equal, before, weights(model)))

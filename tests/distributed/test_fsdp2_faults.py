@@ -78,11 +78,11 @@ def test_grad_scaler_with_inf_on_one_rank(kind):
     model, reference = sharded(), sharded()
     optimizer = ours(model, fused=True) if kind == "fused" else ours(model)
     opt = theirs(reference)
-    for number in range(6):
+    for number in range(4):
         for m, s, o in ((model, scaler, optimizer), (reference, reference_scaler, opt)):
             o.zero_grad()
             s.scale(loss_of(m, number)).backward()
-            if dist.get_rank() == 1 and number in (2, 4):
+            if dist.get_rank() == 1 and number == 2:
                 m.last.weight.grad._local_tensor[0, 0] = float("inf")
             if o is opt or kind == "torch" or "before" in kind:
                 s.unscale_(o)
@@ -93,7 +93,7 @@ def test_grad_scaler_with_inf_on_one_rank(kind):
     assert scaler.get_scale() == reference_scaler.get_scale()
     close(weights(model), weights(reference))
     steps = {int(optimizer.state_dict()["state"][k]["step"]) for k in range(3)}
-    assert steps == {4}
+    assert steps == {3}
     same_on_all_ranks(weights(model))
 
 

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from sharding import counted, sharded
 from test_mesh import Wide, mesh, tensor_parallel_and_sharded
 from thinning import every_value
+from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from training import (
@@ -70,7 +71,7 @@ def test_uneven_and_empty_shards(kind, backend):
 class Even(Net):
     def __init__(self):
         super().__init__()
-        self.first, self.second = torch.nn.Linear(7, 34), torch.nn.Linear(34, 35)
+        self.first, self.norm, self.last = nn.Linear(7, 34), nn.LayerNorm(34), nn.Linear(34, 5)
 
 
 @pytest.mark.ranks(2)

@@ -23,14 +23,12 @@ class Net(nn.Module):
     def __init__(self):
         super().__init__()
         self.first = nn.Linear(7, 33)
-        self.second = nn.Linear(33, 35)
-        self.norm = nn.LayerNorm(35)
-        self.last = nn.Linear(35, 5)
+        self.norm = nn.LayerNorm(33)
+        self.last = nn.Linear(33, 5)
         self.gain = nn.Parameter(torch.full((1,), 3.0))
 
     def forward(self, x):
-        x = torch.tanh(self.first(x))
-        return self.gain * self.last(self.norm(torch.tanh(self.second(x))))
+        return self.gain * self.last(self.norm(torch.tanh(self.first(x))))
 
 
 class Small(nn.Module):
