@@ -29,6 +29,13 @@ def is_plain(group: dict[str, Any], scale: Tensor | None) -> bool:
     return scale is None and group["weight_decay"] == 0 and not group["maximize"]
 
 
+def parted_decay(group: dict[str, Any]) -> tuple[float, dict[str, Any]]:
+    """The decay of the step, and the group with that of the gradient, for classes with ``decoupled_weight_decay``."""
+    if not group["decoupled_weight_decay"]:
+        return 0.0, group
+    return float(group["weight_decay"]), {**group, "weight_decay": 0.0}
+
+
 def blocks(
     group: dict[str, Any],
     scale: Tensor | None,

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import torch
 
-from .blocks import blocks, is_plain, scratch
+from .blocks import blocks, is_plain, parted_decay, scratch
 from .columns import Number, number, product
 from .normalized import normalized, step_uncorrected
 from .optimizer import FusedOptimizer
@@ -34,45 +34,24 @@ def nadam(g, state, h):
 def fused(params, grads, states, t, group, scale, mu_product):
     """torch has no fused NAdam, but its fused Adam takes this step by another first moment: what is divided is also a
     mean of m, before it moves, and g."""
-    weight, numbers, inside = _as_adam(group, t, mu_product)
-    for p, g, m, v in blocks(inside, scale, params, grads, *states):
-        ahead = scratch("ahead", p).copy_(m)
-        m.lerp_(g, weight)
-        step_uncorrected([p], [g], [ahead], [v], **numbers)
-
-
-def fused_narrow(p, g, states, t, group, scale, mu_product):
-    """The same, and what else comes before the rule stays in the kernel: a copy would be rounded."""
-    m, v = states
-    weight, numbers, inside = _as_adam(group, t, mu_product)
-    if not numbers["decoupled"]:
-        numbers["weight_decay"] = float(inside["weight_decay"])
-    numbers |= {"maximize": bool(inside["maximize"]), "scale": scale}
-    ahead = scratch("ahead", p).copy_(m)
-    if weight < 0.5 and is_plain(inside, scale):
-        m.lerp_(g, weight)
-    else:
-        # From a weight of 0.5 on torch's lerp_ rounds more than once.
-        others = scratch("unmoved", p).copy_(p), scratch("gradient", p).copy_(g), m, scratch("unused", p).zero_()
-        step_uncorrected(*([x] for x in others), **numbers | {"lr": 0.0, "beta1": 1 - weight})
-    # The kernel writes back what it scaled.
-    g = g if scale is None else scratch("gradient", p).copy_(g)
-    step_uncorrected([p], [g], [ahead], [v], **numbers)
-
-
-def _as_adam(group, t, mu_product):
-    """The weight of g in m, the numbers with which Adam takes the step, and the group without a decay of theirs."""
     weight1, weight2, eps, g_weight, m_weight, correction2 = hyper(group, t, mu_product)
     from_m, from_g = m_weight * (1 - weight1), m_weight * weight1 + g_weight
     factor = (from_m + from_g) / correction2
-    decay, decoupled = 0.0, bool(group["decoupled_weight_decay"])
-    if decoupled:
-        decay, group = float(group["weight_decay"]) / factor, {**group, "weight_decay": 0.0}
-    numbers = {
-        "lr": factor * float(group["lr"]), "beta1": from_m / (from_m + from_g), "beta2": 1 - weight2,
-        "eps": eps / correction2, "weight_decay": decay, "decoupled": decoupled,
-    }  # fmt: skip
-    return weight1, numbers, group
+    decay, before = parted_decay(group)
+    for p, g, m, v in blocks(before, scale, params, grads, *states):
+        ahead = scratch("ahead", p).copy_(m)
+        m.lerp_(g, weight1)
+        step_uncorrected(
+            [p], [g], [ahead], [v], lr=factor * float(group["lr"]), beta1=from_m / (from_m + from_g), beta2=1 - weight2,
+            eps=eps / correction2, weight_decay=decay / factor, decoupled=True,
+        )  # fmt: skip
+
+
+def fused_narrow(p, g, states, t, group, scale, mu_product):
+    # A copy of the gradient would be rounded, and where g weighs more than m, lerp_ rounds more than once.
+    if float(group["betas"][0]) <= 0.5 or not is_plain(parted_decay(group)[1], scale):
+        return NotImplemented
+    return fused([p], [g], [[x] for x in states], t, group, scale, mu_product)
 
 
 def hyper(group, t, mu_product):

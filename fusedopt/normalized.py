@@ -21,9 +21,6 @@ LONG_AGO = torch.tensor(-(2.0**53), device="cpu")
 
 KEPT = 1 - KEEP ** LONG_AGO.item()
 
-FAR = 2.0**64
-"""An eps beside which every root vanishes: with as large a learning rate the step is that of the first moment alone."""
-
 
 def step_uncorrected(
     params: Sequence[Tensor], grads: Sequence[Tensor], moments: Sequence[Tensor], squares: Sequence[Tensor], *,

@@ -17,10 +17,11 @@ from __future__ import annotations
 
 import torch
 
+from .blocks import blocks, parted_decay
 from .columns import Number, maximum, where
-from .normalized import FAR, normalized, step_uncorrected
+from .normalized import normalized, step_uncorrected
 from .optimizer import FusedOptimizer
-from .rule import EVERY_DTYPE, Rule, divisible
+from .rule import Rule, divisible
 
 
 def radam(g, state, h):
@@ -35,15 +36,28 @@ def radam(g, state, h):
 
 def fused(params, grads, states, t, group, scale):
     """torch has no fused RAdam, but its fused Adam takes this step by another learning rate."""
-    _, _, eps, correction1, rectification = hyper(group, t)
-    beta1, beta2 = map(float, group["betas"])
-    factor = correction1 * (rectification or FAR)
-    decay, decoupled = float(group["weight_decay"]), bool(group["decoupled_weight_decay"])
+    weight1, weight2, eps, correction1, rectification = hyper(group, t)
+    lr, (decay, before) = float(group["lr"]), parted_decay(group)
+    if rectification == 0:
+        for p, g, m, v in blocks(before, scale, params, grads, *states):
+            m.lerp_(g, weight1)
+            v.mul_(1 - weight2).addcmul_(g, g, value=weight2)
+            if decay != 0:
+                p.mul_(1 - lr * decay)
+            p.sub_(m, alpha=lr * correction1)
+        return
+    factor, decoupled = correction1 * rectification, bool(group["decoupled_weight_decay"])
     step_uncorrected(
-        params, grads, *states, lr=factor * float(group["lr"]), beta1=beta1, beta2=beta2,
-        eps=eps if rectification else FAR, weight_decay=decay / factor if decoupled else decay, decoupled=decoupled,
+        params, grads, *states, lr=factor * lr, beta1=1 - weight1, beta2=1 - weight2, eps=eps,
+        weight_decay=decay / factor if decoupled else float(group["weight_decay"]), decoupled=decoupled,
         maximize=bool(group["maximize"]), scale=scale,
     )  # fmt: skip
+
+
+def fused_narrow(p, g, states, t, group, scale):
+    if hyper(group, t)[-1] == 0:
+        return NotImplemented
+    return fused([p], [g], [[x] for x in states], t, group, scale)
 
 
 def hyper(group, t):
@@ -52,7 +66,7 @@ def hyper(group, t):
 
 
 STATES = ("exp_avg", "exp_avg_sq")
-RADAM = Rule("radam", STATES, radam, fused, EVERY_DTYPE, list_threads=1, squares=STATES[1:])
+RADAM = Rule("radam", STATES, radam, fused, fused_narrow=fused_narrow, list_threads=1, squares=STATES[1:])
 
 
 class RAdam(FusedOptimizer, torch.optim.RAdam):

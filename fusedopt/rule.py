@@ -30,9 +30,10 @@ class Rule(NamedTuple):
     None, divides the gradients."""
     fused_dtypes: frozenset = frozenset((torch.float32, torch.float64))
     """Parameter dtypes in which that kernel is right."""
-    fused_narrow: Callable[..., None] | None = None
+    fused_narrow: Callable | None = None
     """The same for one 16-bit block, ``fused_narrow(p, g, states, t, group, scale, *scalars)``, each result rounded
-    once. Without it ``fused`` gets float32 copies of the blocks of parameters in whose dtype it is not right."""
+    once; or NotImplemented, with nothing done, if this step's cannot be. Then, and without it, ``fused`` gets float32
+    copies of the blocks of parameters in whose dtype it is not right."""
     takes_rates: bool = False
     """Whether it takes one argument more behind ``scale``, a list of the parameters' learning rates, so that one call
     serves groups that differ in nothing else."""

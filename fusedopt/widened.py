@@ -55,8 +55,8 @@ def fused_step(bucket: Bucket, settings: Settings) -> Callable[..., None] | None
 
 def _update_narrow(rule: Rule, tensors: Sequence[Tensor], g: Tensor, cohort: Cohort, scale: Tensor | None) -> Tensor:
     p, *states = tensors
-    rule.fused_narrow(p, g, states, cohort.t + 1, cohort.group, scale, *cohort.scalars)
-    return p
+    done = rule.fused_narrow(p, g, states, cohort.t + 1, cohort.group, scale, *cohort.scalars)
+    return _update_copies(rule, tensors, g, cohort, scale) if done is NotImplemented else p
 
 
 def _update_copies(rule: Rule, tensors: Sequence[Tensor], g: Tensor, cohort: Cohort, scale: Tensor | None) -> Tensor:

@@ -240,3 +240,22 @@ def test_a_step_copies_no_parameter(name, options):
     foreach = torch.optim.RMSprop(params, foreach=True)
     foreach.step()
     assert peak_memory(foreach.step) > 4 * ELEMENTS
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["first step", "later"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@every_torch_optimizer
+def test_gradients_that_are_no_numbers(name, dtype, late):
+    """Where nothing skips them they make of a parameter, and of its state, what torch's for-loop makes of it."""
+    bad = torch.tensor([1.0, float("inf"), -float("inf"), float("nan")], dtype=dtype).repeat(20)
+    left = []
+    for cls, options in ((fusedopt.registry[name], {}), (oracle_class(name), {"foreach": False})):
+        p = torch.nn.Parameter(torch.ones(80, dtype=dtype))
+        optimizer = cls([p], lr=LR, **options)
+        for g in [torch.ones_like(bad)] * (7 if late else 0) + [bad]:
+            p.grad = g.clone()
+            optimizer.step()
+        states = [optimizer.state[p][key] for key in sorted(optimizer.state[p]) if key != "step"]
+        left.append([p.detach(), *(x for x in states if isinstance(x, torch.Tensor) and x.dim())])
+    for mine, theirs in zip(*left, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=4 * torch.finfo(dtype).eps, atol=1e-7, equal_nan=True)
