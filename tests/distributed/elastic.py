@@ -1,11 +1,14 @@
-"""torch.distributed.run, several times in one process that has imported everything, of which the ranks are forks.
+"""Runs of fusedopt.demo_distributed, of which all ranks are forks of this process, which has imported everything.
 
-    python elastic.py 'ARGUMENTS OF torch.distributed.run' ...
+    python elastic.py 'ARGUMENTS OF THE PROGRAM' 'ARGUMENTS OF torch.distributed.run' ...
 
-Rank 1 of a run that may be restarted is killed in its first life, between two checkpoints.
+First the program alone, then under torch.distributed.run. Rank 1 of a run that may be restarted is killed in its first
+life, between two checkpoints.
 """
 
+import multiprocessing
 import os
+import runpy
 import shlex
 import signal
 import sys
@@ -19,14 +22,26 @@ from fusedopt import demo_distributed
 LAST_STEP = 5
 
 
-def main(runs: list[str]) -> None:
+def main(alone: str, *runs: str) -> None:
     torch.set_num_threads(1)
     torch.optim.SGD([torch.zeros(1)])  # imports torch._dynamo
+    process = multiprocessing.get_context("fork").Process(target=program, args=(alone,))
+    process.start()
+    process.join()
+    if process.exitcode:
+        sys.exit(process.exitcode)
     for arguments in runs:
         options = parse_args(["--start-method", "fork", *shlex.split(arguments)])
         config, _, _ = config_from_args(options)
         entry = mortal if config.max_restarts else demo_distributed.main
         elastic_launch(config, entry)(options.training_script_args)
+
+
+def program(arguments: str) -> None:
+    sys.argv[1:] = shlex.split(arguments)
+    # Anew, as by python -m.
+    del sys.modules["fusedopt.demo_distributed"]
+    runpy.run_module("fusedopt.demo_distributed", run_name="__main__")
 
 
 def mortal(arguments: list[str]) -> None:
@@ -43,4 +58,4 @@ def mortal(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main(*sys.argv[1:])

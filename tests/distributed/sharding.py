@@ -4,16 +4,14 @@ import contextlib
 from unittest import mock
 
 import torch.distributed as dist
-from torch import nn
 from torch.distributed.fsdp import fully_shard
 from training import Net, net
 
 
 def sharded(build=Net, **options):
+    """A layer by itself, and the rest."""
     model = net(build)
-    for layer in model.children():
-        if isinstance(layer, nn.Linear):
-            fully_shard(layer, **options)
+    fully_shard(model.first, **options)
     return fully_shard(model, **options)
 
 

@@ -111,7 +111,7 @@ def test_every_optimizer(name, backend):
 def test_fsdp_still_gathers_from_the_updated_memory():
     model = sharded()
     train(model, ours(model), steps=3)
-    for module in (model, model.first, model.last):
+    for module in (model, model.first):
         for param in module._get_fsdp_state()._fsdp_param_group.fsdp_params:
             shard = param.sharded_param._local_tensor
             assert not shard.numel() or shard.data_ptr() == param._sharded_param_data.data_ptr()
