@@ -6,6 +6,8 @@ import pathlib
 import convergence
 import pytest
 
+from fusedopt import demo
+
 ROOT = pathlib.Path(__file__).parent.parent
 STEPS, SEEDS = 120, 3
 RIGHT = ["stochastic", "kahan", "split8", "split", "stochastic + bfloat16 states", "split8 + 8-bit states"]
@@ -13,7 +15,8 @@ RIGHT = ["stochastic", "kahan", "split8", "split", "stochastic + bfloat16 states
 
 @pytest.fixture(scope="module")
 def runs():
-    return list(convergence.run(["digits"], ["float32", "nearest", *RIGHT], SEEDS, STEPS))
+    with demo.cpu_threads(1):
+        return list(convergence.run(["digits"], ["float32", "nearest", *RIGHT], SEEDS, STEPS))
 
 
 @pytest.mark.parametrize("form", RIGHT)
