@@ -1,6 +1,7 @@
 """Short runs of the demo, and what it prints."""
 
 import re
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ import torch
 from PIL import Image
 
 import fusedopt
-from fusedopt import demo
+from fusedopt import demo, plots
 from fusedopt.__main__ import devices, main
 
 DEVICE = torch.device(devices()[-1])  # the default: the tests run on a GPU where there is one
@@ -39,12 +40,23 @@ def write_letters(root, counts):
 def run(tmp_path, capsys, *argv):
     """A short run of main that must succeed and save a plot; returns what it printed."""
     out = tmp_path / "new" / "folder" / "plot.png"
-    short = ["--device", DEVICE, "--regression-epochs", "50", "--epochs", "8", "--out", out]
-    assert main([*map(str, [*short, *argv])]) == 0
+    printed = printed_by_run(out, capsys, *argv)
     with Image.open(out) as image:
         assert image.format == "PNG"
         assert min(image.size) > 800
         assert np.asarray(image.convert("L")).std() > 10  # lines and text on white, no blank page
+    return printed
+
+
+def run_without_plot(tmp_path, capsys, *argv):
+    """The same where the plot, which takes longest to draw, says nothing that those of other runs do not."""
+    with mock.patch.object(plots, "plot"):
+        return printed_by_run(tmp_path / "plot.png", capsys, *argv)
+
+
+def printed_by_run(out, capsys, *argv):
+    short = ["--device", DEVICE, "--regression-epochs", "50", "--epochs", "8", "--out", out]
+    assert main([*map(str, [*short, *argv])]) == 0
     printed = capsys.readouterr().out
     assert printed.endswith(f"plot: {out}\n")
     return printed

@@ -70,9 +70,11 @@ def compiled_at_once(target: str, dtype: str, extent: str) -> tuple[str, ...]:
     return AT_ONCE if extent == "all" or (target, dtype, extent) == ("sm_90", "float32", "some") else AT_ONCE[:1]
 
 
-def compiled_means(target: str, dtype: str, extent: str) -> dict[str, dict]:
+def compiled_means(target: str, dtype: str, address: str, extent: str) -> dict[str, dict]:
     """The cases with a stage that needs a mean, and their settings. Elsewhere than where all is compiled the one with
-    more states, on one GPU, and for another Triton none."""
+    more states, on one GPU, and for another Triton none; in flat buffers on that GPU alone."""
+    if address == "flat" and extent != "all" and (target, extent) != ("sm_90", "some"):
+        return {}
     if is_whole(target, dtype, extent):
         return WITH_MEANS
     return {"amsgrad": WITH_MEANS["amsgrad"]} if (target, extent) == ("sm_90", "some") else {}
@@ -95,8 +97,9 @@ ZEROING = (
 
 
 def zeroing_cases(extent: str) -> tuple[tuple[str, str, dict], ...]:
-    """(address, dtype, settings) of the steps that leave zeros in place of gradients: for another Triton two."""
-    return ZEROING[::4] if extent == "core" else ZEROING
+    """(address, dtype, settings) of steps that leave zeros in place of gradients: by default those with 8-bit states
+    in flat buffers alone; for another Triton two in all."""
+    return {"all": ZEROING, "some": (*ZEROING[:3], ZEROING[4]), "core": ZEROING[::4]}[extent]
 
 
 def units_dtypes(extent: str) -> list[str]:
