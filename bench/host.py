@@ -23,6 +23,7 @@ import argparse
 import contextlib
 import functools
 import multiprocessing
+import pathlib
 import random
 import statistics
 import time
@@ -267,7 +268,8 @@ def main() -> None:
     parser.add_argument("--optimizers", nargs="+", choices=sorted(fusedopt.registry), default=sorted(fusedopt.registry))
     parser.add_argument("--rounds", type=amount, default=8)
     parser.add_argument("--passes", type=amount, default=3, help="over all cases, one after the other")
-    parser.add_argument("--save", action="store_true", help="append rows to history.csv")
+    parser.add_argument("--save", action="store_true", help="append the rows to --out")
+    parser.add_argument("--out", type=pathlib.Path, default=history.HISTORY, help="default: bench/history.csv")
     parser.add_argument("--note", default="", help="what the rows shall say besides")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -285,7 +287,7 @@ def main() -> None:
         times = "".join(f"{str(made[k]) if k in made else '-':>17}" for k in IMPLEMENTATIONS)
         print(f"{name:11} {model!s:13}  {'yes' if clip else 'no':4}  {BUDGET.get(str(model), ''):>5}{times}")
         if options.save:
-            history.append(rows_of(name, model, clip, made, options.note))
+            history.append(rows_of(name, model, clip, made, options.note), options.out)
 
 
 if __name__ == "__main__":

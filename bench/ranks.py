@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import pathlib
 import statistics
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -220,7 +221,8 @@ def main() -> None:
     parser.add_argument("--ranks", nargs="+", type=amount, default=[8, 64, 512, 4096], help=f"multiples of {NODE}")
     parser.add_argument("--cases", nargs="+", default=CASES, help="MODEL/LAYOUT/DTYPE")
     parser.add_argument("--note", default="", help="what the rows shall say of the machine's state")
-    parser.add_argument("--save", action="store_true", help="append rows to history.csv")
+    parser.add_argument("--save", action="store_true", help="append the rows to --out")
+    parser.add_argument("--out", type=pathlib.Path, default=history.HISTORY, help="default: bench/history.csv")
     options = parser.parse_args()
     cases = [Case(*case.split("/")) for case in options.cases]
     host.import_for_all()
@@ -234,7 +236,7 @@ def main() -> None:
             if pair[0].collectives != pair[1].collectives:
                 raise AssertionError("the first and the last rank would wait for each other for ever")
             if options.save:
-                history.append(rows(case, world, ranks, options.note))
+                history.append(rows(case, world, ranks, options.note), options.out)
 
 
 if __name__ == "__main__":

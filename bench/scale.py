@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import pathlib
 import statistics
 import time
 from collections.abc import Callable
@@ -187,7 +188,8 @@ def main() -> None:
     parser.add_argument("--counts", nargs="+", type=amount, default=[1_000, 10_000, 100_000], help="numbers of tensors")
     parser.add_argument("--repeats", type=amount, default=3, help="optimizers of each kind (default: %(default)s)")
     parser.add_argument("--note", default="", help="what the rows shall say of the machine's state")
-    parser.add_argument("--save", action="store_true", help="append rows to history.csv")
+    parser.add_argument("--save", action="store_true", help="append the rows to --out")
+    parser.add_argument("--out", type=pathlib.Path, default=history.HISTORY, help="default: bench/history.csv")
     options = parser.parse_args()
     torch.set_num_threads(1)
     driver.set_active(host.NoGPU())
@@ -203,7 +205,7 @@ def main() -> None:
             whole = {kind: typical([found[kind] for found in every]) for kind in KINDS}
             print(line(backend, count, times, whole), flush=True)
             if options.save:
-                history.append(rows(count, backend, times, whole, options.repeats, options.note))
+                history.append(rows(count, backend, times, whole, options.repeats, options.note), options.out)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ import multiprocessing
 import sys
 import traceback
 
-import torch
 from programs import BENCH, Done
 
 
@@ -35,10 +34,23 @@ def main(commands):
     sys.path.insert(0, str(BENCH))
     for name, *_ in commands:
         importlib.import_module(name)
-    torch.optim.SGD([torch.zeros(1)])  # imports what every optimizer of torch does
+    import host
+
+    host.import_for_all()
     gc.freeze()
-    with multiprocessing.get_context("fork").Pool(1, maxtasksperchild=1) as pool:
-        print(json.dumps(pool.map(run, commands, chunksize=1)))
+    print(json.dumps([alone(command) for command in commands]))
+
+
+def alone(command):
+    context = multiprocessing.get_context("fork")
+    receiver, sender = context.Pipe(duplex=False)
+    # No pool: its processes must not fork, which some of the programs do.
+    process = context.Process(target=lambda: sender.send(run(command)))
+    process.start()
+    sender.close()
+    done = receiver.recv()
+    process.join()
+    return done
 
 
 if __name__ == "__main__":

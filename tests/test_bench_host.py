@@ -1,60 +1,32 @@
 """bench/host.py, scale.py and ranks.py: what they claim to measure is measured."""
 
-import json
-import sys
-
 import growth
 import history
 import pytest
 import torch.distributed as dist
-from programs import BENCH, program
+from programs import forked
 
 from fusedopt import backends
 
 PROGRAMS = {
-    "host.py": "--optimizers SGD --counts 20 --groups 40 --dtensors 8 --rounds 2 --passes 1",
-    "scale.py": "--counts 20 40 --repeats 1",
-    "ranks.py": "--ranks 24 --cases mlp/fully_shard/float32 mlp/tensor-parallel/float32 50/hybrid/float32",
+    "host": "--optimizers SGD --counts 20 --groups 40 --dtensors 8 --rounds 2 --passes 1",
+    "scale": "--counts 20 40 --repeats 1",
+    "ranks": "--ranks 24 --cases mlp/fully_shard/float32 mlp/tensor-parallel/float32 50/hybrid/float32",
 }
-
-RUN = """
-import contextlib, json, multiprocessing, pathlib, runpy, sys
-bench, folder = map(pathlib.Path, sys.argv[1:3])
-programs = json.loads(sys.argv[3])
-sys.path.insert(0, str(bench))
-import history, host
-
-def run(script, options):
-    history.append.__defaults__ = (folder / f"{script}.csv",)
-    sys.argv = [script, *options.split(), "--save"]
-    with (folder / f"{script}.out").open("w") as out, contextlib.redirect_stdout(out):
-        runpy.run_path(str(bench / script), run_name="__main__")
-
-host.import_for_all()
-codes = {}
-for program in programs.items():
-    process = multiprocessing.get_context("fork").Process(target=run, args=program)
-    process.start()
-    process.join()
-    codes[program[0]] = process.exitcode
-print(json.dumps(codes))
-"""
-"""Runs each program in a fork of a process that has imported what they all would, with rows that go to another file."""
 
 
 @pytest.fixture(scope="module")
 def done(tmp_path_factory):
     """All programs are run once; by name, what one printed, line by line, and the rows that it saved."""
     folder = tmp_path_factory.mktemp("bench")
-    ran = program(sys.executable, "-c", RUN, BENCH, folder, json.dumps(PROGRAMS))
-    assert ran.returncode == 0, ran.stderr[-2000:]
-    codes = json.loads(ran.stdout)
+    commands = [(name, *options.split(), "--save", "--out", folder / name) for name, options in PROGRAMS.items()]
+    ran = dict(zip(PROGRAMS, forked(*commands)))
 
-    def of(script):
-        assert codes[script] == 0, ran.stderr[-2000:]
-        rows, problems = history.read(folder / f"{script}.csv")
+    def of(name):
+        assert ran[name].returncode == 0, ran[name].stderr
+        rows, problems = history.read(folder / name)
         assert problems == []
-        return (folder / f"{script}.out").read_text().splitlines(), rows
+        return ran[name].stdout.splitlines(), rows
 
     return of
 
@@ -74,7 +46,7 @@ def test_the_quietest_pass_counts():
 
 @pytest.mark.skipif(backends.triton_problem() is not None, reason="measures the Triton backend")
 def test_every_case_is_measured(done):
-    lines, rows = done("host.py")
+    lines, rows = done("host")
     cases = [
         ["SGD", *model.split(), clip] for model in ("20 tensors", "40 groups", "8 DTensors") for clip in ("no", "yes")
     ]
@@ -91,7 +63,7 @@ def test_every_case_is_measured(done):
 
 @pytest.mark.skipif(backends.triton_problem() is not None, reason="measures the Triton backend")
 def test_steps_of_every_size_are_measured(done):
-    lines, rows = done("scale.py")
+    lines, rows = done("scale")
     rows = by_name(rows)
     starts = [line.split()[:2] for line in lines[1:]]
     assert starts == [[b, count] for b in ("torch", "triton") for count in ("20", "40")]
@@ -113,7 +85,7 @@ def test_steps_of_every_size_are_measured(done):
 @pytest.mark.skipif(not dist.is_available(), reason="needs torch.distributed")
 def test_a_rank_of_many(done):
     """Shards of 4 tensors over 24 ranks, in whole rows: 256 of 784 and as many biases, 10 of 256 and as many biases."""
-    lines, rows = done("ranks.py")
+    lines, rows = done("ranks")
     rows = by_name(rows)
     assert len(lines) == 6
     first, last = (rows["rank", "mlp fully_shard 24", f"{place} rank"] for place in ("first", "last"))
