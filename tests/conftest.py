@@ -37,6 +37,7 @@ elif not GPU:
 
 
 def pytest_configure(config):
+    gc.disable()  # until all is collected, which makes objects by the million and garbage hardly
     config.addinivalue_line("markers", "covers(n): run enough cases that every n values of parameters occur together")
 
 
@@ -68,6 +69,7 @@ def pytest_collection_finish():
     interpreter's time, which makes tensors by the million."""
     gc.collect()
     gc.freeze()
+    gc.enable()
 
 
 def pytest_sessionfinish():

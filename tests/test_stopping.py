@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from cases import every_optimizer, give_gradients, model
+from thinning import every_value
 
 import fusedopt
 from fusedopt.stopping import Divergence, Iterations, LossBelow, SmallChange
@@ -42,6 +43,7 @@ def test_divergence(bad):
     assert first(answers(Divergence(2, check_every=2), [9.0, 1.0, 0.0, 2.0, math.nan, 3.0])) == 6
 
 
+@every_value
 @pytest.mark.parametrize("check_every", [1, 2, 10])
 @every_optimizer
 def test_small_change(name, check_every, device):
