@@ -73,7 +73,8 @@ def _foreseen(executors: Sequence[Any]) -> Iterator[list[Callable[[], Any]]]:
 
 
 def _side_by_side(compilations: list[Callable[[], Any]]) -> None:
-    # What cannot be compiled is compiled once more when it is launched, and says so there.
+    # What cannot be compiled is compiled once more when it is launched, and says so there. (In releases such as 3.11.7,
+    # Python's parser now and then fails where several threads use it: cpython issue 106905.)
     with ThreadPoolExecutor() as pool, AsyncCompileMode(pool, ignore_errors=True):
         for start in compilations:
             start()

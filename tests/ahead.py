@@ -14,7 +14,7 @@ from unittest import mock
 import absent_gpu
 import torch
 import triton
-from triton import knobs
+from triton import AsyncCompileMode, knobs
 from triton.backends.nvidia.compiler import CUDABackend
 from triton.runtime import driver
 
@@ -61,8 +61,22 @@ def binaries(gpu):
 
 
 def report(name):
-    """Where the kernels of a first step were compiled, which ones, and how many threads are left."""
-    where = []
+    """Where the kernels of a first step were compiled, which ones, what failed beside others, and was compiled alone
+    then, and how many threads are left."""
+    where, failed = [], []
+    submit = AsyncCompileMode.submit
+
+    def watched(mode, key, compiling, *others):
+        def compile():
+            try:
+                return compiling()
+            except Exception as error:
+                while error.__cause__ is not None:
+                    error = error.__cause__
+                failed.append(str(error))
+                raise
+
+        return submit(mode, key, compile, *others)
 
     def listener(**kwargs):
         # Of two kernels that are the same to the compiler, the second may find what the first has left.
@@ -70,9 +84,10 @@ def report(name):
 
     threads = threading.active_count()
     with tempfile.TemporaryDirectory() as folder, mock.patch.object(knobs.compilation, "listener", listener):
-        gpu = trained(name, folder)
+        with mock.patch.object(AsyncCompileMode, "submit", watched):
+            gpu = trained(name, folder)
         counts = {kind: where.count(kind) for kind in ("alone", "beside others")}
-    return counts | {"kernels": binaries(gpu), "threads": threading.active_count() - threads}
+    return counts | {"kernels": binaries(gpu), "failed": failed, "threads": threading.active_count() - threads}
 
 
 def one_by_one(name):
