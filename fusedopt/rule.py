@@ -91,8 +91,8 @@ def root_of_sum(v: Tensor, eps: float, correction: float = 1.0) -> Tensor:
 
 
 EVERY_DTYPE = frozenset((torch.float32, torch.float64, torch.bfloat16, torch.float16))
-"""Those in which torch's fused Adam is right: in 16 bits, too, its arithmetic is float32 and each result is rounded
-once."""
+"""Of parameters, for kernels that are right in 16 bits too: like torch's fused Adam they compute in float32, and round
+each result once."""
 
 FOREVER = torch.tensor(2.0**100, device="cpu")
 """A step count at which Adam's bias corrections are 1 for every beta below 1."""

@@ -19,20 +19,10 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from unittest import mock
 
+import extents
 import torch
 import triton
 from absent_gpu import NoGPU, facts, per_thread, tiles_at_once, unfenced
-from extents import (
-    compiled_addresses,
-    compiled_at_once,
-    compiled_means,
-    compiled_rules,
-    counted_dtypes,
-    is_whole,
-    launched_cases,
-    units_dtypes,
-    zeroing_cases,
-)
 from form_cases import FORMS, forms_at_once, stored_cases
 from rule_cases import ADDRESSES, AT_ONCE, CASES, CHAINS, WITH_MEANS, optimizer, parameters, set_gradients
 from triton.runtime import driver
@@ -111,23 +101,25 @@ def all_facts(target, dtype):
     """Facts about every rule x address with everything around it, and about the norm kernels."""
     gpu = NoGPU(target, dtype)
     driver.set_active(gpu)
-    addresses = compiled_addresses(target, dtype, EXTENT)
+    addresses = extents.compiled_addresses(target, dtype, EXTENT)
     clips, norm = CHAINS["all"] | {"max_grad_norm": None}, {"max_grad_norm": 1.0, "skip_nonfinite": True}
     runs = []
     for address in addresses:
-        rules = compiled_rules(target, dtype, address, EXTENT)
+        rules = extents.compiled_rules(target, dtype, address, EXTENT)
         cases = [case for case in CASES if case.split()[0] in rules and WITH_MEANS.get(case) != {}]
         runs += [(case, address, clips | norm) for case in cases]
-    everything = is_whole(target, dtype, EXTENT)
+    everything = extents.is_whole(target, dtype, EXTENT)
     if everything:
         # Unscaling by the norm kernel, and, where no norm is needed, by a kernel of its own.
         runs += [("adam", "scattered", clips | settings | {"scaler": True}) for settings in (norm, {})]
     without = len(runs)
     for address in addresses:
-        with_means = compiled_means(target, dtype, address, EXTENT)
+        with_means = extents.compiled_means(target, dtype, address, EXTENT)
         runs += [(case, address, clips | norm | settings) for case, settings in with_means.items()]
     end = len(runs)
-    runs += [(case, "scattered", clips | norm | {"launches": 1}) for case in compiled_at_once(target, dtype, EXTENT)]
+    runs += [
+        (case, "scattered", clips | norm | {"launches": 1}) for case in extents.compiled_at_once(target, dtype, EXTENT)
+    ]
     tracked = clips | norm | {"track": "total"}
     runs += [("adam", address, tracked) for address in addresses]
     runs += [("adam", "scattered", tracked | {"launches": 1})] * everything
@@ -146,7 +138,7 @@ def zeroing_facts(target):
     for flat_grads in ("zeroed", True):
         gpu = NoGPU(target, f"flat_grads {flat_grads}")
         driver.set_active(gpu)
-        for address, dtype, settings in zeroing_cases(EXTENT):
+        for address, dtype, settings in extents.zeroing_cases(EXTENT):
             before = set(gpu.compiled())
             # Large enough to have quantized states.
             params = parameters([5000], "cpu", getattr(torch, dtype))
@@ -159,7 +151,7 @@ def zeroing_facts(target):
 
 def units_facts(target):
     """Facts about Adam's kernels with adaptive clipping, in two launches and in one."""
-    for dtype in units_dtypes(EXTENT):
+    for dtype in extents.units_dtypes(EXTENT):
         gpu = NoGPU(target, f"{dtype} units")
         driver.set_active(gpu)
         for settings in ({}, {"launches": 1}):
@@ -228,7 +220,7 @@ def compiles(case, address, **more):
 
 def launches():
     """How often each kernel is compiled, by case."""
-    found = {f"{case}, {a}": compiles(case, a) for a in ADDRESSES for case in launched_cases(a, EXTENT)}
+    found = {f"{case}, {a}": compiles(case, a) for a in ADDRESSES for case in extents.launched_cases(a, EXTENT)}
     found |= {f"{case}, at once": compiles(case, "scattered", launches=1) for case in AT_ONCE[:1]}
     found |= {"adam, tracked": compiles("adam", "flat", track="total")}
     found |= {"adam, units": compiles("adam", "flat", adaptive_grad_clip=0.1)}
@@ -237,7 +229,7 @@ def launches():
 
 def report(job):
     if job == "instructions":
-        return {dtype: instructions_per_element(dtype) for dtype in counted_dtypes(EXTENT)}
+        return {dtype: instructions_per_element(dtype) for dtype in extents.counted_dtypes(EXTENT)}
     if job == "stored instructions":
         return stored_instructions()
     if job == "launches":

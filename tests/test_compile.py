@@ -8,25 +8,13 @@ GPU, which takes many minutes; see extents.py for what is left out otherwise.
 import collections
 import re
 
+import extents
 import pytest
 import triton
 from compiling import EXTENT, LOAD, NVIDIA, STORE, TARGETS, TRITONS, compiled, count, extent
-from extents import (
-    DTYPES,
-    ONE_OF_EACH,
-    compiled_addresses,
-    compiled_at_once,
-    compiled_means,
-    compiled_rules,
-    counted_dtypes,
-    is_whole,
-    launched_cases,
-    units_dtypes,
-    zeroing_cases,
-)
 from rule_cases import ADDRESSES, WITH_MEANS, declared_rules
 
-WITH_MORE = ONE_OF_EACH if EXTENT == "all" else ONE_OF_EACH[:1]
+WITH_MORE = extents.ONE_OF_EACH if EXTENT == "all" else extents.ONE_OF_EACH[:1]
 """The GPUs for which kernels that zero gradients, or clip them by units, are compiled."""
 
 MAX_REGISTERS = {"float32": 64, "mixed": 80, "float64": 80, "bfloat16": 80}
@@ -47,7 +35,7 @@ MUCH = "step_adan", "step_adadelta", "step_rmsprop_centered_momentum"
 @pytest.fixture(scope="module", params=TRITONS)
 def report(request):
     """What the program says: facts by target, "launches" for the number of compiles, "triton" for its version."""
-    dtypes = DTYPES[extent(request.param)]
+    dtypes = extents.DTYPES[extent(request.param)]
     # Last what finds its kernels in Triton's cache by then.
     jobs = [
         *(f"{target}:{dtype}" for target in TARGETS for dtype in dtypes[target]),
@@ -78,7 +66,7 @@ def named(report, target, name):
 def places(report, target):
     """How often a kernel is compiled that stands in both addresses and in every dtype."""
     dtypes = report["dtypes"][target]
-    return sum(len(compiled_addresses(target, dtype, report["extent"])) for dtype in dtypes)
+    return sum(len(extents.compiled_addresses(target, dtype, report["extent"])) for dtype in dtypes)
 
 
 def label(kernel):
@@ -95,7 +83,7 @@ def test_every_case_is_compiled_once(target, report):
     """Two cases of one rule, such as momentum with and without Nesterov, share a kernel."""
     found = collections.Counter(map(label, steps(report, target)))
     places = [(dtype, address) for dtype in report["dtypes"][target] for address in ADDRESSES]
-    rules = {place: compiled_rules(target, *place, report["extent"]) for place in places}
+    rules = {place: extents.compiled_rules(target, *place, report["extent"]) for place in places}
     assert found == {f"step_{name} {a} {d}": 1 for (d, a), names in rules.items() for name in names}
 
 
@@ -180,7 +168,7 @@ def test_min_and_max_propagate_nan(target, report):
 def test_norm_kernel(target, report):
     """Two 16-byte loads at a time; and the last program to finish sees what all others have stored."""
     dtypes = report["dtypes"][target]
-    whole = {dtype for dtype in dtypes if is_whole(target, dtype, report["extent"])}
+    whole = {dtype for dtype in dtypes if extents.is_whole(target, dtype, report["extent"])}
     assert {kernel["dtype"] for kernel in named(report, target, "judge")} == whole
     kernels = named(report, target, "sum_of_squares")
     # The scattered addresses of more states make longer records; with and without loss scale.
@@ -205,8 +193,8 @@ def test_cooperative_kernel(target, report):
     """What the barrier is made of, and memory accessed 16 bytes at a time in both phases."""
     kernels = [kernel for kernel in report[target] if kernel["name"].startswith("clipped_")]
     assert len(kernels) == sum(
-        len(compiled_at_once(target, dtype, report["extent"]))
-        + is_whole(target, dtype, report["extent"])  # once more with norms
+        len(extents.compiled_at_once(target, dtype, report["extent"]))
+        + extents.is_whole(target, dtype, report["extent"])  # once more with norms
         for dtype in report["dtypes"][target]
     )
     for kernel in kernels:
@@ -235,9 +223,9 @@ def test_means_kernel(target, report):
     stored."""
     kernels = [kernel for kernel in report[target] if kernel["name"].startswith("means_")]
     assert len(kernels) == sum(
-        len(compiled_means(target, dtype, address, report["extent"]))
+        len(extents.compiled_means(target, dtype, address, report["extent"]))
         for dtype in report["dtypes"][target]
-        for address in compiled_addresses(target, dtype, report["extent"])
+        for address in extents.compiled_addresses(target, dtype, report["extent"])
     )
     for kernel in kernels:
         # Whether u agrees with g depends on all states; the excess of Adam's g over v on v alone.
@@ -269,7 +257,7 @@ def test_zeros_are_stored_in_vectors(target, report):
         pairs[kernel["name"], kernel["dtype"], kernel["quantizes"]][kernel["zeroes"]] = kernel
     more = {(f"{name}_adam", "float32", False): 1 for name in ("step", "clipped", "tracked")}
     more |= {("step_adam", "float32", True): 4, ("step_adam", "bfloat16", True): 2}
-    assert pairs.keys() <= more.keys() and len(pairs) == len(zeroing_cases(report["extent"]))
+    assert pairs.keys() <= more.keys() and len(pairs) == len(extents.zeroing_cases(report["extent"]))
     for key, (without, zeroing) in pairs.items():
         assert count(zeroing, store) == count(without, store) + more[key], key
         registers = 176 if key[2] else 80 if key[0] == "clipped_adam" else 64
@@ -281,7 +269,7 @@ def test_zeros_are_stored_in_vectors(target, report):
 def test_adaptive_clipping(target, report):
     """No spills, and a unit's last program sees what its others stored."""
     kernels = report[f"{target}:units"]
-    for dtype in units_dtypes(report["extent"]):
+    for dtype in extents.units_dtypes(report["extent"]):
         found = {kernel["name"]: kernel for kernel in kernels if kernel["dtype"] == dtype}
         assert found.keys() == {"ratios_of_units", "sum_of_squares", "step_adam", "clipped_adam"}
         registers = {name: kernel["registers"] for name, kernel in found.items()}
@@ -302,7 +290,9 @@ def test_adaptive_clipping(target, report):
 
 def test_numbers_never_recompile(report):
     """30 steps in which every hyperparameter and step count changes, with three groups and then with one."""
-    cases = [f"{case}, {address}" for address in ADDRESSES for case in launched_cases(address, report["extent"])]
+    cases = [
+        f"{case}, {address}" for address in ADDRESSES for case in extents.launched_cases(address, report["extent"])
+    ]
     assert len(report["launches"]) == len(cases) + len(WITH_MEANS) + 3
     for case, compiles in report["launches"].items():
         rule, place = re.split("[ ,]", case)[0], case.split()[-1]
@@ -317,6 +307,6 @@ def test_numbers_never_recompile(report):
 def test_averages_and_norms_are_cheap(report):
     """Both together add at most 12 instructions per element to a clipped step; the budgets are what is reached. Triton
     3.6 forms the cache policy of every load again."""
-    assert list(report["instructions"]) == counted_dtypes(report["extent"])
+    assert list(report["instructions"]) == extents.counted_dtypes(report["extent"])
     for dtype, (plain, extended) in report["instructions"].items():
         assert plain < extended <= plain + (9.5 if report["triton"].startswith("3.6.") else 7.5), dtype
