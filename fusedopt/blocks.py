@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-BLOCK = 1 << 18
-"""Elements whose parameter, gradient, states and copies fit the last cache; smaller blocks cost more calls."""
+BLOCK, WHOLE = 1 << 18, 1 << 20
+"""Elements whose parameter, gradient, states and copies fit the last cache, smaller blocks cost more calls; and of a
+tensor that is left whole, since it may lie there from the step before."""
 
 GRAIN = 1 << 15
 """Elements that torch gives a thread at least (at::internal::GRAIN_SIZE): a block of fewer leaves threads idle, each of
@@ -52,9 +53,10 @@ def blocks(
     factor = (-1 if group["maximize"] else 1) / (1 if scale is None else scale.item())
     copies = not is_plain(group, None)
     block = for_threads(BLOCK)
+    largest = max(block, WHOLE)
     for tensors, rate in zip(zip(params, grads, *states), repeat(()) if rates is None else zip(rates)):
         size = tensors[0].numel()
-        parts = zip(*(x.as_strided((size,), (1,)).split(block) for x in tensors)) if size > block else (tensors,)
+        parts = zip(*(x.as_strided((size,), (1,)).split(block) for x in tensors)) if size > largest else (tensors,)
         for p, g, *state in parts:
             if copies:
                 g = torch.mul(g, factor, out=scratch("gradient", p))

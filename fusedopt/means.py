@@ -20,7 +20,8 @@ million elements occupies a GPU."""
 
 
 def agreement(u, p, g, state):
-    return (((u > 0) & (g > 0)) | ((u < 0) & (g < 0))).to(u.dtype)
+    # Of two numbers that are small the product could vanish. A comparison in place needs no slow conversion of bool.
+    return u.sign().mul_(g.sign()).gt_(0)
 
 
 def excess(u, p, g, state, eps_squared):

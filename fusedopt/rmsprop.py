@@ -51,13 +51,9 @@ def mean_square(g, v, h):
 
 
 def variance(g, v, a, h):
-    move(g, v, a, h)
-    return torch.addcmul(v, a, a, value=-1)
-
-
-def move(g, v, a, h):
     mean_square(g, v, h)
     a.lerp_(g, h[0])
+    return torch.addcmul(v, a, a, value=-1)
 
 
 # torch has no fused RMSprop, but its fused Adam and AdamW do the work, where they are told to. Their square root
@@ -100,39 +96,28 @@ def fused_momentum(params, grads, states, t, group, scale, rates):
 
 
 def fused_centered(params, grads, states, t, group, scale, rates):
-    h, fits = hyper(group), _fit_in_cache(params)
+    h = hyper(group)
     for p, g, v, a, lr in blocks(group, scale, params, grads, *states, rates=rates):
-        step_normalized(p, _writable(g), a, _half_moved(g, v, a, h, fits), -1.0, 1.0, h[1], lr)
+        step_normalized(p, _writable(g), a, _half_moved(g, v, a, h), -1.0, 1.0, h[1], lr)
 
 
 def fused_centered_momentum(params, grads, states, t, group, scale, rates):
-    h, fits = hyper(group), _fit_in_cache(params)
+    h = hyper(group)
     for p, g, v, b, a, lr in blocks(group, scale, params, grads, *states, rates=rates):
-        half = _half_moved(g, v, a, h, fits)
+        half = _half_moved(g, v, a, h)
         step_normalized(b, _writable(g), a, half, -1.0, 1.0, h[1], lr=-1.0, decay=h[2] - 1)
         p.sub_(b, alpha=lr)
 
 
-def _half_moved(g, v, a, h, fits):
+def _half_moved(g, v, a, h):
     """Half of v after both averages have moved: the kernel itself makes 2 (v / 2) - a^2 of it."""
     half = scratch("half", v)
-    if fits and v.numel() > FEW:
-        move(g, v, a, h)
-    else:
-        # One call of Adam, which waits for memory once. What becomes of its parameter does not matter.
-        step_uncorrected([half], [g], [a], [v], lr=0.0, beta1=1 - h[0], beta2=1 - h[0], eps=h[1])
+    # One call of Adam. What becomes of its parameter does not matter.
+    step_uncorrected([half], [g], [a], [v], lr=0.0, beta1=1 - h[0], beta2=1 - h[0], eps=h[1])
     return torch.mul(v, HALF, out=half)
 
 
 HALF = torch.tensor(0.5, device="cpu")
-
-FEW, CACHED = 1 << 14, 1 << 20
-"""Elements of a block for which calls cost more than arithmetic, and of parameters that lie in the cache, gradients and
-states too, when the next step begins."""
-
-
-def _fit_in_cache(params):
-    return sum(map(torch.Tensor.numel, params)) <= CACHED
 
 
 def _writable(g):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import means
-from .blocks import for_threads
+from .blocks import WHOLE, for_threads
 from .buckets import Bucket
 from .flat import memory_order
 from .rule import Stage, Update
@@ -58,7 +58,7 @@ class Blocks:
             directions = (self._direction(self.load(tensors), g, update, factor) for tensors, g in parts)
             if joined is not None:
                 found = repeat(next(joined).unbind())
-            elif len(parts) == 1:
+            elif len(parts) == 1 or (g.numel() <= WHOLE and self.computes_in_place and g.dtype == self.compute_dtype):
                 directions = list(directions)
                 found = self._means(terms, directions, sizes)
             else:
