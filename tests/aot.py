@@ -22,6 +22,7 @@ from unittest import mock
 import extents
 import torch
 import triton
+import without_dynamo
 from absent_gpu import NoGPU, facts, per_thread, tiles_at_once, unfenced
 from form_cases import FORMS, forms_at_once, stored_cases
 from rule_cases import ADDRESSES, AT_ONCE, CASES, CHAINS, WITH_MEANS, optimizer, parameters, set_gradients
@@ -65,7 +66,8 @@ def step_once(case, address, dtype, scaler=False, **settings):
 
 
 CLIPPED_ADAMW = {"max_grad_norm": 1.0, "weight_decay": 0.1, "decoupled": True}
-"""The step whose instructions are counted; where they are, registers are of the same kernels, compiled once."""
+COUNTED = "nearest + 8bit", "split8 + 8bit"
+"""The step, and the forms, whose instructions per element are counted: everything that a thread does."""
 
 
 def step_stored(case, address, form, **settings):
@@ -88,7 +90,10 @@ def stored_facts(target):
         for kernel in set(gpu.compiled()) - before:
             if kernel.metadata.name.startswith("step_"):
                 parts = [(part.dtype.itemsize, part.per) for _, role in stored.roles for part in role.parts]
-                yield facts(kernel) | {"form": form, "parts": parts, "per_thread": per_thread(kernel)}
+                found = facts(kernel) | {"form": form, "parts": parts, "per_thread": per_thread(kernel)}
+                if target == "sm_90" and case == "adam" and form in COUNTED:
+                    found["instructions"] = whole_tiles(disassemble(kernel)).instructions / per_thread(kernel)
+                yield found
     for form in forms_at_once(EXTENT, target):
         before = set(gpu.compiled())
         step_stored("adam", "scattered", form, max_grad_norm=1.0, launches=1)
@@ -121,7 +126,8 @@ def all_facts(target, dtype):
         (case, "scattered", clips | norm | {"launches": 1}) for case in extents.compiled_at_once(target, dtype, EXTENT)
     ]
     tracked = clips | norm | {"track": "total"}
-    runs += [("adam", address, tracked) for address in addresses]
+    if extents.is_tracked(target, dtype, EXTENT):
+        runs += [("adam", address, tracked) for address in addresses]
     runs += [("adam", "scattered", tracked | {"launches": 1})] * everything
     for i, (case, address, settings) in enumerate(runs):
         before = set(gpu.compiled())
@@ -181,18 +187,6 @@ def instructions_per_element(dtype):
     return found
 
 
-def stored_instructions():
-    """The same by form, of AdamW with 8-bit states, everything counted that a thread does."""
-    found = {}
-    for form in ("nearest + 8bit", "split8 + 8bit"):
-        gpu = NoGPU("sm_90", f"{form} instructions")
-        driver.set_active(gpu)
-        step_stored("adam", "scattered", form, **CLIPPED_ADAMW)
-        (kernel,) = (k for k in gpu.compiled() if k.metadata.name == "step_adam")
-        found[form] = whole_tiles(disassemble(kernel)).instructions / per_thread(kernel)
-    return found
-
-
 def compiles(case, address, **more):
     """How often each kernel is compiled over 30 steps with every number changing, by two models."""
     gpu = NoGPU("sm_90", f"{case} {address} {more}")
@@ -224,14 +218,13 @@ def launches():
     found |= {f"{case}, at once": compiles(case, "scattered", launches=1) for case in AT_ONCE[:1]}
     found |= {"adam, tracked": compiles("adam", "flat", track="total")}
     found |= {"adam, units": compiles("adam", "flat", adaptive_grad_clip=0.1)}
-    return found | {f"{case}, means": compiles(case, "scattered", **more) for case, more in WITH_MEANS.items()}
+    with_means = extents.compiled_means("sm_90", "float32", "scattered", EXTENT)
+    return found | {f"{case}, means": compiles(case, "scattered", **more) for case, more in with_means.items()}
 
 
 def report(job):
     if job == "instructions":
         return {dtype: instructions_per_element(dtype) for dtype in extents.counted_dtypes(EXTENT)}
-    if job == "stored instructions":
-        return stored_instructions()
     if job == "launches":
         return launches()
     target, what = job.split(":")
@@ -247,9 +240,8 @@ def main(jobs):
     # Every processor compiles already: threads would take each other's lock, Triton 3.6's at every instruction that it
     # forms, and then five times as long. That they make the same kernels is asked in test_ahead.py.
     triton_ahead._side_by_side = lambda compilations: None
-    # What every worker would do for itself: import what optimizers of torch do, and look through all that at every
-    # collection of garbage, which compiling sets off often.
-    torch.optim.SGD([torch.zeros(1)])
+    without_dynamo.prepare()
+    # What every worker would look through at every collection of garbage, which compiling sets off often.
     gc.collect()
     gc.freeze()
     gc.set_threshold(100_000)

@@ -11,11 +11,11 @@ ONE_OF_EACH = ["sm_90", "gfx942"]
 CORE = {"momentum", "rmsprop_centered_momentum", "adam", "amsgrad", "adan"}
 """Rules with one to four states, which stand for all where compiling every one would take too long."""
 
-LARGE = {"adadelta", "ademamix"}
+LARGE = {"adadelta", "ademamix", "rmsprop_centered_momentum"}
 """Those that need most registers beside them, where a thread holds eight elements of bfloat16."""
 
 FEW = {"adam", "adan"}
-"""The rule of most training, and one with four states."""
+"""The rule of most training, which is all that other GPUs than ONE_OF_EACH get, and one with four states."""
 
 DTYPES = {
     "all": {
@@ -50,9 +50,11 @@ def compiled_rules(target: str, dtype: str, address: str, extent: str) -> set[st
         return rules if target in ONE_OF_EACH else rules - VARIANTS
     if address == "flat" and (dtype != "float32" or target not in (ONE_OF_EACH if extent == "some" else ["sm_90"])):
         return set()
-    if (target, address) == ("sm_90", "scattered") and extent == "some":
-        return {"float32": rules, "bfloat16": CORE | LARGE}.get(dtype, FEW)
-    return CORE if (target, address, dtype) == ("sm_90", "scattered", "float32") else FEW
+    if (target, extent, address) == ("sm_90", "some", "scattered"):
+        return {"float32": rules, "bfloat16": FEW | LARGE}.get(dtype, FEW)
+    if (target, dtype) == ("sm_90", "float32"):
+        return CORE if address == "scattered" else FEW
+    return FEW if is_whole(target, dtype, extent) else {"adam"}
 
 
 def compiled_addresses(target: str, dtype: str, extent: str) -> list[str]:
@@ -60,30 +62,38 @@ def compiled_addresses(target: str, dtype: str, extent: str) -> list[str]:
 
 
 def is_whole(target: str, dtype: str, extent: str) -> bool:
-    """Whether each feature is compiled there: on a GPU of each make. Elsewhere neither a GradScaler's unscaling nor
-    norms taken in one launch, and fewer means."""
-    return extent == "all" or (target in ONE_OF_EACH and dtype == "float32")
+    """Whether each feature is compiled there: on a GPU of each make, with another Triton on one. Elsewhere neither a
+    GradScaler's unscaling nor norms taken in one launch, and fewer means."""
+    return extent == "all" or (dtype == "float32" and target in (ONE_OF_EACH if extent == "some" else ["sm_90"]))
+
+
+def is_tracked(target: str, dtype: str, extent: str) -> bool:
+    """Whether Adam's update with norms is compiled there, which takes longest of all: with each dtype on one GPU."""
+    return is_whole(target, dtype, extent) or (target, extent) == ("sm_90", "some")
 
 
 def compiled_at_once(target: str, dtype: str, extent: str) -> tuple[str, ...]:
-    """The cases that are compiled as one cooperative kernel too."""
-    return AT_ONCE if extent == "all" or (target, dtype, extent) == ("sm_90", "float32", "some") else AT_ONCE[:1]
+    """The cases that are compiled as one cooperative kernel too: with "some" on one GPU one with more states."""
+    if extent == "all":
+        return AT_ONCE
+    return AT_ONCE[::2] if (target, dtype, extent) == ("sm_90", "float32", "some") else AT_ONCE[:1]
 
 
 def compiled_means(target: str, dtype: str, address: str, extent: str) -> dict[str, dict]:
-    """The cases with a stage that needs a mean, and their settings. Elsewhere than where all is compiled the one with
-    more states, on one GPU, and for another Triton none; in flat buffers on that GPU alone."""
-    if address == "flat" and extent != "all" and (target, extent) != ("sm_90", "some"):
-        return {}
-    if is_whole(target, dtype, extent):
+    """The cases with a stage that needs a mean, and their settings: with "some" both on one GPU in float32, and there
+    in flat buffers and in bfloat16 the one with more states, as with float32 on a GPU of the other make."""
+    is_first = (target, extent) == ("sm_90", "some")
+    if extent == "all" or (is_first and (dtype, address) == ("float32", "scattered")):
         return WITH_MEANS
-    return {"amsgrad": WITH_MEANS["amsgrad"]} if (target, extent) == ("sm_90", "some") else {}
+    if (is_first and dtype in ("float32", "bfloat16")) or (address == "scattered" and is_whole(target, dtype, extent)):
+        return {"amsgrad": WITH_MEANS["amsgrad"]}
+    return {}
 
 
 def launched_cases(address: str, extent: str) -> list[str]:
     """Those of which many steps are taken, to see that nothing is compiled again."""
     everything = {case.split()[0] for case in CASES} - VARIANTS
-    rules = everything if extent == "all" else CORE if address == "scattered" else FEW
+    rules = everything if extent == "all" else CORE if (address, extent) == ("scattered", "some") else FEW
     return [case for case in CASES if case.split()[0] in rules and WITH_MEANS.get(case) != {}]
 
 
@@ -97,16 +107,16 @@ ZEROING = (
 
 
 def zeroing_cases(extent: str) -> tuple[tuple[str, str, dict], ...]:
-    """(address, dtype, settings) of steps that leave zeros in place of gradients: by default those with 8-bit states
-    in flat buffers alone; for another Triton two in all."""
-    return {"all": ZEROING, "some": (*ZEROING[:3], ZEROING[4]), "core": ZEROING[::4]}[extent]
+    """(address, dtype, settings) of steps that leave zeros in place of gradients: by default none with norms, and those
+    with 8-bit states in flat buffers alone; for another Triton two in all."""
+    return {"all": ZEROING, "some": (*ZEROING[:2], ZEROING[4]), "core": ZEROING[::4]}[extent]
 
 
 def units_dtypes(extent: str) -> list[str]:
     """Those with which adaptive clipping is compiled."""
-    return ["float32"] if extent == "core" else ["float32", "bfloat16"]
+    return ["float32", "bfloat16"] if extent == "all" else ["float32"]
 
 
 def counted_dtypes(extent: str) -> list[str]:
     """Those of which instructions are counted."""
-    return ["float32"] if extent == "core" else ["float32", "mixed", "bfloat16"]
+    return {"all": ["float32", "mixed", "bfloat16"], "some": ["float32", "bfloat16"], "core": ["float32"]}[extent]

@@ -29,14 +29,16 @@ EACH_MASTER = (
 """Each way to store parameters once, and both to store states: 8 bits with those that leave least room for them."""
 
 FORMS_AT_ONCE = ("nearest + 8bit", "stochastic + 8bit", "fp32 + 8bit")
-"""Compiled with Adam's rule as one cooperative kernel too; only the last, which moves most bytes, unless
-FUSEDOPT_COMPILE is "all"."""
+"""Compiled with Adam's rule as one cooperative kernel too; only the last, which moves most bytes, for one GPU and with
+the installed Triton, unless FUSEDOPT_COMPILE is "all"."""
 
 
 def stored_cases(extent: str, target: str) -> list[tuple[str, str]]:
-    """(case, form): the forms of SOME with Adam's rule; each master with extent "some" for sm_90; with "all" all."""
+    """(case, form): with Adam's rule each master for sm_90, with another Triton the forms of SOME, and the last two or
+    one of these for other GPUs; with "all" all."""
     if extent == "core" or (extent == "some" and target != "sm_90"):
-        return [("adam", form) for form in SOME]
+        first = 0 if target == "sm_90" else {"some": 1, "core": 2}[extent]
+        return [("adam", form) for form in SOME[first:]]
     rules = RULES if extent == "all" else {"adam": EACH_MASTER, "momentum": SOME[:1]}
     return [(case, form) for case, forms in rules.items() for form in forms]
 
@@ -44,4 +46,4 @@ def stored_cases(extent: str, target: str) -> list[tuple[str, str]]:
 def forms_at_once(extent: str, target: str) -> tuple[str, ...]:
     if extent == "all":
         return FORMS_AT_ONCE
-    return FORMS_AT_ONCE[2:] if extent == "some" or target == "sm_90" else ()
+    return FORMS_AT_ONCE[2:] if (target, extent) == ("sm_90", "some") else ()

@@ -12,7 +12,7 @@ import extents
 import pytest
 import triton
 from compiling import EXTENT, LOAD, NVIDIA, STORE, TARGETS, TRITONS, compiled, count, extent
-from rule_cases import ADDRESSES, WITH_MEANS, declared_rules
+from rule_cases import ADDRESSES, declared_rules
 
 WITH_MORE = extents.ONE_OF_EACH if EXTENT == "all" else extents.ONE_OF_EACH[:1]
 """The GPUs for which kernels that zero gradients, or clip them by units, are compiled."""
@@ -63,10 +63,16 @@ def named(report, target, name):
     return [kernel for kernel in report[target] if kernel["name"] == name]
 
 
-def places(report, target):
-    """How often a kernel is compiled that stands in both addresses and in every dtype."""
-    dtypes = report["dtypes"][target]
+def times_tracked(report, target):
+    """How often the kernel is compiled that takes norms."""
+    dtypes = [dtype for dtype in report["dtypes"][target] if extents.is_tracked(target, dtype, report["extent"])]
     return sum(len(extents.compiled_addresses(target, dtype, report["extent"])) for dtype in dtypes)
+
+
+def lengths_of_records(report, target, dtype):
+    """How many there are of what the scattered address says of a tensor: one address more for each state."""
+    rules = extents.compiled_rules(target, dtype, "scattered", report["extent"])
+    return len({len(declared_rules()[rule].states) for rule in rules})
 
 
 def label(kernel):
@@ -92,7 +98,7 @@ def test_memory_is_accessed_16_bytes_at_a_time(target, report):
     """One load per tensor and one store per written tensor, for the vectors; mixed dtypes share one layout, in which
     the narrower ones move 8 bytes, twice for each thread. Rows, tables and remainders are scalar."""
     kernels = tracked(report, target)
-    assert len(kernels) == places(report, target)
+    assert len(kernels) == times_tracked(report, target)
     for kernel in steps(report, target) + steps(report, target, means=True) + kernels:
         states = len(declared_rules()[re.sub("^(step|tracked)_", "", kernel["name"])].keys)
         mixed = kernel["dtype"] == "mixed" and states > 0
@@ -171,8 +177,8 @@ def test_norm_kernel(target, report):
     whole = {dtype for dtype in dtypes if extents.is_whole(target, dtype, report["extent"])}
     assert {kernel["dtype"] for kernel in named(report, target, "judge")} == whole
     kernels = named(report, target, "sum_of_squares")
-    # The scattered addresses of more states make longer records; with and without loss scale.
-    assert len(kernels) >= 2 * len(dtypes) + len(whole)
+    # With and without loss scale.
+    assert len(kernels) >= sum(lengths_of_records(report, target, dtype) for dtype in dtypes) + len(whole)
     for kernel in kernels:
         if target in NVIDIA:
             assert count(kernel, r"ld\.global\.(v4\.b32|v2\.b64)") == 2, label(kernel)
@@ -293,7 +299,8 @@ def test_numbers_never_recompile(report):
     cases = [
         f"{case}, {address}" for address in ADDRESSES for case in extents.launched_cases(address, report["extent"])
     ]
-    assert len(report["launches"]) == len(cases) + len(WITH_MEANS) + 3
+    with_means = extents.compiled_means("sm_90", "float32", "scattered", report["extent"])
+    assert len(report["launches"]) == len(cases) + len(with_means) + 3
     for case, compiles in report["launches"].items():
         rule, place = re.split("[ ,]", case)[0], case.split()[-1]
         if place == "once":
