@@ -14,6 +14,7 @@ from unittest import mock
 import absent_gpu
 import torch
 import triton
+import without_dynamo
 from triton import AsyncCompileMode, knobs
 from triton.backends.nvidia.compiler import CUDABackend
 from triton.runtime import driver
@@ -60,9 +61,9 @@ def binaries(gpu):
     return sorted([k.metadata.name, hashlib.sha256(k.asm["cubin"]).hexdigest()] for k in gpu.compiled())
 
 
-def report(name):
-    """Where the kernels of a first step were compiled, which ones, what failed beside others, and was compiled alone
-    then, and how many threads are left."""
+def report(name, folder):
+    """Where the kernels of a first step were compiled, or found in the folder where a case before has left them, which
+    ones, what failed beside others, and was compiled alone then, and how many threads are left."""
     where, failed = [], []
     submit = AsyncCompileMode.submit
 
@@ -79,14 +80,13 @@ def report(name):
         return submit(mode, key, compile, *others)
 
     def listener(**kwargs):
-        # Of two kernels that are the same to the compiler, the second may find what the first has left.
         where.append("alone" if threading.current_thread() is threading.main_thread() else "beside others")
 
     threads = threading.active_count()
-    with tempfile.TemporaryDirectory() as folder, mock.patch.object(knobs.compilation, "listener", listener):
-        with mock.patch.object(AsyncCompileMode, "submit", watched):
-            gpu = trained(name, folder)
-        counts = {kind: where.count(kind) for kind in ("alone", "beside others")}
+    listening = mock.patch.object(knobs.compilation, "listener", listener)
+    with listening, mock.patch.object(AsyncCompileMode, "submit", watched):
+        gpu = trained(name, folder)
+    counts = {kind: where.count(kind) for kind in ("alone", "beside others")}
     return counts | {"kernels": binaries(gpu), "failed": failed, "threads": threading.active_count() - threads}
 
 
@@ -115,11 +115,12 @@ def failure():
 
 
 def main(names):
+    without_dynamo.prepare()
     launch.DIRECT = False
     backends._device_problem = lambda device, requested: None
-    with knobs.cache.scope():
+    with knobs.cache.scope(), tempfile.TemporaryDirectory() as folder:
         found = {"triton": triton.__version__, "failure": failure()}
-        found["first steps"] = {name: report(name) for name in names}
+        found["first steps"] = {name: report(name, folder) for name in names}
         found["one by one"] = one_by_one(names[0])
     print(json.dumps(found))
 

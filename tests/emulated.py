@@ -10,6 +10,7 @@ import gc
 import sys
 
 import torch
+import without_dynamo
 from form_cases import FORMS
 from rule_cases import ADDRESSES, CASES, CHAINS, WITH_MEANS, optimizer, parameters, tensors
 
@@ -106,7 +107,7 @@ def main(file, target, extent="few"):
     # CPU tensors are taken for those of the GPU.
     backends._device_problem = lambda device, requested: None
     device = torch.device("cpu")
-    torch.optim.SGD([torch.zeros(1)])  # imports what every optimizer of torch does
+    without_dynamo.prepare()
     gc.collect()
     gc.freeze()  # the machine looks for tensors among all objects, at every launch
     torch.save({label: outcome(label, about, device) for label, about in scenarios(extent).items()}, file)

@@ -9,6 +9,7 @@ import json
 
 import torch
 import triton
+import without_dynamo
 from fusedopt.kernels import tuning
 from rule_cases import optimizer, parameters, set_gradients, tensors
 from triton.backends.compiler import GPUTarget
@@ -84,6 +85,7 @@ RUNS += [("adam", "scattered", "at once")]
 
 
 def main():
+    without_dynamo.prepare()
     driver.set_active(StubDriver())
     backends._device_problem = lambda device, requested: None
     stub = ctypes.CDLL("libcuda.so.1")

@@ -123,13 +123,15 @@ def test_what_only_torchs_own_step_could_do(my_lion):
 def test_example_without_triton(my_lion):
     program = """
         import sys; sys.modules["triton"] = None
-        import torch, my_lion
+        import torch, my_lion, without_dynamo
+        without_dynamo.prepare()
         p = torch.nn.Parameter(torch.ones(3)); p.grad = torch.ones(3)
         my_lion.MyLion([p], lr=0.5).step()
         assert torch.equal(p.detach(), torch.full((3,), 0.5))
     """
     folder = Path(my_lion.__file__).parent
-    subprocess.run([sys.executable, "-c", textwrap.dedent(program)], cwd=folder, check=True)
+    environment = environment_of("installed", [str(Path(__file__).parent)])
+    subprocess.run([sys.executable, "-c", textwrap.dedent(program)], cwd=folder, env=environment, check=True)
 
 
 def test_what_a_class_forgot_is_named(my_lion):
@@ -157,10 +159,12 @@ def test_registered_only_if_asked(my_lion):
 
 STEP = """
 import torch
+import without_dynamo
 from absent_gpu import NoGPU
 from triton.runtime import driver
 from fusedopt import backends
 
+without_dynamo.prepare()
 driver.set_active(NoGPU("sm_90", "example"))
 backends._device_problem = lambda device, requested: None
 import my_lion
