@@ -9,6 +9,7 @@ import pathlib
 import platform
 import subprocess
 import time
+import warnings
 from collections.abc import Callable
 
 import profiles
@@ -101,8 +102,10 @@ class Cuda(Cpu):
 
 
 def device(name: str | None = None) -> Cpu:
-    """The device of that name, by default a GPU where there is one."""
+    """The device of that name, by default a GPU where there is one. From then on a case fails where torch takes a step
+    that is meant for our kernels."""
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    warnings.filterwarnings("error", ".*: torch(.optim's own step runs| takes the steps) on ", UserWarning)
     return Cuda() if name == "cuda" else Cpu()
 
 

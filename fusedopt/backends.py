@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -19,6 +19,21 @@ class Backend(NamedTuple):
 
     def __str__(self) -> str:
         return self.name
+
+
+class KernelFailed(RuntimeError):
+    """A kernel of ours could not be compiled, loaded or launched for the first time, and so has done nothing. The
+    message names it, and its ``__cause__`` is the error."""
+
+    def __init__(self, kernel: str, device: torch.device, error: Exception):
+        super().__init__(f"the kernel {kernel} failed ({in_short(error)})")
+        self.device = device
+        self.too_late = False
+        """Whether the step had changed something before."""
+
+
+def in_short(error: Exception) -> str:
+    return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
 
 
 @functools.cache
@@ -61,6 +76,14 @@ def backend(device: str | torch.device | None = None, requested: str | None = No
     if requested == "triton":
         raise RuntimeError(f"backend='triton' cannot run on {device}: {problem}; use backend=None or 'torch'")
     return Backend("torch", problem)
+
+
+def backend_of(optimizer: Any, device: torch.device) -> Backend:
+    """The same for the parameters of an optimizer, of whose kernels one may have failed there."""
+    failure = optimizer._kernel_failures.get(device)
+    if failure is not None and optimizer.backend is None:
+        return Backend("torch", failure)
+    return backend(device, optimizer.backend)
 
 
 def _device_problem(device: torch.device, requested: str | None) -> str | None:

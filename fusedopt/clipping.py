@@ -54,6 +54,13 @@ class Verdict(NamedTuple):
         skip.copy_(skip.logical_or(found_inf.to(skip.device)))
         return self._replace(may_skip=True)
 
+    def heard(self) -> Verdict:
+        """The same where the host knows it, which for a verdict of a device it waits for."""
+        if self.device is None:
+            return self
+        norm, factor, skip, _ = self.device.tolist()
+        return Verdict(None if self.norm is None else norm, factor, skip != 0, loss_scale=self.loss_scale)
+
     def on(self, device: torch.device) -> Tensor | None:
         """The verdict for kernels on ``device``; None if there is nothing to multiply or skip."""
         if self.device is not None or (self.factor == 1 and not self.skip):

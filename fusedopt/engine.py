@@ -9,6 +9,7 @@ from torch import Tensor
 
 from . import capture, clipping
 from .arguments import check_rates
+from .backends import KernelFailed
 from .cohorts import StepNumbers
 from .distributed import warn_of_replaced_parameters
 from .executors import compile_ahead, judge_of, prefer_one_launch, problem_with_one_launch
@@ -34,8 +35,6 @@ class Engine(Planner):
         """What CUDA graphs go on using."""
         self.tracked: Tracker | None = None
         """The tracker of the latest step."""
-        self.began = False
-        """Whether a step was taken."""
         self.averaged = False
         """Whether the parameters hold their averages now."""
         self.released = False
@@ -106,16 +105,23 @@ class Engine(Planner):
             # Also for a step that is skipped: other ranks may leave it to their devices to skip it.
             found = joined_means.means([] if self.verdict.skip else waiting, update, self.verdict, self.skips)
         if self.verdict.skip:
-            for executor in waiting if self.tracker is not None else ():
-                executor.step(update, self.verdict, self.skips)
+            self._update(waiting if self.tracker is not None else [], update, found)
             self.drop_unwritten(optimizer)
             return
 
-        for executor in waiting:
-            executor.step(update, self.verdict, self.skips, found.get(id(executor)))
+        self._update(waiting, update, found)
         if self.plan.shards is not None:
             torch.autograd.graph.increment_version(self.plan.shards.params)
         self._count(optimizer, captures)
+
+    def _update(self, executors: list[Any], update: StepNumbers, found: dict[int, Tensor]) -> None:
+        for number, executor in enumerate(executors):
+            try:
+                executor.step(update, self.verdict, self.skips, found.get(id(executor)))
+            except KernelFailed as failure:
+                # Other parameters were updated, or the verdict has counted the step.
+                failure.too_late = number > 0 or self.verdict is not clipping.UNJUDGED or bool(found)
+                raise
 
     def _decide(self, optimizer: Any, grads: list[Tensor | None], update: StepNumbers) -> list[Any]:
         """Pass the verdict on this step's gradients. Returns the executors that are still to update: all, or none where
@@ -134,6 +140,9 @@ class Engine(Planner):
             self.verdict, waiting = at_once, []
         elif is_deferred:
             self.verdict = self.deferred.verdict_of_step(terms, self.scaling)
+            if self.judge is clipping.judge:
+                # Who is given it may have passed to torch since.
+                self.verdict = self.verdict.heard()
             self.skips.count_in(self.verdict)
         else:
             self.verdict = clipping.UNJUDGED if terms is clipping.NONE else self._judge(terms)

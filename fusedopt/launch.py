@@ -6,8 +6,9 @@ microseconds. What a kernel was compiled for is known here, so its handle is kep
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from triton import knobs
 from triton.runtime import driver
 
 from . import triton_interpreter
-from .backends import interpreting
+from .backends import KernelFailed, interpreting
 from .upload import capturing, on
 
 if interpreting():
@@ -32,14 +33,28 @@ class Launches:
         self.device = device
         self.known: dict[tuple, tuple] = {}
         self.foreseen: list[Callable[[], Any]] | None = None
-        """Where launches of what is not known yet are left as calls that compile it, instead of being made."""
+        """Where launches of what is not known yet are left as calls of ``compiled``, instead of being made."""
 
-    def compiled(self, kernel: Any, *args: Any, **constants: Any) -> Any:
-        """The kernel that these arguments need, loaded, without launching it."""
-        with on(self.device):
+    def compiled(self, kernel: Any, *args: Any, load: bool = True, **constants: Any) -> Any:
+        """The kernel that these arguments need, loaded unless that shall wait, so that its registers are known, without
+        launching it. KernelFailed if it cannot be had."""
+        with on(self.device), self._first_time(kernel, constants):
             compiled = kernel.warmup(*args, grid=(1,), **constants)
-            compiled.run  # noqa: B018 (loads it, and so learns how many registers it takes)
+            if load:
+                # Not ``run``, which of a kernel that could not be loaded says so only once.
+                compiled._init_handles()
         return compiled
+
+    @contextlib.contextmanager
+    def _first_time(self, kernel: Any, constants: dict[str, Any]) -> Iterator[None]:
+        """Whatever the compiler, the assembler, the driver or another Triton than we know has against it."""
+        try:
+            yield
+        except (KernelFailed, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            names = [function.__name__ for function in (kernel, constants.get("RULE")) if function is not None]
+            raise KernelFailed(" of ".join(names), self.device, error) from error
 
     def __call__(self, kernel: Any, variant: Hashable, grid: int, *args: Any, **constants: Any) -> None:
         """Launch ``kernel[(grid,)](*args, **constants)`` on the current stream of the device.
@@ -51,26 +66,42 @@ class Launches:
             grid: the number of programs.
             args: the run-time arguments. Pointers may be tensors or addresses.
             constants: compile-time arguments and launch options.
+
+        Raises:
+            KernelFailed: if what was never launched from here cannot be.
         """
         known = self.known.get((id(kernel), variant))
         if known is None and self.foreseen is not None:
-            self.foreseen.append(functools.partial(kernel.warmup, *args, grid=(1,), **constants))
+            self.foreseen.append(functools.partial(self.compiled, kernel, *args, **constants))
             return
-        # Profilers want to hear of launches.
         if known is None and DIRECT and capturing(self.device):
             raise RuntimeError(
                 "this step would compile a kernel while a CUDA graph is captured: take a few steps with the same "
                 "settings and the same kinds of gradients before capturing"
             )
-        if known is None or knobs.runtime.launch_enter_hook.calls:
-            with on(self.device):
-                compiled = kernel[(grid,)](*args, **constants)
-            # The interpreter compiles nothing.
-            if DIRECT and compiled is not None:
-                values = tuple(constants[name] for name in kernel.arg_names[len(args) :])
-                self.known[id(kernel), variant] = compiled, compiled.run, values
-            return
-        compiled, run, values = known
+        if known is None:
+            with self._first_time(kernel, constants):
+                known = self._handle(kernel, args, constants)
+                self._launch(known, kernel, grid, args, constants)
+            if known is not None:
+                self.known[id(kernel), variant] = known
+        else:
+            self._launch(known, kernel, grid, args, constants)
+
+    def _handle(self, kernel: Any, args: tuple, constants: dict[str, Any]) -> tuple | None:
+        """The compiled kernel, what launches it, and the constants that it is launched with. None in the interpreter,
+        which compiles nothing."""
+        if interpreting() or not DIRECT:
+            return None
+        compiled = self.compiled(kernel, *args, **constants)
+        return compiled, compiled.run, tuple(constants[name] for name in kernel.arg_names[len(args) :])
+
+    def _launch(self, known: tuple | None, kernel: Any, grid: int, args: tuple, constants: dict[str, Any]) -> None:
         with on(self.device):
+            # Profilers want to hear of launches.
+            if known is None or knobs.runtime.launch_enter_hook.calls:
+                kernel[(grid,)](*args, **constants)
+                return
+            compiled, run, values = known
             stream = driver.active.get_current_stream(self.device.index)
             run(grid, 1, 1, stream, compiled.function, compiled.packed_metadata, None, None, None, *args, *values)

@@ -59,6 +59,7 @@ class FusedOptimizer(Formula, SettingAttributes, TorchStep, torch.optim.Optimize
         self._engine = Engine()
         self._ema: dict[Tensor, Tensor] = {}
         self._flat_grads = FlatGrads()
+        self._kernel_failures: dict[torch.device, str] = {}
         super().__init__(params, *args, **kwargs)
         self._check_settings()
         if self.flat_grads:
@@ -159,6 +160,7 @@ class FusedOptimizer(Formula, SettingAttributes, TorchStep, torch.optim.Optimize
         self.__dict__.setdefault("_engine", Engine())
         self.__dict__.setdefault("_ema", {})
         self.__dict__.setdefault("_flat_grads", FlatGrads())
+        self.__dict__.setdefault("_kernel_failures", {})
         self._engine.synchronize(self)
         self._engine.forget()
         conversion.release(state.get("state", {}))

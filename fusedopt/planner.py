@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from itertools import chain
 from operator import attrgetter
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from . import capture, clipping
+from .backends import KernelFailed
 from .executors import make_executor
 from .groups import get_params
 from .metrics import Tracker
@@ -44,6 +46,8 @@ class Planner:
         self.skips = Skips()
         self.deferred: clipping.Deferred | None = None
         """What ``clip_grad_norm_`` left for the next step to do."""
+        self.began = False
+        """Whether a step was taken."""
         self.owes_zeros = False
         """Whether this step shall leave zeros in place of the gradients."""
 
@@ -72,17 +76,37 @@ class Planner:
                 self._build(optimizer, parts)
                 raise
             act(optimizer, grads)
+            return True
+        except KernelFailed as failure:
+            self._do_without_kernels(optimizer, failure)
         finally:
             for executor in self.executors:
                 executor.release()
-        return True
+        return self.with_gradients(optimizer, act)
+
+    def _do_without_kernels(self, optimizer: Any, failure: KernelFailed) -> None:
+        """Let torch take this step, in which nothing was changed yet, and all later ones on that device. The error is
+        raised where kernels were asked for, where the rule is the user's, and where other ranks may have gone on."""
+        own_rule = any(bucket.rule.kernel is not None for bucket in self.plan.buckets)
+        others_wait = self.began and self.plan.reduction.communicates
+        if optimizer.backend is not None or own_rule or others_wait or failure.too_late:
+            raise failure.__cause__
+        warnings.warn(
+            f"{failure}: torch takes the steps on {failure.device} from now on; with backend='triton' this is an error",
+            stacklevel=6,  # the line that called optimizer.step()
+        )
+        optimizer._kernel_failures[failure.device] = str(failure)
+        self.synchronize(optimizer)
+        self.drop_unwritten(optimizer)
+        self.forget()
 
     @torch.inference_mode(False)  # states made in inference mode could not be written to outside it
     @torch.no_grad()  # which the line above switches off
     @without_collection()
     def _build(self, optimizer: Any, grads: list[Tensor | None]) -> None:
         devices = {p.device for group in optimizer.param_groups for p in group["params"]}
-        left = left_to_torch(optimizer, devices)
+        # What waits to be clipped by our step would not be clipped by torch's.
+        left = None if self.deferred is not None else left_to_torch(optimizer, devices)
         if left is None:
             capture.refuse_to_build(devices)
         self.synchronize(optimizer)

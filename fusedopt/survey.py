@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.optim.optimizer import _get_scalar_dtype
 
 from . import means
-from .backends import Backend, backend
+from .backends import Backend, backend_of
 from .cohorts import Scalar
 from .distributed import ProcessGroups, Reduction
 from .places import Place, adoption_key, is_shared
@@ -118,7 +118,7 @@ def survey(
                 where = Where(*here)
                 stored = storage(owner, rule, optimizer._settings, state)
                 if p.device not in choices:
-                    choices[p.device] = backend(p.device, optimizer.backend)
+                    choices[p.device] = backend_of(optimizer, p.device)
                 if capturable and choices[p.device].name == "torch":
                     _refuse_capture(group, choices[p.device], where)
                 if hasattr(owner, "_fsdp_flattened"):

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .backends import backend
+from .backends import backend_of
 from .shards import PLAIN
 
 FALLBACK_IS_FOR = {"cpu", "meta"}
@@ -43,9 +43,9 @@ def left_to_torch(optimizer: Any, devices: Iterable[torch.device]) -> NotFusable
     if optimizer._settings.active():
         return None
     for device in devices:
-        choice = backend(device, optimizer.backend)
+        choice = backend_of(optimizer, device)
         if choice.name == "torch" and device.type not in FALLBACK_IS_FOR:
-            if optimizer.backend is None:
+            if optimizer.backend is None and device not in optimizer._kernel_failures:
                 _say_once(f"{choice.reason}: torch.optim's own step runs on {device}")
             return NotFusable(f"parameters on {device}, where {choice.reason}")
     return None

@@ -1,7 +1,8 @@
 """The kernels of the first step, compiled side by side before any of them is launched.
 
-Triton's passes and ptxas run without Python's lock. Threads compile and nothing else: what needs the device, such as
-loading what they made, is left to the launches, which find the kernels in Triton's cache.
+Triton's passes and ptxas run without Python's lock. Threads compile and nothing else: what needs the device is left to
+this one, which then loads the kernels from Triton's cache. So a kernel that cannot run here is found out while nothing
+has been changed.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ def compile_ahead(
     skips: Skips,
     reduction: Reduction,
 ) -> None:
-    """Compile what judging and updating the buckets of one device takes, where that is more than one kernel.
+    """Compile what judging and updating the buckets of one device takes, side by side, and load it.
 
     Args:
         executors: one per bucket, each holding its gradients; none of them has launched an update yet.
@@ -40,6 +41,9 @@ def compile_ahead(
         terms: what to judge the gradients by otherwise.
         skips: where a skipped step is counted.
         reduction: what makes the norm over this rank's gradients one over all.
+
+    Raises:
+        KernelFailed: if one of them cannot be compiled or loaded.
     """
     device = executors[0].bucket.device
     if interpreting() or capturing(device):
@@ -53,10 +57,12 @@ def compile_ahead(
             executor.foresee(update, verdict, skips)
         if judged is None and terms.any:
             triton_norm.foresee(executors, terms, skips.verdict(device), reduction)
-    if len(compilations) > 1:
-        with on(device):
+    with on(device):
+        if len(compilations) > 1:
             # In a context of its own, so that nothing of the mode is left behind, whatever happens.
             Context().run(_side_by_side, compilations)
+        for load in compilations:
+            load()
 
 
 @contextlib.contextmanager
@@ -73,8 +79,8 @@ def _foreseen(executors: Sequence[Any]) -> Iterator[list[Callable[[], Any]]]:
 
 
 def _side_by_side(compilations: list[Callable[[], Any]]) -> None:
-    # What cannot be compiled is compiled once more when it is launched, and says so there. (In releases such as 3.11.7,
+    # What cannot be compiled is compiled once more when it is loaded, and says so there. (In releases such as 3.11.7,
     # Python's parser now and then fails where several threads use it: cpython issue 106905.)
     with ThreadPoolExecutor() as pool, AsyncCompileMode(pool, ignore_errors=True):
         for start in compilations:
-            start()
+            start(load=False)

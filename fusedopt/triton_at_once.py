@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 from . import occupancy, triton_norm
-from .backends import interpreting
+from .backends import KernelFailed, interpreting
 from .clipping import IMPOSSIBLE, Terms, Verdict
 from .kernels.clipped import clipped_step
 from .rule import Update
@@ -27,8 +28,8 @@ class AtOnce:
         """The grid of each variant of the kernel."""
 
     def step(self, executor: Any, update: Callable[..., Update], terms: Terms, skips: Skips) -> Verdict | None:
-        """Launch it for a bucket's ``triton_backend.Executor``. None if the driver refuses, RuntimeError if nothing
-        else will do."""
+        """Launch it for a bucket's ``triton_backend.Executor``. None if the driver refuses, or the kernel fails and no
+        backend was asked for; RuntimeError if nothing else will do."""
         device, settings, tables = executor.bucket.device, executor.settings, executor.tables
         verdict = skips.verdict(device)
         known, variants = executor.variants(skips)
@@ -62,12 +63,16 @@ class AtOnce:
                 self.programs[variant] = _grid(executor, *args, **constants)
             executor.launch(clipped_step, variant, self.programs[variant], *args, **constants)
         except (RuntimeError, AssertionError) as error:
-            if not any(words in str(error).lower() for words in REFUSALS):
+            cause = error.__cause__ or error
+            refused = any(words in str(cause).lower() for words in REFUSALS)
+            if not refused and not (isinstance(error, KernelFailed) and settings.backend is None):
                 raise
             executor.owes_zeros = forms is not tables.forms
-            self.refusal = f"the driver refuses a cooperative launch ({error})"
+            self.refusal = f"the driver refuses a cooperative launch ({cause})" if refused else str(error)
             if settings.launches == 1:
-                raise RuntimeError(IMPOSSIBLE.format(self.refusal)) from error
+                raise RuntimeError(IMPOSSIBLE.format(self.refusal)) from cause
+            if not refused:
+                warnings.warn(f"{error}: norm and update take two launches on {device}", stacklevel=2)
             return None
         executor.finish()
         return terms.left_to(verdict)

@@ -11,6 +11,7 @@ import functools
 import torch
 import triton
 
+from .backends import in_short
 from .upload import on
 
 
@@ -23,10 +24,11 @@ def nothing():
 def problem(device: torch.device) -> str | None:
     """Why no kernel can be compiled for the device, or None."""
     try:
+        from . import triton_backend  # noqa: F401 (a later Triton may lack what it imports)
+
         with on(device):
             # Not loaded: Triton 3.6 builds a launcher for that, for a quarter of a second.
             nothing.warmup(grid=(1,), enable_fp_fusion=False)
     except Exception as error:  # of the compiler, the assembler, the driver, the file system
-        first_line = next(iter(str(error).splitlines()), "")
-        return f"Triton cannot compile kernels ({type(error).__name__}: {first_line})"
+        return f"Triton cannot compile kernels ({in_short(error)})"
     return None

@@ -9,6 +9,7 @@ import json
 import sys
 import tempfile
 import threading
+import warnings
 from unittest import mock
 
 import absent_gpu
@@ -18,6 +19,7 @@ import without_dynamo
 from triton import AsyncCompileMode, knobs
 from triton.backends.nvidia.compiler import CUDABackend
 from triton.runtime import driver
+from triton.runtime.errors import OutOfResources
 
 import fusedopt
 from fusedopt import backends, launch, triton_ahead
@@ -35,8 +37,8 @@ CASES = {
 }
 
 
-def trained(name, folder, steps=1):
-    """Take first steps. Returns their GPU."""
+def trained(name, folder, steps=1, backend="triton"):
+    """Take first steps. Returns their GPU, and the optimizer."""
     gpu = absent_gpu.NoGPU("sm_90", f"{name} {folder}")
     driver.set_active(gpu)
     dtypes = [torch.bfloat16] * 2 if name == "8 bits" else [torch.float32]
@@ -44,7 +46,7 @@ def trained(name, folder, steps=1):
         dtypes = [torch.float32, torch.bfloat16]
     params = [torch.nn.Parameter(torch.zeros(size, dtype=dtype)) for size, dtype in zip((5000, 33), dtypes)]
     # Whatever compiles soonest.
-    optimizer = fusedopt.Lion(params, backend="triton", **CASES[name])
+    optimizer = fusedopt.Lion(params, backend=backend, **CASES[name])
     for p in params:
         p.grad = torch.ones_like(p)
     knobs.cache.dir = folder
@@ -54,7 +56,7 @@ def trained(name, folder, steps=1):
         if name == "clipped before":
             optimizer.clip_grad_norm_(1.0)
         optimizer.step()
-    return gpu
+    return gpu, optimizer
 
 
 def binaries(gpu):
@@ -85,7 +87,7 @@ def report(name, folder):
     threads = threading.active_count()
     listening = mock.patch.object(knobs.compilation, "listener", listener)
     with listening, mock.patch.object(AsyncCompileMode, "submit", watched):
-        gpu = trained(name, folder)
+        gpu, _ = trained(name, folder)
     counts = {kind: where.count(kind) for kind in ("alone", "beside others")}
     return counts | {"kernels": binaries(gpu), "failed": failed, "threads": threading.active_count() - threads}
 
@@ -93,7 +95,7 @@ def report(name, folder):
 def one_by_one(name):
     """The kernels of two steps, each compiled when it is launched."""
     with tempfile.TemporaryDirectory() as folder, mock.patch.object(triton_ahead, "_side_by_side"):
-        return binaries(trained(name, folder, steps=2))
+        return binaries(trained(name, folder, steps=2)[0])
 
 
 def failure():
@@ -104,7 +106,7 @@ def failure():
 
     def step():
         try:
-            return len(trained("clipped", folder).compiled())
+            return len(trained("clipped", folder)[0].compiled())
         except RuntimeError as error:
             return str(error)
 
@@ -114,6 +116,26 @@ def failure():
         return [said, step()]
 
 
+def without(name, folder):
+    """What two steps say, and how much they launch, where the update's kernel cannot be loaded and no backend was asked
+    for."""
+    utils, launcher, launched = absent_gpu.NoGPU.utils, absent_gpu.NoGPU.launcher_cls, []
+
+    def load_binary(kernel, *args):
+        if kernel.startswith("step"):
+            raise OutOfResources(300000, 232448, "shared memory")
+        return None, None, 0, 0, 1024
+
+    with (
+        mock.patch.object(utils, "load_binary", load_binary),
+        mock.patch.object(launcher, "__call__", lambda self, *args: launched.append(args)),
+        warnings.catch_warnings(record=True) as said,
+    ):
+        warnings.simplefilter("always")
+        _, optimizer = trained(name, folder, steps=2, backend=None)
+    return {"said": [str(warning.message) for warning in said], "layout": optimizer.layout(), "launches": len(launched)}
+
+
 def main(names):
     without_dynamo.prepare()
     launch.DIRECT = False
@@ -121,6 +143,7 @@ def main(names):
     with knobs.cache.scope(), tempfile.TemporaryDirectory() as folder:
         found = {"triton": triton.__version__, "failure": failure()}
         found["first steps"] = {name: report(name, folder) for name in names}
+        found["without"] = without(names[0], folder)
         found["one by one"] = one_by_one(names[0])
     print(json.dumps(found))
 

@@ -49,5 +49,13 @@ def test_the_kernels_are_those_that_are_launched(report):
     assert report["first steps"][name]["kernels"] == report["one by one"]
 
 
+def test_a_kernel_that_cannot_be_loaded_is_found_out_before_any_is_launched(report):
+    found = report["without"]
+    reason = "the kernel step of lion failed (OutOfResources: out of resource: shared memory"
+    (said,) = found["said"]
+    assert said.startswith(reason) and "torch takes the steps on cpu from now on" in said
+    assert f"backend torch ({reason}" in found["layout"] and found["launches"] == 0
+
+
 def test_a_compiler_that_fails_is_heard_of_and_asked_again(report):
     assert report["failure"] == ["the compiler has failed", 2]

@@ -73,17 +73,24 @@ def test_profilers_hear_of_launches(monkeypatch):
     class Kernel:
         arg_names = ("x", "N")
 
+        def warmup(self, *args, grid, **constants):
+            return Compiled()
+
         def __getitem__(self, grid):
-            return lambda *args, **constants: calls.append((grid, args, constants)) or Compiled()
+            return lambda *args, **constants: calls.append((grid, args, constants))
 
     class Compiled:
         function = packed_metadata = None
+
+        def _init_handles(self):
+            pass
 
         def run(self, *args):
             calls.append("direct")
 
     active = type("Driver", (), {"get_current_stream": lambda self, index: 0})()
     monkeypatch.setattr(launch, "driver", type("Drivers", (), {"active": active}))
+    monkeypatch.setattr(launch, "interpreting", lambda: False)
     launches = launch.Launches(torch.device("cpu"))
     kernel = Kernel()
     for _ in range(2):
@@ -91,7 +98,7 @@ def test_profilers_hear_of_launches(monkeypatch):
     monkeypatch.setattr(launch.knobs.runtime.launch_enter_hook, "calls", [print])
     launches(kernel, "variant", 3, 1.0, N=4)
     bound = ((3,), (1.0,), {"N": 4})
-    assert calls == [bound, "direct", bound]
+    assert calls == ["direct", "direct", bound]
 
 
 class Event:
