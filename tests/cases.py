@@ -4,8 +4,10 @@ import functools
 import math
 
 import pytest
+import thinning
 import torch
 from options import IN_TORCH, LR, NAMES, OPTIONS, STATEFUL
+from rule_cases import CASES, VARIANTS
 
 # Where others use the cores, every parallel region may wait 8 ms for its turn (facts/cpu.md): 400 s instead of 40.
 torch.set_num_threads(1)
@@ -49,19 +51,52 @@ every_option = pytest.mark.parametrize(
     ("name", "options"),
     [pytest.param(name, options, id=f"{name}-{label(options)}") for name in NAMES for options in OPTIONS.get(name, [])],
 )
-some_options_in_kernels = pytest.mark.parametrize(
-    ("name", "options", "backend"),
+
+
+def options_and_backends(in_interpreter, in_fallback=lambda name, options: True):
+    """The options that ``in_fallback(name, options)`` chooses in the fallback, those of the other in Triton's
+    interpreter, which takes a millisecond per program, and all of them in kernels on a GPU."""
+    chosen = {"torch": in_fallback, "triton": (lambda *_: True) if torch.cuda.is_available() else in_interpreter}
+    return pytest.mark.parametrize(
+        ("name", "options", "backend"),
+        [
+            pytest.param(name, options, backend, id=f"{name}-{label(options)}-{backend}")
+            for backend, choose in chosen.items()
+            for name in NAMES
+            for options in OPTIONS.get(name, [])
+            if choose(name, options)
+        ],
+        indirect=["backend"],
+    )
+
+
+def is_stateful(name, options):
+    """Whether these are the defaults or those with most states."""
+    return options in ({}, STATEFUL[name])
+
+
+def stands_for_all(name, options):
+    """Whether these are the defaults, those with most states or the last of the table, which change most numbers at
+    once. With FUSEDOPT_CASES=all: always."""
+    return thinning.ALL or is_stateful(name, options) or options == OPTIONS[name][-1]
+
+
+MAIN_CASES = [case for case in CASES if thinning.ALL or case.split()[0] not in VARIANTS]
+"""For tests of what stands around a rule: without the rules that differ from another in their last line."""
+
+every_choice_of_options = pytest.mark.parametrize(
+    ("name", "options"),
     [
-        pytest.param(name, options, backend, id=f"{name}-{label(options)}-{backend}")
-        for backend in ("torch", "triton")
+        pytest.param(name, options, id=f"{name}-{label(options)}")
         for name in NAMES
         for options in OPTIONS.get(name, [])
-        if backend == "torch" or torch.cuda.is_available() or options in ({}, STATEFUL[name])
+        if stands_for_all(name, options)
     ],
-    indirect=["backend"],
 )
-"""Every option in the fallback; in Triton's interpreter, at a millisecond per program, the defaults and those with most
-states."""
+"""Of every optimizer the options that stand for all."""
+
+some_options_in_kernels = options_and_backends(is_stateful)
+fewer_options_in_kernels = options_and_backends(is_stateful, stands_for_all)
 every_optimizer = pytest.mark.parametrize("name", NAMES)
 every_torch_optimizer = pytest.mark.parametrize("name", IN_TORCH)
 

@@ -38,7 +38,9 @@ elif not GPU:
 
 def pytest_configure(config):
     gc.disable()  # until all is collected, which makes objects by the million and garbage hardly
-    config.addinivalue_line("markers", "covers(n): run enough cases that every n values of parameters occur together")
+    config.addinivalue_line(
+        "markers", "covers(n, *alone): run enough cases that every n values of parameters but these occur together"
+    )
 
 
 def pytest_report_header():

@@ -9,10 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 from accuracy import OURS_ALONE, SIZE, STEPS, error, exact, least_error, ours, problem, theirs, usual
-from cases import every_optimizer, every_option, interpreter_noise
+from cases import KINDS, every_optimizer, every_option, interpreter_noise
+from options import NAMES
 from oracles import oracle_class
 from rule_cases import CASES
 from stored_training import EXACT, MASTERS
+from thinning import ALL
 
 import fusedopt
 
@@ -72,8 +74,11 @@ CODES = 2
 """A code is a 254th of the largest number of its block, a bfloat16 a 256th of itself. Measured 1.7 at most."""
 
 
-@every_optimizer
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [(name, torch.bfloat16) for name in NAMES] + [(name, torch.float16) for name in (NAMES if ALL else KINDS)],
+    ids=str,
+)
 def test_16_bit_parameters(name, dtype, device):
     """In every form, against what torch makes of such parameters and states, and in float32."""
     numbers, options = problem(dtype), usual(name)[-1]

@@ -6,7 +6,15 @@ with torch's.
 
 import pytest
 import torch
-from cases import KERNEL_NAMES, STEADY, every_option, give_gradients, in_two_groups, interpreter_noise, model
+from cases import (
+    KERNEL_NAMES,
+    STEADY,
+    every_choice_of_options,
+    give_gradients,
+    in_two_groups,
+    interpreter_noise,
+    model,
+)
 from graphs import Waits
 from options import LR, NAMES, STATEFUL
 from pairs import close
@@ -42,7 +50,7 @@ def rows_by_parameter(opt):
     return {m.position: table[k if executor.bucket.capturable else m.cohort] for k, m in enumerate(members)}
 
 
-@every_option
+@every_choice_of_options
 def test_the_device_makes_the_rows_of_the_host(name, options, device, no_launches):
     """Tolerance: powers and roots of another library in float64."""
     settings = {"max_grad_value": 0.9, "ema_decay": 0.99}

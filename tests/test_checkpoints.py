@@ -6,10 +6,11 @@ import math
 import pytest
 import torch
 from broken_checkpoints import OF_GROUPS, OF_STATES, OF_STEPS, missing_tensor
-from cases import AFTER_LOADING, every_optimizer, every_optimizer_and_backend, give_gradients, model
+from cases import AFTER_LOADING, KINDS, every_optimizer, every_optimizer_and_backend, give_gradients, model
 from options import IN_TORCH, LR, STATEFUL
 from oracles import oracle_class
 from pairs import Pair, assert_same, close, close_states, raised, snapshot
+from thinning import ALL
 
 import fusedopt
 
@@ -78,7 +79,7 @@ def after_loading(name, saved, **options):
         yield error, params, exactly(optimizer) == before
 
 
-@pytest.mark.parametrize("source", IN_TORCH)
+@pytest.mark.parametrize("source", IN_TORCH if ALL else KINDS)
 @every_optimizer
 def test_of_another_class(name, source):
     """Where torch's optimizer cannot take another step, loading is refused; where it can, ours does the same."""

@@ -16,7 +16,7 @@ from cases import (
 from options import LR, STATEFUL
 from oracles import oracle_class
 from pairs import Pair, close
-from thinning import every_pair
+from thinning import every_pair_but
 
 import fusedopt
 
@@ -51,7 +51,7 @@ TO_STEPS = ["step", "step anew", "equal step"]
 EDITS = ["zero", "fill one", "replace", "other strides", "replace .data", "swap", "share", *TO_STEPS]
 
 
-@every_pair
+@every_pair_but("name")
 @pytest.mark.parametrize(
     ("name", "backend", "edit"),
     # SGD counts no steps.

@@ -4,7 +4,8 @@ import math
 
 import pytest
 import torch
-from rule_cases import CASES, bits, declared_rules, optimizer, same_bits, set_gradients, tensors
+from cases import MAIN_CASES
+from rule_cases import bits, declared_rules, optimizer, same_bits, set_gradients, tensors
 from thinning import every_value
 
 import fusedopt
@@ -64,7 +65,7 @@ def largest_of_blocks(x):
 @pytest.mark.usefixtures("needs_triton")
 @pytest.mark.parametrize(
     ("case", "stored"),
-    [(case, stored) for case in CASES for stored in (STORED_WITH_ADAM if case == "adam" else STORED)],
+    [(case, stored) for case in MAIN_CASES for stored in (STORED_WITH_ADAM if case == "adam" else STORED)],
     ids=lambda x: x if isinstance(x, str) else "-".join(str(part).removeprefix("torch.") for part in x),
 )
 def test_kernels_store_what_their_twins_store(case, stored, device, monkeypatch):

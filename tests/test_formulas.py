@@ -7,20 +7,23 @@ import torch
 from cases import (
     CLIPS,
     clip_settings,
+    every_choice_of_options,
     every_kind_and_backend,
     every_optimizer,
-    every_option,
+    fewer_options_in_kernels,
     give_gradients,
     interpreter_noise,
     model,
+    options_and_backends,
     options_of,
     random,
     some_options_in_kernels,
+    stands_for_all,
 )
 from options import LR, NAMES, OPTIONS, STATEFUL
 from oracles import oracle_class
 from pairs import Pair
-from thinning import every_pair
+from thinning import every_pair, every_pair_but
 
 import fusedopt
 from fusedopt.blocks import for_threads
@@ -39,25 +42,29 @@ def test_every_optimizer_has_its_options():
     assert set(OPTIONS) == set(STATEFUL) == set(NAMES)
 
 
-@every_option
+@options_and_backends(stands_for_all)
 def test_every_option_equals_torch(name, options, backend, device):
-    kind, steps = scale_of(backend, device, steps=50)
+    """Long for the defaults, those with most states and the last. The kernels get the same numbers as the fallback, and
+    so these are all that the interpreter takes."""
+    kind, steps = scale_of(backend, device, steps=50 if stands_for_all(name, options) else 25)
     pair = Pair(name, options, kind, device=device, backend=backend, start=0)
     pair.step(steps)
     pair.check()
 
 
-@every_option
-def test_every_option_equals_torch_on_several_threads(name, options, monkeypatch):
-    """Where small parameters are gathered for every rule: on one thread some are updated as a list."""
+@every_choice_of_options
+def test_options_equal_torch_on_several_threads(name, options, monkeypatch):
+    """Where small parameters are gathered for every rule: on one thread some are updated as a list. The defaults, those
+    with most states and the last; with FUSEDOPT_CASES=all every option."""
     monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
     pair = Pair(name, options, "small", start=0)
     pair.step(10)
     pair.check()
 
 
-@some_options_in_kernels
-def test_every_option_equals_torch_flat_and_clipped(name, options, backend, device):
+@fewer_options_in_kernels
+def test_options_equal_torch_flat_and_clipped(name, options, backend, device):
+    """The same options in the fallback, and in the interpreter two of them."""
     kind, steps = scale_of(backend, device)
     pair = Pair(
         name, options, kind, device=device, backend=backend, start=0, flatten=True, **clip_settings("both", kind)
@@ -79,6 +86,7 @@ def test_clipping_equals_torch(name, clip, flatten, backend, device):
     assert pair.clipped == (clip != "none")
 
 
+@every_pair
 @every_optimizer
 @pytest.mark.parametrize(
     ("options", "threads", "clip"),
@@ -104,7 +112,7 @@ def test_blocks_leave_no_thread_idle(threads, block, monkeypatch):
     assert for_threads(2**17) == block
 
 
-@every_pair
+@every_pair_but("options")
 @some_options_in_kernels
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
 def test_16_bit_parameters_are_computed_in_float32_and_rounded_once(name, options, dtype, backend, device):

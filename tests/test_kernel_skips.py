@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from cases import kernels_overflow
+from cases import MAIN_CASES, kernels_overflow
 from rule_cases import (
     ADDRESSES,
     CASES,
@@ -61,7 +61,7 @@ def test_finite_elements_are_finite_whatever_their_squares(device):
 
 @every_value
 @pytest.mark.parametrize("address", ADDRESSES)
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", MAIN_CASES)
 def test_skipped_steps_leave_no_trace(case, address, device):
     """Steps with bad gradients between good ones: bit for bit as if they had never been."""
     sizes = [5, 1030]
@@ -140,7 +140,7 @@ def test_skips_that_the_host_has_not_heard_of(case, device):
     assert steps_of(made) == steps_of(reference)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", MAIN_CASES)
 def test_nobody_listens_for_skips_that_cannot_be(case, device, monkeypatch):
     """Clipping skips no step: the host asks the device for nothing, also where the rule's scalars depend on skips."""
     monkeypatch.setattr(Skips, "listen", lambda self: pytest.fail("the host asks for the count of skipped steps"))

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from cases import KERNEL_NAMES, clip_settings, every_optimizer, kinds, label, model, options_of
+from cases import KERNEL_NAMES, clip_settings, every_optimizer, kinds, label, model, options_of, stands_for_all
 from options import IN_TORCH
 from pairs import Pair, assert_same, close, snapshot
 from rule_cases import optimizer, parameters, results, same_bits, set_gradients, tensors
@@ -59,10 +59,15 @@ def cautious_pair(name, options, kind, **settings):
 
 @pytest.mark.parametrize(
     ("name", "options"),
-    [pytest.param(name, options, id=f"{name}-{label(options)}") for name in MASKED for options in options_of(name)],
+    [
+        pytest.param(name, options, id=f"{name}-{label(options)}")
+        for name in MASKED
+        for options in options_of(name)
+        if stands_for_all(name, options)
+    ],
 )
 def test_cautious_on_cpu(name, options, device):
-    """Every option, gathered and not, in one block and in several."""
+    """The options that stand for all, gathered and not, in one block and in several."""
     for kind in kinds("torch", device):
         pair = cautious_pair(name, options, kind, device=device, backend="torch", **clip_settings("both", kind))
         pair.step(5)

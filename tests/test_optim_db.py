@@ -10,7 +10,7 @@ import torch
 from cases import give_gradients, model
 from options import IN_TORCH
 from pairs import Pair, close, raised, same_bits
-from thinning import every_pair
+from thinning import every_pair, every_value
 from torch_table import INFOS, every_info, every_input, exact, inputs
 
 import fusedopt
@@ -30,6 +30,7 @@ def test_trajectory(name, index, device):
     pair.check()
 
 
+@every_value
 @every_input
 def test_implementations_of_torch_are_hints(name, index, device):
     """``foreach`` and ``fused``, where torch's class takes them, change nothing."""
@@ -112,6 +113,7 @@ def test_tensor_lr(name, index, shape, device):
     assert tensor == lr
 
 
+@every_value
 @every_input
 def test_groups_are_like_several_optimizers(name, index, device):
     options = inputs(name)[index].kwargs

@@ -7,7 +7,7 @@ import pytest
 import torch
 from cases import AFTER_LOADING, give_gradients
 from pairs import Pair, assert_same, close, snapshot
-from thinning import every_pair
+from thinning import every_pair, every_value
 from torch_table import INFOS, every_info, every_input, exact, inputs
 
 import fusedopt
@@ -46,6 +46,7 @@ def test_states_exchanged_with_torch(name, index, steps, device):
         assert_same(snapshot(pair.opt), snapshot(again))
 
 
+@every_value
 @every_input
 def test_older_checkpoints(name, index, device):
     """Without the options that torch's class got later, and with steps that are numbers."""

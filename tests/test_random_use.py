@@ -15,6 +15,7 @@ import torch
 from cases import AFTER_LOADING, KERNEL_NAMES, give_gradients, laid_out, model
 from options import LR, NAMES, STATEFUL
 from pairs import Pair, clip, close
+from thinning import every_value
 
 import fusedopt
 
@@ -217,6 +218,7 @@ def check(use, length):
             raise AssertionError(f"after {', '.join(done)}") from error
 
 
+@every_value
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("name", IN_TORCH)
 def test_ours_is_where_torchs_is(name, seed, device):

@@ -9,7 +9,7 @@ from cases import KERNEL_NAMES, every_optimizer, model
 from options import LR, NAMES, STATEFUL, TENSOR_LR
 from oracles import oracle_class
 from pairs import Pair, close
-from thinning import every_pair
+from thinning import every_pair_but
 from torch.optim import lr_scheduler
 from torch.optim.swa_utils import SWALR, AveragedModel, get_ema_multi_avg_fn
 
@@ -78,7 +78,7 @@ def as_number(value):
     return tuple(map(as_number, value)) if isinstance(value, tuple) else float(value)
 
 
-@every_pair
+@every_pair_but("name")
 @pytest.mark.parametrize(
     ("name", "backend", "scheduler", "tensor"),
     [(name, "torch", scheduler, tensor) for name in NAMES for scheduler in SCHEDULERS for tensor in (False, True)]

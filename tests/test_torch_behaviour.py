@@ -8,9 +8,9 @@ import pickle
 import pytest
 import torch
 from cases import (
+    every_choice_of_options,
     every_optimizer,
     every_optimizer_and_backend,
-    every_option,
     every_torch_optimizer,
     give_gradients,
     model,
@@ -226,7 +226,7 @@ def peak_memory(step):
 ELEMENTS = 1 << 21
 
 
-@every_option
+@every_choice_of_options
 def test_a_step_copies_no_parameter(name, options):
     """What a step allocates fits the cache, as large as the parameters may be; torch's foreach copies all of them."""
     params = [torch.nn.Parameter(torch.ones(ELEMENTS)) for _ in range(2)]

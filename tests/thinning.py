@@ -17,6 +17,11 @@ every_pair = pytest.mark.covers(2)
 """Enough cases that every two values that occur together in the whole product do so in one of them."""
 
 
+def every_pair_but(*alone):
+    """The same, but of the parameters with these names every value, whatever stands beside it."""
+    return pytest.mark.covers(2, *alone)
+
+
 def thin(config, items):
     """Leave enough of each marked test, as pytest deselects; in place."""
     if ALL:
@@ -27,20 +32,22 @@ def thin(config, items):
         if mark is not None:
             tests.setdefault((item.path, item.cls, item.originalname, *mark.args), []).append(item)
     dropped = set()
-    for (*_, count), cases in tests.items():
-        chosen = covering([combinations(item, count) for item in cases])
+    for (_, _, _, *arguments), cases in tests.items():
+        chosen = covering([combinations(item, *arguments) for item in cases])
         dropped |= {item for k, item in enumerate(cases) if k not in chosen}
     if dropped:
         config.hook.pytest_deselected(items=[item for item in items if item in dropped])
         items[:] = [item for item in items if item not in dropped]
 
 
-def combinations(item, count):
-    """All sets of so many of an item's parameters, with their values. Objects are values of their own."""
+def combinations(item, count, *alone):
+    """All sets of so many of an item's parameters, with their values, and those that stand alone. Objects are values of
+    their own."""
     simple = str, int, float, bool, type(None)
     params = sorted(item.callspec.params.items())
     values = [(name, value if isinstance(value, simple) else id(value)) for name, value in params]
-    return set(itertools.combinations(values, min(count, len(values))))
+    together = [value for value in values if value[0] not in alone]
+    return {*itertools.combinations(together, min(count, len(together))), *((v,) for v in values if v[0] in alone)}
 
 
 def covering(sets):
