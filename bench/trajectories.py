@@ -14,6 +14,7 @@ import torch
 # The rules' cases are the tests'.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
+import without_dynamo
 from rule_cases import ADDRESSES, CASES, CHAINS, optimizer, parameters, results, set_gradients, tensors
 
 from fusedopt import backends
@@ -39,6 +40,7 @@ def trajectories(device: str, cases: Iterable[str], sizes: list[int]) -> Iterato
 
 
 def main() -> None:
+    without_dynamo.prepare()
     few = "--few" in sys.argv
     part, count = map(int, sys.argv[2].split("/"))
     cases = list(CASES)[: 1 if few else None][part::count]

@@ -13,6 +13,7 @@ import multiprocessing
 import sys
 import traceback
 
+import without_dynamo
 from programs import BENCH, Done
 
 
@@ -34,9 +35,10 @@ def main(commands):
     sys.path.insert(0, str(BENCH))
     for name, *_ in commands:
         importlib.import_module(name)
-    import host
-
-    host.import_for_all()
+    if "host" in sys.modules:
+        sys.modules["host"].import_for_all()
+    else:
+        without_dynamo.prepare()
     gc.freeze()
     print(json.dumps([alone(command) for command in commands]))
 
