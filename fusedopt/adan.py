@@ -15,7 +15,11 @@ Sources: Xie et al., arXiv 2208.06677; state and defaults of the authors' Adan.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
 
 from .arguments import check_betas, check_nonnegative
 from .capture import CapturableSettings
@@ -57,9 +61,9 @@ class Adan(FusedOptimizer):
     capturable: bool
 
     def __init__(
-        self, params, lr=1e-3, betas=(0.98, 0.92, 0.99), eps=1e-8, weight_decay=0.0, no_prox=False, *,
-        maximize=False, **settings,
-    ):  # fmt: skip
+        self, params: ParamsT, lr: float | Tensor = 1e-3, betas: tuple[float, float, float] = (0.98, 0.92, 0.99),
+        eps: float = 1e-8, weight_decay: float = 0.0, no_prox: bool = False, *, maximize: bool = False, **settings: Any,
+    ) -> None:  # fmt: skip
         check_nonnegative(lr=lr, eps=eps, weight_decay=weight_decay)
         check_betas(betas, 3)
         defaults = {

@@ -15,6 +15,10 @@ from __future__ import annotations
 
 import math
 import numbers
+from typing import Any
+
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
 
 from .arguments import check_betas, check_nonnegative
 from .capture import CapturableSettings
@@ -62,9 +66,10 @@ class AdEMAMix(FusedOptimizer):
     capturable: bool
 
     def __init__(
-        self, params, lr=1e-3, betas=(0.9, 0.999, 0.9999), alpha=2.0, beta3_warmup=None, alpha_warmup=None,
-        eps=1e-8, weight_decay=0.0, *, maximize=False, **settings,
-    ):  # fmt: skip
+        self, params: ParamsT, lr: float | Tensor = 1e-3, betas: tuple[float, float, float] = (0.9, 0.999, 0.9999),
+        alpha: float = 2.0, beta3_warmup: int | None = None, alpha_warmup: int | None = None, eps: float = 1e-8,
+        weight_decay: float = 0.0, *, maximize: bool = False, **settings: Any,
+    ) -> None:  # fmt: skip
         check_nonnegative(lr=lr, alpha=alpha, eps=eps, weight_decay=weight_decay)
         check_betas(betas, 3)
         for name, steps in (("beta3_warmup", beta3_warmup), ("alpha_warmup", alpha_warmup)):

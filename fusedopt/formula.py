@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 from torch.optim.optimizer import _get_scalar_dtype
 
@@ -14,6 +14,14 @@ from .rule import Numbers, Rule, Stage, Update
 from .settings import Settings
 
 CAUTIOUS = Stage("cautious", (), None, term="agreement")
+
+
+Returned = TypeVar("Returned")
+
+
+def naming_scalars(method: Callable[..., Returned]) -> Callable[..., Returned]:
+    """For type checkers: where the base class has ``*scalars``, a subclass names those that its rule has, or none."""
+    return method
 
 
 class Formula:
@@ -34,14 +42,17 @@ class Formula:
         """The formula that this group's options select. ValueError if they contradict the settings."""
         raise NotImplementedError(f"{type(self).__name__} has no rule(group) that returns a fusedopt.Rule")
 
+    @naming_scalars
     def hyper(self, group: dict[str, Any], t: Number, *scalars: Rounded) -> Numbers:
         """The rule's ``h`` at the group's ``t``-th step, in float64."""
         raise NotImplementedError(f"{type(self).__name__} has no hyper(group, t) that returns its rule's numbers")
 
+    @naming_scalars
     def lr(self, group: dict[str, Any], t: Number, *scalars: Rounded) -> Number:
         """The learning rate of the ``t``-th step: p <- p - lr u."""
         return number(group["lr"])
 
+    @naming_scalars
     def averages(self, group: dict[str, Any], t: Number, *scalars: Rounded) -> Numbers:
         """The weight of the new parameter in each of the rule's averages."""
         return ()
@@ -51,6 +62,7 @@ class Formula:
         values = (self.initial_value(group, key) for key in self.rule(group).scalars)
         return tuple(scalar(value, _get_scalar_dtype()) for value in values)
 
+    @naming_scalars
     def next_scalars(self, group: dict[str, Any], t: Number, *scalars: Rounded) -> Sequence[Rounded]:
         """What the ``t``-th step makes of the rule's scalars; it used ``scalars``."""
         raise NotImplementedError
@@ -77,6 +89,7 @@ class Formula:
         group = {**group, "lr": 1.0}
         return self.update(group, 1, *self.initial_scalars(group))
 
+    @naming_scalars
     def update(self, group: dict[str, Any], t: Number, *scalars: Rounded) -> Update:
         """All numbers of one step of one group. Order as in torch: clip, negate, decay."""
         settings, sign = self._settings, -1.0 if group.get("maximize") else 1.0

@@ -9,7 +9,11 @@ Sources: Chen et al., arXiv 2302.06675; state and defaults as in lion-pytorch.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
 
 from .arguments import check_betas, check_nonnegative
 from .capture import CapturableSettings
@@ -42,7 +46,10 @@ class Lion(FusedOptimizer):
     settings_class = CapturableSettings
     capturable: bool
 
-    def __init__(self, params, lr=1e-4, betas=(0.9, 0.99), weight_decay=0.0, *, maximize=False, **settings):
+    def __init__(
+        self, params: ParamsT, lr: float | Tensor = 1e-4, betas: tuple[float, float] = (0.9, 0.99),
+        weight_decay: float = 0.0, *, maximize: bool = False, **settings: Any,
+    ) -> None:  # fmt: skip
         check_nonnegative(lr=lr, weight_decay=weight_decay)
         check_betas(betas, 2)
         defaults = {"lr": lr, "betas": betas, "weight_decay": weight_decay, "maximize": maximize}

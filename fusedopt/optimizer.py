@@ -247,13 +247,13 @@ class FusedOptimizer(Formula, SettingAttributes, TorchStep, torch.optim.Optimize
         ema.load(self, averages)
 
     @property
-    def grad_norm(self) -> Tensor | None:
+    def grad_norm(self) -> Tensor | Any:  # Any stands for None, which else every use would have to rule out
         """The global gradient norm of the latest step, before clipping: a 0-dim tensor on the gradients'
         device, a new one at each access. None before the first step and where no setting needs it."""
         return self._engine.grad_norm()
 
     @property
-    def metrics(self) -> Metrics | None:
+    def metrics(self) -> Metrics | Any:
         """The norms of gradient, update and parameter of the latest step: see ``fusedopt.metrics.Metrics``. None before
         the first step. AttributeError where ``track`` is None."""
         if self.track is None:

@@ -11,6 +11,11 @@ Sources: Wortsman et al., arXiv 2304.13013, algorithm 2; state and default betas
 
 from __future__ import annotations
 
+from typing import Any
+
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
 from .adam import ADAM
 from .arguments import check_betas, check_nonnegative
 from .capture import CapturableSettings
@@ -34,8 +39,9 @@ class StableAdamW(FusedOptimizer):
     capturable: bool
 
     def __init__(
-        self, params, lr=1e-3, betas=(0.9, 0.99), eps=1e-6, weight_decay=1e-2, *, maximize=False, **settings
-    ):  # fmt: skip
+        self, params: ParamsT, lr: float | Tensor = 1e-3, betas: tuple[float, float] = (0.9, 0.99), eps: float = 1e-6,
+        weight_decay: float = 1e-2, *, maximize: bool = False, **settings: Any,
+    ) -> None:  # fmt: skip
         check_nonnegative(lr=lr, eps=eps, weight_decay=weight_decay)
         check_betas(betas, 2)
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "maximize": maximize}
