@@ -57,12 +57,18 @@ class FlatGrads:
 
     @torch._disable_dynamo
     def zero(self, optimizer: Any) -> None:
-        """Zero all gradients, after giving a place to those that have none.
+        """Zero all gradients, after giving a place to those that have none. Frozen parameters lose theirs: with zeros,
+        momentum and weight decay would go on moving them. Those on the meta device get a place once they are elsewhere.
 
         Raises:
             RuntimeError: for distributed parameters, whose gradients belong to their engine.
         """
-        params = [p for p in _params(optimizer) if p.requires_grad]
+        params = []
+        for p in _params(optimizer):
+            if p.requires_grad:
+                params.append(p)
+            else:
+                p.grad = None
         # Once only: what the replay of a graph writes is not seen.
         versions, self.versions = self.versions, None
         if not self._all_are_here(params):
@@ -104,14 +110,14 @@ class FlatGrads:
         kept = {p: self.given[p] for p in params if p in self.given and self.given[p].fits(p)}
         if not kept:
             self.buffers.clear()  # all have moved, to another device, say
-        missing = [p for p in params if p not in kept and not _is_lent(p.grad)]
+        missing = [p for p in params if p not in kept and not p.is_meta and not _is_lent(p.grad)]
         for _, alike in groupby(sorted(missing, key=_buffer), key=_buffer):
             kept |= self._place(list(alike))
         self.given = {p: kept[p] for p in params if p in kept}
         for p in params:
             if _is_lent(p.grad):
                 p.grad.detach().zero_()
-            else:
+            elif p in self.given:
                 p.grad = self.given[p].view
 
     def _place(self, params: list[Tensor]) -> dict[Tensor, Given]:

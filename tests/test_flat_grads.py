@@ -101,6 +101,37 @@ def test_what_others_do_to_gradients_and_parameters():
     both(8)
 
 
+@pytest.mark.parametrize("flat", [True, "zeroed"])
+def test_frozen_parameters_stay_where_they_are(flat):
+    """From the next zero_grad() on, whatever momentum they had, and until they are thawed."""
+    layers, twin = network(), network()
+    pairs = [
+        (layers, fusedopt.AdamW(layers.parameters(), lr=0.01, weight_decay=0.1, flat_grads=flat)),
+        (twin, torch.optim.AdamW(twin.parameters(), lr=0.01, weight_decay=0.1)),
+    ]
+    for number in range(9):
+        for model, optimizer in pairs:
+            model[0].requires_grad_(number % 6 < 3)
+            optimizer.zero_grad()
+            assert all((p.grad is None) == (number % 6 >= 3 or optimizer is pairs[1][1]) for p in model[0].parameters())
+            backward(model, number)
+            optimizer.step()
+        assert all(torch.allclose(p, q, rtol=1e-5, atol=1e-7) for p, q in zip(layers.parameters(), twin.parameters()))
+
+
+def test_parameters_on_the_meta_device():
+    """Made there, gradients get their places once the parameters have memory."""
+    layers = network(device="meta")
+    optimizer = fusedopt.AdamW(layers.parameters(), flat_grads=True)
+    optimizer.zero_grad()
+    assert all(p.grad is None for p in layers.parameters())
+    for p, real in zip(layers.parameters(), network().parameters()):
+        torch.utils.swap_tensors(p, real)
+    optimizer.zero_grad()
+    (buffer,) = optimizer._flat_grads.buffers
+    assert [buffer.data_ptr() <= place < buffer.data_ptr() + buffer.nbytes for place in addresses(layers)] == [True] * 4
+
+
 def test_a_part_of_a_larger_buffer_is_left_there():
     bucket = torch.ones(10)
     p = torch.nn.Parameter(torch.ones(4))
