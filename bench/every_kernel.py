@@ -52,6 +52,7 @@ def step(where: str, dtype: torch.dtype, **settings) -> None:
     shapes = SHAPES[:1] if settings.get("launches") == 1 else SHAPES
     params = [torch.nn.Parameter(torch.randn(s, generator=generator, device=where).to(dtype)) for s in shapes]
     optimizer = fusedopt.AdamW(params, lr=1e-2, backend="triton", **settings)
+    optimizer.zero_grad()
     for number in range(3):
         for p in params:
             memory = torch.randn(p.numel() + 1, generator=generator, device=where).to(dtype)

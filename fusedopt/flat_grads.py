@@ -2,7 +2,8 @@
 
 backward adds to a gradient that is there. So views of a buffer, put there once, collect what follows at addresses that
 never change: accumulation and CUDA graphs need no other, and one call zeroes all of them. With ``"zeroed"`` the step
-does it, in the kernel that has just read them.
+does it, in the kernel that has just read them. The first of these calls puts them there, not the constructor:
+``torch.distributed.checkpoint`` makes states to load into only where no parameter has a gradient.
 """
 
 from __future__ import annotations
@@ -39,6 +40,14 @@ class FlatGrads:
         self.versions: list[int] | None = None
         """Of the gradients, where a step left zeros in all of them: nobody has written to one that still has it."""
 
+    def check(self, optimizer: Any) -> None:
+        """RuntimeError for distributed parameters, whose gradients belong to their engine."""
+        if any(is_distributed(p) or hasattr(p, "_fsdp_flattened") for p in _params(optimizer)):
+            raise RuntimeError(
+                "flat_grads=True cannot keep the gradients of distributed parameters, which belong to their engine: "
+                "leave it out"
+            )
+
     def step(self, optimizer: Any) -> None:
         """A step of the optimizer's engine that leaves zeros in the buffers, also if it skips the update. Whoever reads
         the gradients behind it finds these."""
@@ -49,7 +58,9 @@ class FlatGrads:
             engine.step(optimizer)
         finally:
             engine.owes_zeros = False
-        if not here or any(executor.owes_zeros for executor in engine.executors):
+        if not self.given:
+            self.zero(optimizer)
+        elif not here or any(executor.owes_zeros for executor in engine.executors):
             self._fill()
         else:
             self._note_writes()
@@ -61,7 +72,7 @@ class FlatGrads:
         momentum and weight decay would go on moving them. Those on the meta device get a place once they are elsewhere.
 
         Raises:
-            RuntimeError: for distributed parameters, whose gradients belong to their engine.
+            RuntimeError: as ``check``.
         """
         params = []
         for p in _params(optimizer):
@@ -72,6 +83,7 @@ class FlatGrads:
         # Once only: what the replay of a graph writes is not seen.
         versions, self.versions = self.versions, None
         if not self._all_are_here(params):
+            self.check(optimizer)
             self._bring(params)
         elif versions is not None and versions == self._versions():
             return
@@ -102,11 +114,6 @@ class FlatGrads:
         )
 
     def _bring(self, params: list[Tensor]) -> None:
-        if any(is_distributed(p) or hasattr(p, "_fsdp_flattened") for p in params):
-            raise RuntimeError(
-                "flat_grads=True cannot keep the gradients of distributed parameters, which belong to their engine: "
-                "leave it out"
-            )
         kept = {p: self.given[p] for p in params if p in self.given and self.given[p].fits(p)}
         if not kept:
             self.buffers.clear()  # all have moved, to another device, say

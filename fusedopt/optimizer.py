@@ -63,7 +63,7 @@ class FusedOptimizer(Formula, SettingAttributes, TorchStep, torch.optim.Optimize
         super().__init__(params, *args, **kwargs)
         self._check_settings()
         if self.flat_grads:
-            self._flat_grads.zero(self)
+            self._flat_grads.check(self)
 
     def _check_settings(self) -> None:
         """Raise ValueError where options or parameters contradict the settings."""

@@ -107,10 +107,11 @@ class Settings:
         False,
         setting_checks.flat_grads,
         """(bool or "zeroed"): keep gradients in one flat buffer per device and dtype, into which backward adds, at
-        addresses that stay: ``zero_grad()`` fills it with zeros, whatever ``set_to_none`` says, so that every parameter
-        has a gradient at every step, unless it is frozen (``requires_grad=False``). A gradient that somebody else put
-        there (DistributedDataParallel's buckets) is used as it is. With "zeroed" each step leaves the buffer so, a skipped one too, and ``zero_grad()`` right behind
-        it has nothing to do: gradients cannot be read after the step.""",
+        addresses that stay: ``zero_grad()`` fills it with zeros, from the first call on and whatever ``set_to_none``
+        says, so that every parameter has a gradient at every step, unless it is frozen (``requires_grad=False``). A
+        gradient that somebody else put there (DistributedDataParallel's buckets) is used as it is. With "zeroed" each
+        step leaves the buffer so, a skipped one too, and ``zero_grad()`` right behind it has nothing to do: gradients
+        cannot be read after the step.""",
     )
     master: str | None = setting(
         None,

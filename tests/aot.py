@@ -148,7 +148,9 @@ def zeroing_facts(target):
             before = set(gpu.compiled())
             # Large enough to have quantized states.
             params = parameters([5000], "cpu", getattr(torch, dtype))
-            optimizer("adam", params, address, max_grad_norm=1.0, flat_grads=flat_grads, **settings).step()
+            made = optimizer("adam", params, address, max_grad_norm=1.0, flat_grads=flat_grads, **settings)
+            made.zero_grad()
+            made.step()
             for kernel in set(gpu.compiled()) - before:
                 if kernel.metadata.name.endswith("_adam"):
                     found = facts(kernel) | {"zeroes": flat_grads == "zeroed", "unfenced": unfenced(kernel)}

@@ -36,6 +36,7 @@ class Run:
         if program.second_group:
             groups = [{"params": self.params[:2]}, {"params": self.params[2:], **program.second_group}]
         self.opt = fusedopt.registry[program.name](groups, **options, **settings, backend=backend)
+        self.opt.zero_grad()
         self.graph = self.scaler = None
         if program.scaler == "attributes":
             self.opt.grad_scale = torch.full((), SCALE, device=device)

@@ -6,6 +6,7 @@ import pickle
 import pytest
 import torch
 from cases import every_kind_and_backend
+from pairs import assert_same, snapshot
 
 import fusedopt
 
@@ -52,6 +53,7 @@ def test_trains_as_without(name, backend, device):
 def test_one_buffer_holds_them_and_zeros():
     layers = network()
     optimizer = fusedopt.AdamW(layers.parameters(), flat_grads=True)
+    optimizer.zero_grad()
     assert [float(p.grad.abs().sum()) for p in layers.parameters()] == [0.0] * 4
     assert all(p.grad.stride() == p.stride() for p in layers.parameters())
     (buffer,) = optimizer._flat_grads.buffers
@@ -65,6 +67,7 @@ def test_one_buffer_holds_them_and_zeros():
 def test_autograd_knows_that_they_were_zeroed():
     p = torch.nn.Parameter(torch.ones(3))
     optimizer = fusedopt.SGD([p], lr=0.1, flat_grads=True)
+    optimizer.zero_grad()
     (p * 2).sum().backward()
     squares = (p.grad * torch.ones(3, requires_grad=True)).sum()
     optimizer.zero_grad()
@@ -143,9 +146,33 @@ def test_a_part_of_a_larger_buffer_is_left_there():
     assert p.grad is lent and bucket.tolist() == [1.0] * 3 + [0.0] * 4 + [1.0] * 3
 
 
+@pytest.mark.parametrize("flat", [True, "zeroed"])
+def test_distributed_checkpoints_find_states_to_load_into(flat, tmp_path):
+    """torch makes them by a step with zeros, unless a parameter has a gradient: then it loads none and says nothing."""
+    from torch.distributed import checkpoint
+    from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
+    def saved_parts(layers, optimizer):
+        return dict(zip(("model", "optimizer"), get_state_dict(layers, optimizer)))
+
+    first, second = (
+        (layers, fusedopt.AdamW(layers.parameters(), flat_grads=flat)) for layers in (network(), network())
+    )
+    for number in range(3):
+        first[1].zero_grad()
+        backward(first[0], number)
+        first[1].step()
+    checkpoint.save(saved_parts(*first), checkpoint_id=tmp_path, no_dist=True)
+    parts = saved_parts(*second)
+    checkpoint.load(parts, checkpoint_id=tmp_path, no_dist=True)
+    set_state_dict(*second, model_state_dict=parts["model"], optim_state_dict=parts["optimizer"])
+    assert_same(snapshot(first[1]), snapshot(second[1]))
+
+
 def test_copies_and_the_setting():
     layers = network()
     optimizer = fusedopt.AdamW(layers.parameters(), flat_grads=True)
+    optimizer.zero_grad()
     for other in (copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))):
         other.zero_grad()
         params = other.param_groups[0]["params"]

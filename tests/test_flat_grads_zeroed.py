@@ -37,6 +37,7 @@ class Run:
             for layout, shape in shapes.items()
         ]
         self.opt = fusedopt.AdamW(self.params, lr=0.1, flat_grads=flat, backend=backend, **settings)
+        self.opt.zero_grad()
 
     def backward(self, number, broken=False):
         factor = float("inf") if broken else 0.1 * number
@@ -131,6 +132,22 @@ def test_gradients_elsewhere_are_left_alone(backend, device):
     run.opt.step()
     run.opt.zero_grad()
     assert run.grads_are_zero()
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"], indirect=True)
+def test_without_any_zero_grad(backend, device):
+    """The first step puts them into the buffer, all others find them there."""
+    run, asked = (Run(backend, device, "zeroed") for _ in range(2))
+    for p in run.params:
+        p.grad = None
+    run.opt = fusedopt.AdamW(run.params, lr=0.1, flat_grads="zeroed", backend=backend)
+    for number in range(1, 4):
+        for each in (run, asked):
+            each.backward(number)
+            each.opt.step()
+        assert run.grads_are_zero() and len(run.opt._flat_grads.buffers) == 1
+        asked.opt.zero_grad()
+    assert_same(snapshot(run.opt), snapshot(asked.opt))
 
 
 def test_autograd_knows_that_a_step_zeroed_them(backend, device):

@@ -108,6 +108,7 @@ def test_a_step_sends_its_rows_and_allocates_nothing(settings, device):
     """Adam's corrections are new at every step; the addresses are not, which stay where they are."""
     params = [torch.nn.Parameter(torch.ones(40, device=device)) for _ in range(5)]
     optimizer = fusedopt.AdamW(params, backend="triton", **settings)
+    optimizer.zero_grad()
     for p in params:
         p.grad = torch.ones_like(p) if p.grad is None else p.grad
     for _ in range(3):
