@@ -28,9 +28,9 @@ class GradScaler(torch.amp.GradScaler):
 
     What differs then, as with torch's optimizers under ``fused=True``: float16 gradients are allowed; a step with a
     non-finite gradient runs the optimizer's step hooks, changes nothing else, and is counted in
-    ``optimizer.skipped_steps``; on a GPU the host does not wait for the verdict. And ``p.grad`` may stay scaled: torch's
-    fused kernels, which the CPU fallback calls, write it back unscaled, ours leave it alone. Other optimizers are stepped
-    as by torch.
+    ``optimizer.skipped_steps``; on a GPU the host does not wait for the verdict. And ``p.grad`` may stay scaled:
+    torch's fused kernels, which the CPU fallback calls, write it back unscaled, ours leave it alone. Other optimizers
+    are stepped as by torch.
 
     Formula: g <- g / scale, unless some g is inf or NaN; then nothing changes, and ``update`` halves the scale.
     Shapes and dtypes: gradients of any shape, in float64, float32, bfloat16 or float16. Errors: torch's, see ``step``
