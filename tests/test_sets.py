@@ -101,7 +101,7 @@ def test_sets_that_are_put_together_equal_whole_plans(name, options, settings, b
         groups = [{"params": ps[:2]}, {"params": ps[2:], "weight_decay": 0.05}]
         pair.append(fusedopt.registry[name](groups, **options, **settings, backend=backend))
     counted = Counted(monkeypatch)
-    steps = 14 if backend == "torch" else 9
+    steps = 10 if backend == "torch" else 7
     other = trained(pair[1], others, 1, steps)
     for _ in trained(pair[0], params, 1, steps):
         made = counted.count
