@@ -116,6 +116,8 @@ class Planner:
         plan = Plan(optimizer, self.places, grads)
         self.follow(optimizer, plan)
         self.unlisted = plan
+        if self.roster is not None and not self.roster.lists(plan):
+            self.roster = None  # it would keep parameters that were taken out of the groups
 
     @torch.inference_mode(False)
     @torch.no_grad()

@@ -235,13 +235,13 @@ class Roster:
             for m in listed.bucket.members:
                 yield m.place.holds(ROLE, optimizer._ema.get(m.owner))
 
+    def lists(self, plan: Plan) -> bool:
+        """Whether it is about the parameter groups that this plan is for."""
+        return self.whole.groups.same(plan.groups)
+
     def _serves(self, optimizer: Any, later: Roster) -> bool:
         """Whether what was found out then, was found out on the same terms."""
-        return (
-            self.whole.groups.same(later.whole.groups)
-            and self.threads == later.threads
-            and self.whole.settings == later.whole.settings
-        )
+        return self.lists(later.whole) and self.threads == later.threads and self.whole.settings == later.whole.settings
 
     def _others(self, optimizer: Any, plan: Plan) -> Iterator[tuple[Bucket, Member, int]]:
         """The parameters that the plan does not have, if their states are settled where they were."""

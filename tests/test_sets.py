@@ -141,6 +141,25 @@ def test_a_set_that_stays_is_gathered_again(monkeypatch):
     assert not executor.direct and not executor.bucket.passing
 
 
+@pytest.mark.parametrize("left", [0, 1])
+def test_no_parameter_is_kept_that_was_taken_out(left, backend, device):
+    """Nor its states, from the next step on: who prunes, or frees a model beside its optimizer, wants the memory."""
+    params = [torch.nn.Parameter(torch.ones(3, device=device)) for _ in range(5)]
+    optimizer = fusedopt.AdamW(params, backend=backend)
+    for _ in trained(optimizer, params, 0, steps=6):
+        pass
+    optimizer.zero_grad()
+    gone = params[left:]
+    kept = [weakref.ref(x) for p in gone for x in (p, optimizer.state.pop(p)["exp_avg"])]
+    optimizer.param_groups[0]["params"] = params[:left]
+    del gone, params[left:]
+    for p in params:
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    gc.collect()
+    assert not any(ref() is not None for ref in kept)
+
+
 def test_no_set_is_kept(backend, device):
     """However many there were: one plan, and no gradient."""
     params = [torch.nn.Parameter(torch.ones(3, device=device)) for _ in range(5)]
