@@ -50,6 +50,7 @@ def in_one_process(kind, steps, build=Net, **settings):
     return model
 
 
+@every_value
 @pytest.mark.ranks(2)
 @BACKENDS
 @pytest.mark.parametrize("kind", KINDS)

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 import torch.distributed as dist
+from thinning import every_pair
 from torch.nn.parallel import DistributedDataParallel
 from training import MAX_NORM, clip, close, moved, net, same_on_all_ranks, train, weights
 
@@ -34,6 +35,7 @@ def expected(steps=STEPS):
     return weights(model)
 
 
+@every_pair
 @pytest.mark.ranks(2)
 @pytest.mark.parametrize("flatten", [False, True], ids=["in_place", "flatten"])
 @pytest.mark.parametrize("view", [False, True], ids=["own", "bucket_view"])
