@@ -118,7 +118,9 @@ def _refuse_layouts(key: Key, params: Sequence[Tensor], overlapping: set[int]) -
     """Raise NotFusable for parameters that lie in memory as we cannot take them."""
     in_torch = key.backend.name == "torch"
     if overlapping and (not in_torch or any(id(p) in overlapping and not is_dense(p) for p in params)):
-        raise NotFusable("parameters that share memory, or whose elements lie between each other's")
+        raise NotFusable(
+            "parameters that share memory, or whose elements lie between each other's", "give each memory of its own"
+        )
     if key.spread is not None and in_torch and not all(map(is_dense, params)):
         raise NotFusable("distributed parameters with gaps in memory")
 

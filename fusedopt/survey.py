@@ -21,7 +21,7 @@ from .places import Place, adoption_key, is_shared
 from .rule import Rule
 from .shards import alike, is_distributed, local
 from .storage import Storage, quantization_problem, storage, traits
-from .torch_step import COMPLEX, NotFusable, reason_against
+from .torch_step import COMPLEX, PLAIN_TENSORS, REMEDIES, NotFusable, reason_against
 from .units import refuse_shards
 
 
@@ -86,7 +86,7 @@ def survey(
     choices: dict[torch.device, Backend] = {}
     active = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     if len(set(map(id, active))) != len(active):
-        raise NotFusable("a parameter that is listed twice")
+        raise NotFusable("a parameter that is listed twice", "list it once")
     adaptive, states = optimizer._settings.adaptive_grad_clip is not None, optimizer.state
     position, eights = -1, 0
     for number, (group, rule) in enumerate(zip(optimizer.param_groups, rules)):
@@ -139,7 +139,7 @@ def survey(
 def _look_at_kind(p: Tensor, g: Tensor, group: dict[str, Any], where: Where) -> None:
     """What concerns all parameters and gradients of these types, devices and dtypes."""
     if reason := reason_against(p, g, group):
-        left = NotFusable(f"{reason} ({where})")
+        left = NotFusable(f"{reason} ({where})", REMEDIES.get(reason, PLAIN_TENSORS))
         left.complex_param = where.owner if reason == COMPLEX else None
         raise left
     if g.device != p.device:
@@ -167,7 +167,9 @@ def _refuse_means(optimizer: Any, group: dict[str, Any], where: Where) -> None:
 def _look_at_state(owner: Tensor, rule: Rule, state: dict[str, Any], where: Where) -> None:
     p = local(owner)
     if is_shared(state.get("step")):
-        raise NotFusable(f"a step count that processes share, which each of them moves on ({where})")
+        raise NotFusable(
+            f"a step count that processes share, which each of them moves on ({where})", "give each process its own"
+        )
     for key in rule.keys:
         value = state.get(key)
         if value is None:

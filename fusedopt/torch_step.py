@@ -16,7 +16,16 @@ from .shards import PLAIN
 FALLBACK_IS_FOR = {"cpu", "meta"}
 """Types of devices."""
 
-COMPLEX = "a complex parameter"
+DIFFERENTIABLE, SPARSE, COMPLEX = "differentiable=True", "a sparse gradient", "a complex parameter"
+META = "a parameter on the meta device"
+
+PLAIN_TENSORS = "make the parameters and gradients plain dense real tensors"
+REMEDIES = {
+    DIFFERENTIABLE: "leave differentiable out",
+    SPARSE: "make the gradient dense (sparse=False of an embedding), or give the parameter an optimizer of its own",
+    COMPLEX: "make it a real parameter, which the model looks at by torch.view_as_complex",
+    META: "move the model to a device first (to_empty)",
+}
 
 
 class NotFusable(Exception):
@@ -24,6 +33,11 @@ class NotFusable(Exception):
 
     complex_param: Tensor | None = None
     """That parameter, if all that speaks against it is that it is complex."""
+
+    def __init__(self, reason: str, remedy: str = PLAIN_TENSORS):
+        super().__init__(reason)
+        self.remedy = remedy
+        """What else can be done, where torch's own step is not possible."""
 
     def lasts(self, optimizer: Any) -> bool:
         """Whether this is known to be the answer at this step too, as it was at an earlier one."""
@@ -39,7 +53,7 @@ def left_to_torch(optimizer: Any, devices: Iterable[torch.device]) -> NotFusable
     if optimizer.step_of_torch is None:
         return None
     if own := own_init_group(type(optimizer)):
-        return NotFusable(f"{own.__name__}'s own _init_group, which torch's step alone calls")
+        return NotFusable(f"{own.__name__}'s own _init_group, which torch's step alone calls", "take that out")
     if optimizer._settings.active():
         return None
     for device in devices:
@@ -66,13 +80,13 @@ def _say_once(reason: str) -> None:
 def reason_against(p: Tensor, g: Tensor, group: dict[str, Any]) -> str | None:
     """Why no fused step can update this parameter, or None."""
     if group.get("differentiable", False):
-        return "differentiable=True"
+        return DIFFERENTIABLE
     if g.layout is not torch.strided:
-        return "a sparse gradient"
+        return SPARSE
     if p.is_complex():
         return COMPLEX
     if p.is_meta:
-        return "a parameter on the meta device"
+        return META
     if not p.is_floating_point() or not g.is_floating_point():
         return f"a parameter of dtype {p.dtype}"
     if type(p) not in PLAIN or type(g) is not Tensor:
@@ -88,8 +102,7 @@ class TorchStep:
         active = self._settings.active()
         if active:
             raise RuntimeError(
-                f"{', '.join(active)} cannot be combined with {reason}; leave the setting out, "
-                "or make the parameters and gradients plain dense real tensors"
+                f"{', '.join(active)} cannot be combined with {reason}; leave the setting out, or {reason.remedy}"
             ) from None
         scaling = self._engine.scaling
         if scaling is not None:
@@ -100,7 +113,7 @@ class TorchStep:
         if self.step_of_torch is None:
             raise RuntimeError(
                 f"{type(self).__name__} cannot be combined with {reason}: torch.optim has no step to leave it to; "
-                "make the parameters and gradients plain dense real tensors"
+                f"{reason.remedy}"
             ) from None
         self._engine.left = reason
         self.step_of_torch()

@@ -118,6 +118,45 @@ def test_parameter_listed_twice(name):
     close(*pair, 1e-12)
 
 
+def sparse(p):
+    p.grad = torch.ones_like(p).to_sparse()
+    return [p], {}
+
+
+def twice(p):
+    p.grad = torch.ones_like(p)
+    return [p, p], {}
+
+
+def complex_number(p):
+    p = torch.nn.Parameter(p.detach().to(torch.complex64))
+    p.grad = torch.ones_like(p)
+    return [p], {}
+
+
+def differentiable(p):
+    p.grad = torch.ones_like(p)
+    return [p], {"differentiable": True}
+
+
+@pytest.mark.filterwarnings("ignore:optimizer contains a parameter group with duplicate parameters")
+@pytest.mark.parametrize(
+    "make, remedy",
+    [
+        (sparse, "sparse=False"),
+        (twice, "list it once"),
+        (complex_number, "view_as_complex"),
+        (differentiable, "leave differentiable out"),
+    ],
+)
+def test_the_remedy_fits_the_reason(make, remedy):
+    params, options = make(torch.nn.Parameter(torch.zeros(4)))
+    optimizer = fusedopt.SGD(params, lr=1.0, max_grad_norm=1.0, **options)
+    with pytest.raises(RuntimeError, match=f"max_grad_norm cannot be combined.*; leave the setting out, or .*{remedy}"):
+        optimizer.step()
+    assert not params[0].detach().abs().any() and not optimizer.state
+
+
 @pytest.fixture
 def gpu_without_kernels(monkeypatch):
     """CPUs count as such."""
