@@ -1,4 +1,4 @@
-"""Small gradients side by side, so that few operations serve them all."""
+"""Small gradients and parameters side by side, so that few operations serve them all."""
 
 from __future__ import annotations
 
@@ -69,35 +69,69 @@ def in_layout_of(member: Member, g: Tensor) -> Tensor:
     return torch.empty_strided(space.sizes[index], space.strides[index], dtype=g.dtype, device=g.device).copy_(g)
 
 
-class Gather:
-    """Copies gradients into scratch buffers: rows of neighbours whose shapes differ in the first dimension only by one
-    concatenation, which is three times faster than copying one by one; the others by one list copy."""
+SHORTEST = 8
+"""A row of fewer is not worth a call of its own."""
 
-    SHORTEST = 8
-    """A row of fewer is not worth a call of its own."""
+
+def rows_and_others(members: list[Member]) -> tuple[list[list[Member]], list[Member]]:
+    """Rows of neighbours whose shapes differ in the first dimension only: one concatenation serves them, which is three
+    times faster than copying one by one. And the others, for one list copy."""
+    rows: list[list[Member]] = []
+    others: list[Member] = []
+    members = sorted(members, key=lambda m: (id(m.place.space), m.place.index))
+    for _, alike in groupby(enumerate(members), key=_row_key):
+        row = [m for _, m in alike]
+        first = row[0].place
+        if len(row) < SHORTEST or not first.space.sizes[first.index] or not all(m.param.is_contiguous() for m in row):
+            others += row
+        else:
+            rows.append(row)
+    return rows, others
+
+
+def row_copy(row: list[Member], role: str, dtype: torch.dtype) -> Tensor:
+    """The memory into which a row is concatenated."""
+    space, first, last = row[0].place.space, row[0].place.index, row[-1].place.index
+    part = space.packed_copies(role, dtype)[space.offsets[first] : space.end(last)]
+    return part.view(-1, *space.sizes[first][1:])
+
+
+class Gather:
+    """Copies gradients into scratch buffers."""
 
     def __init__(self, members: list[Member], dtype: torch.dtype):
-        self.rows: list[tuple[Callable[[Sequence[Any]], list[Any]], Tensor]] = []
-        others: list[int] = []
-        self.views: list[Tensor] = []
-        members = sorted(members, key=lambda m: (id(m.place.space), m.place.index))
-        for _, neighbours in groupby(enumerate(members), key=_row_key):
-            row = [m for _, m in neighbours]
-            positions = [m.position for m in row]
-            space, first, last = row[0].place.space, row[0].place.index, row[-1].place.index
-            if len(row) < self.SHORTEST or not space.sizes[first] or not all(m.param.is_contiguous() for m in row):
-                others += positions
-                self.views += [m.place.packed_copy("grad", dtype) for m in row]
-            else:
-                part = space.packed_copies("grad", dtype)[space.offsets[first] : space.end(last)]
-                self.rows.append((picker(positions), part.view(-1, *space.sizes[first][1:])))
-        self.pick = picker(others)
+        rows, others = rows_and_others(members)
+        self.rows = [(picker([m.position for m in row]), row_copy(row, "grad", dtype)) for row in rows]
+        self.views = [m.place.packed_copy("grad", dtype) for m in others]
+        self.pick = picker([m.position for m in others])
 
     def __call__(self, grads: Sequence[Tensor | None]) -> None:
         for pick, row in self.rows:
             torch.cat(pick(grads), out=row)
         if self.views:
             torch._foreach_copy_(self.views, self.pick(grads))
+
+
+class Staging:
+    """Copies parameters into scratch buffers, and back when they are updated."""
+
+    def __init__(self, members: list[Member], dtype: torch.dtype):
+        rows, others = rows_and_others(members)
+        self.rows = [([m.param for m in row], row_copy(row, "param", dtype)) for row in rows]
+        self.others = [m.param for m in others]
+        self.views = [m.place.packed_copy("param", dtype) for m in others]
+        self.params = [m.param for m in members]
+        self.copies = [m.place.packed_copy("param", dtype) for m in members]
+
+    def fetch(self) -> None:
+        for params, row in self.rows:
+            torch.cat(params, out=row)
+        if self.others:
+            torch._foreach_copy_(self.views, self.others)
+
+    def put_back(self) -> None:
+        if self.params:
+            torch._foreach_copy_(self.params, self.copies)
 
 
 def neighbours(members: list[Member]) -> list[list[Member]]:

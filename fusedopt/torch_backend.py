@@ -18,7 +18,7 @@ from .buckets import Bucket, Member
 from .clipping import Verdict
 from .cohorts import Cohort, StepNumbers, alike
 from .flat import contiguous, memory_order
-from .gather import Gather, Ways, each_once, find_ways, in_layout_of, neighbours, picker
+from .gather import Gather, Staging, Ways, each_once, find_ways, in_layout_of, neighbours, picker
 from .options import ASIDE, NOT_READ
 from .runs import Run
 from .settings import Settings
@@ -48,8 +48,7 @@ class Executor:
         gathered = joined + [m for way in ways for m in way.listed]
         self.gather = Gather(gathered, bucket.grad_dtype)
         staged = [m for m in joined if m.place.flattened is None]
-        self.staged = [m.param for m in staged]
-        self.staging_views = [m.place.packed_copy("param", bucket.dtype) for m in staged]
+        self.staging = Staging(staged, bucket.dtype)
         spaces = {id(m.place.space): m.place.space for m in gathered}.values()
         self.scratch = [space.packed_copies("grad", bucket.grad_dtype) for space in spaces]
         for buffer in self.scratch:
@@ -165,8 +164,7 @@ class Executor:
     def step(self, update: StepNumbers, verdict: Verdict, skips: Skips, found: Tensor | None = None) -> None:
         """Update parameters and states; where the step is skipped, only take the sums of squares. ``found`` are the
         means, where ranks have joined theirs."""
-        if self.staged:
-            torch._foreach_copy_(self.staging_views, self.staged)
+        self.staging.fetch()
         self._begin(verdict)
         if verdict.skip:
             self.tally.look(self.blocks.load)
@@ -179,8 +177,7 @@ class Executor:
             joined = None if found is None else iter(found.to(self.compute_dtype))
             for run in self.runs:
                 self.blocks.update(run, update(run.cohort), verdict.factor, joined)
-        if self.staged:
-            torch._foreach_copy_(self.staged, self.staging_views)
+        self.staging.put_back()
 
     def _begin(self, verdict: Verdict) -> None:
         if self.begun:
