@@ -34,35 +34,6 @@ from .sgd import SGD as _SGD
 from .stable_adamw import StableAdamW as _StableAdamW
 
 __version__: str
-__all__ = [
-    "ASGD",
-    "SGD",
-    "AdEMAMix",
-    "Adadelta",
-    "Adagrad",
-    "Adam",
-    "AdamW",
-    "Adamax",
-    "Adan",
-    "Backend",
-    "FusedOptimizer",
-    "GradScaler",
-    "Lion",
-    "NAdam",
-    "RAdam",
-    "RMSprop",
-    "Rprop",
-    "Rule",
-    "StableAdamW",
-    "backend",
-    "check_rule",
-    "convert",
-    "enable_gradient_release",
-    "memory",
-    "registry",
-    "schedules",
-    "stopping",
-]
 
 class ASGD(_ASGD):
     def __init__(

@@ -69,65 +69,47 @@ def in_layout_of(member: Member, g: Tensor) -> Tensor:
     return torch.empty_strided(space.sizes[index], space.strides[index], dtype=g.dtype, device=g.device).copy_(g)
 
 
-SHORTEST = 8
-"""A row of fewer is not worth a call of its own."""
-
-
-def rows_and_others(members: list[Member]) -> tuple[list[list[Member]], list[Member]]:
-    """Rows of neighbours whose shapes differ in the first dimension only: one concatenation serves them, which is three
-    times faster than copying one by one. And the others, for one list copy."""
-    rows: list[list[Member]] = []
-    others: list[Member] = []
-    members = sorted(members, key=lambda m: (id(m.place.space), m.place.index))
-    for _, alike in groupby(enumerate(members), key=_row_key):
-        row = [m for _, m in alike]
-        first = row[0].place
-        if len(row) < SHORTEST or not first.space.sizes[first.index] or not all(m.param.is_contiguous() for m in row):
-            others += row
-        else:
-            rows.append(row)
-    return rows, others
-
-
-def row_copy(row: list[Member], role: str, dtype: torch.dtype) -> Tensor:
-    """The memory into which a row is concatenated."""
-    space, first, last = row[0].place.space, row[0].place.index, row[-1].place.index
-    part = space.packed_copies(role, dtype)[space.offsets[first] : space.end(last)]
-    return part.view(-1, *space.sizes[first][1:])
-
-
 class Gather:
-    """Copies gradients into scratch buffers."""
+    """Copies tensors of parameters into scratch buffers: rows of neighbours whose shapes differ in the first dimension
+    only by one concatenation, which is three times faster than copying one by one; the others by one list copy."""
 
-    def __init__(self, members: list[Member], dtype: torch.dtype):
-        rows, others = rows_and_others(members)
-        self.rows = [(picker([m.position for m in row]), row_copy(row, "grad", dtype)) for row in rows]
-        self.views = [m.place.packed_copy("grad", dtype) for m in others]
-        self.pick = picker([m.position for m in others])
+    SHORTEST = 8
+    """A row of fewer is not worth a call of its own."""
 
-    def __call__(self, grads: Sequence[Tensor | None]) -> None:
+    def __init__(self, members: list[Member], role: str, dtype: torch.dtype, positions: Sequence[int]):
+        """``positions`` say where, among what it will be given, the members' tensors stand."""
+        self.rows: list[tuple[Callable[[Sequence[Any]], list[Any]], Tensor]] = []
+        others: list[int] = []
+        self.views: list[Tensor] = []
+        placed = sorted(zip(members, positions), key=lambda pair: (id(pair[0].place.space), pair[0].place.index))
+        for _, alike in groupby(enumerate(placed), key=_row_key):
+            row, stand = zip(*(pair for _, pair in alike))
+            space, first, last = row[0].place.space, row[0].place.index, row[-1].place.index
+            if len(row) < self.SHORTEST or not space.sizes[first] or not all(m.param.is_contiguous() for m in row):
+                others += stand
+                self.views += [m.place.packed_copy(role, dtype) for m in row]
+            else:
+                part = space.packed_copies(role, dtype)[space.offsets[first] : space.end(last)]
+                self.rows.append((picker(stand), part.view(-1, *space.sizes[first][1:])))
+        self.pick = picker(others)
+
+    def __call__(self, tensors: Sequence[Tensor | None]) -> None:
         for pick, row in self.rows:
-            torch.cat(pick(grads), out=row)
+            torch.cat(pick(tensors), out=row)
         if self.views:
-            torch._foreach_copy_(self.views, self.pick(grads))
+            torch._foreach_copy_(self.views, self.pick(tensors))
 
 
 class Staging:
     """Copies parameters into scratch buffers, and back when they are updated."""
 
     def __init__(self, members: list[Member], dtype: torch.dtype):
-        rows, others = rows_and_others(members)
-        self.rows = [([m.param for m in row], row_copy(row, "param", dtype)) for row in rows]
-        self.others = [m.param for m in others]
-        self.views = [m.place.packed_copy("param", dtype) for m in others]
         self.params = [m.param for m in members]
         self.copies = [m.place.packed_copy("param", dtype) for m in members]
+        self.gather = Gather(members, "param", dtype, range(len(members)))
 
     def fetch(self) -> None:
-        for params, row in self.rows:
-            torch.cat(params, out=row)
-        if self.others:
-            torch._foreach_copy_(self.views, self.others)
+        self.gather(self.params)
 
     def put_back(self) -> None:
         if self.params:
@@ -153,7 +135,7 @@ def _adjoin(a: Member, b: Member) -> bool:
     )
 
 
-def _row_key(numbered: tuple[int, Member]) -> tuple:
+def _row_key(numbered: tuple[int, tuple[Member, int]]) -> tuple:
     """The same for members that stand next to each other in memory and can be concatenated."""
-    number, m = numbered
+    number, (m, _) = numbered
     return id(m.place.space), m.place.index - number, len(m.param.shape), m.param.shape[1:]

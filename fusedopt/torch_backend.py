@@ -46,7 +46,7 @@ class Executor:
         ways = list(chain.from_iterable(ways_of))
         joined = [m for way in ways for m in way.joined]
         gathered = joined + [m for way in ways for m in way.listed]
-        self.gather = Gather(gathered, bucket.grad_dtype)
+        self.gather = Gather(gathered, "grad", bucket.grad_dtype, [m.position for m in gathered])
         staged = [m for m in joined if m.place.flattened is None]
         self.staging = Staging(staged, bucket.dtype)
         spaces = {id(m.place.space): m.place.space for m in gathered}.values()

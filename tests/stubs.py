@@ -32,8 +32,7 @@ from torch.optim.optimizer import ParamsT
 
 
 def text() -> str:
-    names = ",\n    ".join(f'"{name}"' for name in fusedopt.__all__)
-    return "\n".join([HEADER, *imports(), f"\n__version__: str\n__all__ = [\n    {names},\n]", *classes(), ""])
+    return "\n".join([HEADER, *imports(), "\n__version__: str", *classes(), ""])
 
 
 def imports() -> Iterator[str]:
