@@ -12,17 +12,34 @@ from __future__ import annotations
 
 import torch
 
+from .blocks import blocks, scratch
+from .columns import number
 from .optimizer import FusedOptimizer
 from .rule import Rule, divisible
 
 
 def adadelta(g, state, h):
-    v, d = state
+    return direction(g, *state, h)
+
+
+def direction(g, v, d, h, update=None, divisor=None):
+    """The averages move on; ``update`` and ``divisor`` are memory to work in."""
     weight, eps = h
     v.mul_(1 - weight).addcmul_(g, g, value=weight)
-    u = d.add(eps).div_(v.add(eps)).sqrt_().mul_(g)
+    u = torch.add(d, eps, out=update).div_(torch.add(v, eps, out=divisor)).sqrt_().mul_(g)
     d.mul_(1 - weight).addcmul_(u, u, value=weight)
     return u
+
+
+def fused(params, grads, states, t, group, scale):
+    """The same in memory that is kept: torch has no fused Adadelta."""
+    h, lr = hyper(group), number(group["lr"])
+    for p, g, v, d in blocks(group, scale, params, grads, *states):
+        p.sub_(direction(g, v, d, h, scratch("update", p), scratch("divisor", p)), alpha=lr)
+
+
+def hyper(group):
+    return 1 - float(group["rho"]), divisible(group["eps"])
 
 
 STATES = ("square_avg", "acc_delta")
@@ -30,6 +47,7 @@ ADADELTA = Rule(
     "adadelta",
     STATES,
     adadelta,
+    fused,
     squares=STATES,
     # Where v is a code too small, d grows by a part of itself at each step, and with it the update.
     uncoded=("square_avg",),
@@ -43,4 +61,4 @@ class Adadelta(FusedOptimizer, torch.optim.Adadelta):
         return ADADELTA
 
     def hyper(self, group, t):
-        return 1 - float(group["rho"]), divisible(group["eps"])
+        return hyper(group)
