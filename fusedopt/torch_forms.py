@@ -40,7 +40,7 @@ class StoredBlocks(Blocks):
         self.twins = [TWINS[form.name] for _, form in bucket.stored.roles]
         # Quantized elements that share a scale stay together.
         self.size = -(-self.size // QUANTIZED) * QUANTIZED
-        self.seed = settings.seed
+        self.settings = settings
         self.t = 0
 
     def update(self, run: Run, update: Update, factor: float, joined: Iterator[Tensor] | None = None) -> None:
@@ -51,7 +51,7 @@ class StoredBlocks(Blocks):
         return [twin.load(parts, self.compute_dtype) for twin, parts in zip(self.twins, block.roles)]
 
     def store(self, block: Block, values: list[Tensor]) -> None:
-        draw = Draw(self.seed, self.t, block.first_draw)
+        draw = Draw(self.settings.seed, self.t, block.first_draw)
         for role, (twin, parts, x) in enumerate(zip(self.twins, block.roles, values)):
             twin.store(parts, x, draw, role)
 

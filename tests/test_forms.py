@@ -292,6 +292,22 @@ def test_a_seed_waits_for_something_random(later, backend, device):
     assert not torch.equal(found[1], found[3])
 
 
+def test_a_seed_set_in_mid_training_counts_from_the_next_step_on(backend, device):
+    found = []
+    for seed in (0, 5):
+        p = torch.nn.Parameter(torch.ones(4096, dtype=torch.bfloat16, device=device))
+        optimizer = fusedopt.SGD([p], lr=1e-3, master="stochastic", backend=backend)
+        for step in range(3):
+            if step == 1:
+                found.append(p.detach().clone())
+                optimizer.seed = seed
+            p.grad = torch.ones_like(p)
+            optimizer.step()
+        found.append(p.detach().clone())
+    assert torch.equal(found[0], found[2])
+    assert not torch.equal(found[1], found[3])
+
+
 def test_a_seed_alone_leaves_a_step_to_torch():
     embedding = torch.nn.Embedding(4, 3, sparse=True)
     optimizer = fusedopt.SGD(embedding.parameters(), lr=0.1, seed=5)
