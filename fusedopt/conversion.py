@@ -29,7 +29,7 @@ def state_dict(optimizer: Any, compact: bool, state_dict_of_torch: Callable[[], 
     if compact:
         refuse_distributed(optimizer)
         return state_dict_of_torch()
-    if optimizer.master is None and optimizer.state_dtype is None:
+    if optimizer.master is None and optimizer.state_dtype is None and not _stores(optimizer):
         return state_dict_of_torch()
     # First among the hooks: those of users see the result.
     handle = optimizer.register_state_dict_post_hook(expand, prepend=True)
@@ -37,6 +37,12 @@ def state_dict(optimizer: Any, compact: bool, state_dict_of_torch: Callable[[], 
         return state_dict_of_torch()
     finally:
         handle.remove()
+
+
+def _stores(optimizer: Any) -> bool:
+    """Whether states still are in forms of their own: until the next step, where the settings have changed."""
+    entries = ((optimizer.rule(group), optimizer.state.get(p)) for _, group, p in numbered(optimizer))
+    return any(entry and _is_stored(rule.keys, entry) for rule, entry in entries)
 
 
 def expand(optimizer: Any, state_dict: dict[str, Any]) -> dict[str, Any]:

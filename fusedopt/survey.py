@@ -88,7 +88,7 @@ def survey(
     if len(set(map(id, active))) != len(active):
         raise NotFusable("a parameter that is listed twice", "list it once")
     adaptive, states = optimizer._settings.adaptive_grad_clip is not None, optimizer.state
-    position, eights = -1, 0
+    position, eights = -1, optimizer._first_draw
     for number, (group, rule) in enumerate(zip(optimizer.param_groups, rules)):
         capturable = optimizer.is_capturable(group)
         adoption = adoption_key(rule, optimizer._settings, capturable)
@@ -104,12 +104,13 @@ def survey(
             here = position, number, owner
             state, place = states.get(owner, {}), places.get(owner)
             spread = None if p is owner else reduction.spread(owner)
-            kind = type(p), p.device, type(g), g.device, g.dtype, g.layout, spread, *traits(owner, rule, state)
+            piece = hasattr(owner, "_fsdp_flattened")
+            kind = type(p), p.device, type(g), g.device, g.dtype, g.layout, spread, piece, *traits(owner, rule, state)
             if kind not in kinds:
                 _look_at_kind(p, g, group, Where(*here))
             if g.shape != p.shape:
                 raise RuntimeError(f"the gradient of {Where(*here)} has shape {tuple(g.shape)}")
-            if adaptive and (spread or hasattr(owner, "_fsdp_flattened")):
+            if adaptive and (spread or piece):
                 refuse_shards(owner, Where(*here))
             settled = place is not None and place.is_settled(p, state, adoption)
             if state and not settled:
@@ -121,7 +122,7 @@ def survey(
                     choices[p.device] = backend_of(optimizer, p.device)
                 if capturable and choices[p.device].name == "torch":
                     _refuse_capture(group, choices[p.device], where)
-                if hasattr(owner, "_fsdp_flattened"):
+                if piece:
                     _refuse_means(optimizer, group, where)
                 scalars = _scalars(optimizer, rule, group, state, read, where)
                 dtypes = tuple(scalar.dtype for scalar in scalars)

@@ -232,6 +232,18 @@ def test_no_launch_where_nobody_needs_it(device, needs_triton):
     assert made._engine.executors[0].chunks is None
 
 
+@pytest.mark.parametrize("position", [0, 1])
+def test_pieces_of_a_flat_parameter_are_refused_wherever_they_stand(position):
+    """Also beside whole parameters of the same kind (FullyShardedDataParallel's ignored ones)."""
+    params = [torch.nn.Parameter(torch.ones(5)) for _ in range(2)]
+    params[position]._fsdp_flattened = True
+    fused = fusedopt.AdamW(params, cautious=True)
+    for p in params:
+        p.grad = torch.ones_like(p)
+    with pytest.raises(RuntimeError, match=rf"cautious of AdamW needs a mean .* parameter {position} \(group 0"):
+        fused.step()
+
+
 def test_wrong_values():
     for value in (1, "yes", None):
         with pytest.raises(TypeError, match="cautious must be True or False"):

@@ -188,6 +188,19 @@ def test_settings_changed_in_mid_training():
             assert error <= (2 / 254 + 2 * 2**-9) * before[k][key].double().abs().max()
 
 
+@every_form
+def test_state_dict_behind_settings_that_were_taken_back(master, state_dtype):
+    """Until the next step states are as they were stored; what is shown are their values, as before."""
+    params, optimizer = made(master=master, state_dtype=state_dtype)
+    run(params, optimizer, 2)
+    before = optimizer.state_dict()["state"]
+    optimizer.master = optimizer.state_dtype = None
+    shown = optimizer.state_dict()["state"]
+    for k in range(len(params)):
+        assert shown[k].keys() == before[k].keys()
+        assert all(torch.equal(x, shown[k][key]) for key, x in before[k].items())
+
+
 WRONG_ENTRIES = {
     "signed roots": ("exp_avg_sq", lambda x: x.view(torch.int8), "'exp_avg_sq' has dtype torch.int8.* torch.uint8"),
     "unsigned averages": ("exp_avg", lambda x: x.view(torch.uint8), "'exp_avg' has dtype torch.uint8.* torch.int8"),
