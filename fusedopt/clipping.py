@@ -44,7 +44,7 @@ class Verdict(NamedTuple):
         """Whether the step is skipped, as GradScaler.update() takes it: a new float32 scalar."""
         if self.device is not None:
             return self.device[2].to(device, torch.float32, copy=True)
-        return torch.full((), float(self.skip), device=device)
+        return torch.full((), float(self.skip), dtype=torch.float32, device=device)
 
     def or_skip(self, found_inf: Tensor) -> Verdict:
         """The same, but skipping the step also if ``found_inf`` is not 0."""

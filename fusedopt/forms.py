@@ -153,7 +153,7 @@ def scaled(parts):
 
 def quantized(x, steps, scales):
     """Each block's x / scale, rounded; stores the scales."""
-    blocks = torch.zeros(len(scales), QUANTIZED, device=x.device)
+    blocks = torch.zeros(len(scales), QUANTIZED, dtype=torch.float32, device=x.device)
     blocks.view(-1)[: x.numel()] = x
     # Not below the smallest normal number, whose reciprocal is finite.
     scale = (blocks.abs().amax(1) * (1.0 / steps)).clamp_(min=2.0**-126)

@@ -35,6 +35,9 @@ class Formula:
     counts_steps = True
     """Whether torch keeps ``state[p]["step"]``."""
 
+    _first_draw = 0
+    """The number of the first parameter's first eight elements, for random bits: see ``buckets.Member``."""
+
     settings_class = Settings
     """What the class takes besides torch's arguments."""
 

@@ -44,7 +44,7 @@ def _setting(name: str) -> property:
         setattr(self._settings, name, value)
         try:
             self._check_settings()
-        except ValueError:  # a group's options contradict it
+        except Exception:  # a group's options contradict it
             setattr(self._settings, name, before)
             raise
 

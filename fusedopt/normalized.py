@@ -16,7 +16,7 @@ from .rule import FOREVER
 KEEP = 1 - 2.0**-53
 """A beta with which an average stays what it was: 1 in float32, and at most an ulp of the gradient is added."""
 
-LONG_AGO = torch.tensor(-(2.0**53), device="cpu")
+LONG_AGO = torch.tensor(-(2.0**53), dtype=torch.float32, device="cpu")
 """A step count at which the bias correction of a beta above 1 is 1, and that of KEEP what ``KEPT`` is."""
 
 KEPT = 1 - KEEP ** LONG_AGO.item()

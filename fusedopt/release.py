@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import ChainMap
 from collections.abc import Callable, Iterable, Iterator, MutableMapping
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -71,7 +72,10 @@ def enable_gradient_release(model: torch.nn.Module, optimizer: FusedOptimizer) -
     found = [(group, p) for group in optimizer.param_groups for p in group["params"] if p in own and p.requires_grad]
     if not found:
         raise ValueError("the optimizer has none of the model's parameters that need gradients")
-    hooks = [p.register_post_accumulate_grad_hook(_stepper(optimizer, group, p)) for group, p in found]
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    draws = dict(zip(params, accumulate((-(-p.numel() // 8) for p in params), initial=0)))
+    singles = [(p, Single(optimizer, group, p, draws[p])) for group, p in found]
+    hooks = [p.register_post_accumulate_grad_hook(_stepper(optimizer, p, single)) for p, single in singles]
     hooks.append(model.register_forward_pre_hook(_refuse_late_wrappers))
     optimizer._engine.released = True
     optimizer._engine.forget()
@@ -79,10 +83,15 @@ def enable_gradient_release(model: torch.nn.Module, optimizer: FusedOptimizer) -
     return GradientRelease(optimizer, hooks)
 
 
-def _stepper(optimizer: FusedOptimizer, group: dict[str, Any], p: Tensor) -> Callable[[Tensor], None]:
-    single, engine = Single(optimizer, group, p), Engine()
+def _stepper(optimizer: FusedOptimizer, p: Tensor, single: Single) -> Callable[[Tensor], None]:
+    engine = Engine()
 
     def step(param: Tensor) -> None:
+        if optimizer._engine.averaged:
+            raise RuntimeError(
+                "backward() inside `with optimizer.ema_parameters()`, where parameters hold their averages: gradient "
+                "release would update these"
+            )
         _refuse_settings(optimizer)
         _refuse_parts([p], single)
         try:
@@ -141,8 +150,9 @@ class Single:
     step_of_torch = None
     """That would be a step of all parameters."""
 
-    def __init__(self, optimizer: FusedOptimizer, group: dict[str, Any], p: Tensor):
+    def __init__(self, optimizer: FusedOptimizer, group: dict[str, Any], p: Tensor, first_draw: int):
         self.optimizer = optimizer
+        self._first_draw = first_draw
         # A view of the group, where schedulers write.
         self.param_groups = [ChainMap({"params": [p]}, group)]
         self.state = SingleEntry(lambda: optimizer.state, p)

@@ -94,13 +94,13 @@ EVERY_DTYPE = frozenset((torch.float32, torch.float64, torch.bfloat16, torch.flo
 """Of parameters, for kernels that are right in 16 bits too: like torch's fused Adam they compute in float32, and round
 each result once."""
 
-FOREVER = torch.tensor(2.0**100, device="cpu")
+FOREVER = torch.tensor(2.0**100, dtype=torch.float32, device="cpu")
 """A step count at which Adam's bias corrections are 1 for every beta below 1."""
 
 
 def step_tensors(t: int, params: Sequence[Tensor]) -> list[Tensor]:
     """The step count as torch's fused kernels take it: one per parameter, here the same for all."""
-    return [torch.full((), float(t), device="cpu")] * len(params)
+    return [torch.full((), float(t), dtype=torch.float32, device="cpu")] * len(params)
 
 
 class Stage(NamedTuple):

@@ -148,6 +148,19 @@ def test_what_a_class_forgot_is_named(my_lion):
         Forgot([p], {"lr": 0.1}).step()
 
 
+def test_a_setting_that_the_rule_refuses_is_not_kept(my_lion):
+    class Plain(my_lion.MyLion, register=False):
+        def rule(self, group):
+            if self.cautious:
+                raise TypeError("never cautious")
+            return super().rule(group)
+
+    optimizer = Plain([torch.nn.Parameter(torch.ones(3))], lr=1e-3)
+    with pytest.raises(TypeError, match="never cautious"):
+        optimizer.cautious = True
+    assert not optimizer.cautious
+
+
 def test_registered_only_if_asked(my_lion):
     assert "MyLion" not in fusedopt.registry
 

@@ -113,6 +113,34 @@ def test_checkpoints(device):
     close(net.parameters(), other.parameters(), 1e-12)
 
 
+def test_random_bits_are_those_of_a_step(device):
+    """Each parameter has bits of its own."""
+    found = []
+    for releases in (False, True):
+        net = Net().to(device, torch.bfloat16)
+        optimizer = fusedopt.AdamW(groups_of(net), lr=1e-4, master="stochastic", state_dtype=torch.bfloat16)
+        if releases:
+            fusedopt.enable_gradient_release(net, optimizer)
+        x = torch.linspace(-1, 1, 15, device=device).view(3, 5).bfloat16()
+        for _ in range(3):
+            optimizer.zero_grad()
+            net(x, False).square().sum().backward()
+            optimizer.step()
+        found.append([*net.parameters(), *(optimizer.state[p]["exp_avg_sq"] for p in (net.a.weight, net.c.bias))])
+    assert all(map(torch.equal, *found))
+
+
+def test_averages_are_not_trained(device):
+    (net, _), optimizer, _ = pair_of("AdamW", device, ema_decay=0.9)
+    fusedopt.enable_gradient_release(net, optimizer)
+    train(net, optimizer, 0)
+    before = snapshot(optimizer)
+    with pytest.raises(RuntimeError, match="where parameters hold their averages"), optimizer.ema_parameters():
+        loss_of(net, 1).backward()
+    optimizer.zero_grad()
+    assert_same(before, snapshot(optimizer))
+
+
 @pytest.mark.parametrize("settings", [{"max_grad_norm": 1.0}, {"skip_nonfinite": True}], ids=str)
 def test_settings_that_need_all_gradients(settings, device):
     (net, _), optimizer, _ = pair_of("Adam", device)

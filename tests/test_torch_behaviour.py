@@ -57,6 +57,32 @@ def test_mixed_dtypes_in_one_optimizer(name, backend, device):
         assert all(value.dtype is p.dtype for key, value in states[k].items() if value.dim() and key != "step")
 
 
+@pytest.fixture
+def default_dtype():
+    before = torch.get_default_dtype()
+    yield torch.set_default_dtype
+    torch.set_default_dtype(before)
+
+
+@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("settings", [{"amsgrad": True}, {"state_dtype": "8bit"}], ids=str)
+def test_default_dtype_changes_no_bit(settings, default, default_dtype):
+    """Not of step counts, of which bfloat16 would round the 301st, nor of scales."""
+    found = []
+    for dtype in (torch.float32, default):
+        p = torch.nn.Parameter(torch.linspace(-1, 1, 5000, dtype=torch.float32))
+        optimizer = fusedopt.Adam([p], betas=(0.999, 0.9999), **settings)
+        p.grad = p.detach() + 0.1
+        optimizer.step()
+        optimizer.state[p]["step"].fill_(300)
+        default_dtype(dtype)
+        for _ in range(3):
+            optimizer.step()
+        found.append([p.detach(), *optimizer.state[p].values()])
+        default_dtype(torch.float32)
+    assert all(map(torch.equal, *found))
+
+
 def accepted(name):
     return oracle_class(name)(model("tiny")).defaults
 
