@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from . import setting_checks
 from .upload import capturing
 
 
@@ -65,8 +66,7 @@ def backend(device: str | torch.device | None = None, requested: str | None = No
         ValueError: for another word.
         RuntimeError: if "triton" is requested and cannot run there; the message says why.
     """
-    if requested not in (None, "torch", "triton"):
-        raise ValueError(f"Invalid backend: {requested!r}; choose one of 'torch', 'triton' or None")
+    setting_checks.backend("backend", requested)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if requested == "torch":
         return Backend("torch", "requested")

@@ -129,15 +129,15 @@ class Engine(Planner):
         terms = clipping.terms(optimizer, self.scaling)
         waiting = self.executors
         is_deferred = self.deferred is not None and self.deferred.is_of(grads)
-        at_once = None
+        verdict = None
         may_launch_once = self.prefers_one_launch or optimizer._settings.launches == 1
         if may_launch_once and self._takes_one_launch(optimizer, terms, is_deferred):
-            at_once = self.executors[0].step_at_once(update, terms, self.skips)
-        if at_once is None and not self.began:
+            verdict = self.executors[0].step_cooperatively(update, terms, self.skips)
+        if verdict is None and not self.began:
             judged = self.deferred.verdict if is_deferred else None
             compile_ahead(self.executors, update, judged, terms, self.skips, self.plan.reduction)
-        if at_once is not None:
-            self.verdict, waiting = at_once, []
+        if verdict is not None:
+            self.verdict, waiting = verdict, []
         elif is_deferred:
             self.verdict = self.deferred.verdict_of_step(terms, self.scaling)
             if self.judge is clipping.judge:

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 
-BACKENDS = ("torch", "triton")
 MASTERS = ("stochastic", "kahan", "split", "split8", "fp32")
 
 
@@ -61,30 +60,6 @@ def limits(name: str, value: Any) -> Any:
     return None if low is None and high is None else (low, high)
 
 
-def launches(name: str, value: Any) -> str | int:
-    if isinstance(value, bool) or value not in ("auto", 1, 2):
-        raise ValueError(f"Invalid {name}: {value!r}; choose 'auto', 1 or 2")
-    return value
-
-
-def backend(name: str, value: Any) -> str | None:
-    if value is not None and value not in BACKENDS:
-        raise ValueError(f"Invalid {name}: {value!r}; choose one of {', '.join(map(repr, BACKENDS))} or None")
-    return value
-
-
-def master(name: str, value: Any) -> str | None:
-    if value is not None and value not in MASTERS:
-        raise ValueError(f"Invalid {name}: {value!r}; choose one of {', '.join(map(repr, MASTERS))} or None")
-    return value
-
-
-def track(name: str, value: Any) -> str | None:
-    if value not in (None, "total", "parameters"):
-        raise ValueError(f"Invalid {name}: {value!r}; choose 'total', 'parameters' or None")
-    return value
-
-
 def state_dtype(name: str, value: Any) -> Any:
     if value in ("float32", "bfloat16"):
         return getattr(torch, value)
@@ -114,15 +89,19 @@ def flat_grads(name: str, value: Any) -> bool | str:
     return value
 
 
-def one_of(*choices: str) -> Callable[[str, Any], str]:
-    """The check of a setting that is one of these words."""
+def one_of(*choices: str | int | None) -> Callable[[str, Any], Any]:
+    """The check of a setting that is one of these."""
+    *others, last = map(repr, choices)
 
-    def check(name: str, value: Any) -> str:
-        if value not in choices:
-            raise ValueError(f"Invalid {name}: {value!r}; choose one of {', '.join(map(repr, choices))}")
+    def check(name: str, value: Any) -> Any:
+        if isinstance(value, bool) or value not in choices:  # True is equal to 1
+            raise ValueError(f"Invalid {name}: {value!r}; choose {', '.join(others)} or {last}")
         return value
 
     return check
+
+
+backend = one_of("torch", "triton", None)
 
 
 def group(name: str, value: Any) -> Any:

@@ -17,7 +17,7 @@ from collections.abc import Callable, Collection
 from typing import Any
 
 from . import setting_checks
-from .setting_checks import flag, one_of
+from .setting_checks import MASTERS, flag, one_of
 
 CLIP = (1e-6, 1.0)
 """epsilon and the largest factor of g <- g min(largest, S / (norm + epsilon)), as torch.nn.utils.clip_grad_norm_ has
@@ -88,13 +88,13 @@ class Settings:
     )
     track: str | None = setting(
         None,
-        setting_checks.track,
+        one_of("total", "parameters", None),
         """("total" | "parameters" | None): keep the norms of gradient, update and parameter of the latest step for
         ``metrics``, of all parameters together or of each; taken while the update has the numbers at hand.""",
     )
     launches: str | int = setting(
         "auto",
-        setting_checks.launches,
+        one_of("auto", 1, 2),
         """("auto" | 1 | 2): on a GPU, clip and update by a launch each (2), or by one cooperative launch (1), which
         needs a single device, dtype and rule; "auto" is 2 until a measurement on that GPU speaks for 1.""",
     )
@@ -115,7 +115,7 @@ class Settings:
     )
     master: str | None = setting(
         None,
-        setting_checks.master,
+        one_of(*MASTERS, None),
         """("stochastic" | "kahan" | "split" | "split8" | "fp32" | None): how bfloat16 and float16 parameters keep
         what rounding would take from them. None rounds to the nearest; "stochastic" up or down at random, right in
         the mean; "kahan" remembers what was rounded off in the parameter's dtype; "split" (bfloat16) the lower 16

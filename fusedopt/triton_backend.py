@@ -27,8 +27,8 @@ from .rule import Rule, Update
 from .settings import Settings
 from .skips import Skips
 from .triton_ahead import compile_ahead
-from .triton_at_once import AtOnce
 from .triton_columns import Columns
+from .triton_cooperative import Cooperative
 from .triton_norm import Norm, judge, scaler_argument
 from .triton_rows import Chains, Rows
 from .triton_tables import TYPES, Tables
@@ -73,7 +73,7 @@ class Executor:
         if settings.adaptive_grad_clip is not None:
             self.units = Limits(self.params, self.compute_dtype, self.tables, self.launch)
         self.tally = Tally([m.position for m in members], self.tables, bucket.device)
-        self.at_once = AtOnce()
+        self.cooperative = Cooperative()
 
     def take(self, grads: Sequence[Tensor | None], as_planned: bool, owes_zeros: bool) -> None:
         """Take this step's gradients, in their parameters' layout, and tell the device where they are. ``as_planned``:
@@ -188,11 +188,11 @@ class Executor:
             LANES=self.tables.tuning.block // self.tables.vector, **shared,
         )  # fmt: skip
 
-    def step_at_once(self, update: Callable[..., Update], terms: Terms, skips: Skips) -> Verdict | None:
+    def step_cooperatively(self, update: Callable[..., Update], terms: Terms, skips: Skips) -> Verdict | None:
         """Launch norm, verdict and update as one cooperative kernel. None if there is nothing to update, where the
         verdict is one launch by itself, or if the driver refuses, which it will do at every step; RuntimeError if
         nothing else will do."""
-        return self.at_once.step(self, update, terms, skips) if self.tables.tiles.count else None
+        return self.cooperative.step(self, update, terms, skips) if self.tables.tiles.count else None
 
     def advance(self, optimizer: Any, verdict: Verdict) -> None:
         """Let the device count the step, unless the verdict skips it: after ``step``, for what is capturable."""
@@ -204,12 +204,12 @@ class Executor:
         return (0, 1) if self.bucket.capturable else (skips.known, skips.variants)
 
     def problem_with_one_launch(self, optimizer: Any) -> str | None:
-        """Why ``step_at_once`` cannot be used, or None."""
+        """Why ``step_cooperatively`` cannot be used, or None."""
         if self.needs_means is None:
             self.needs_means = bool(stages_of(optimizer.first_update(self.bucket.cohorts[0].group)))
         if self.needs_means:
             return "cautious=True, or another setting that needs means over tensors, takes a launch between"
-        return self.at_once.refusal
+        return self.cooperative.refusal
 
     @property
     def prefers_one_launch(self) -> bool:

@@ -251,7 +251,7 @@ def test_a_state_dtype_needs_states(state_dtype):
 
 
 def test_backends_that_there_are():
-    with pytest.raises(ValueError, match="Invalid backend: 'jax'; choose one of 'torch', 'triton' or None"):
+    with pytest.raises(ValueError, match="Invalid backend: 'jax'; choose 'torch', 'triton' or None"):
         fusedopt.backend("cpu", "jax")
 
 

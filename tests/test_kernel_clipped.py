@@ -52,7 +52,7 @@ def assert_same_steps(one, two, device, sizes=SIZES, dtype=torch.float32, bad=()
         for got, wanted in zip(results(one), results(two)):
             assert all(map(same_bits, got, wanted))
     assert one.skipped_steps == two.skipped_steps == len(bad)
-    assert one._engine.executors[0].at_once.programs and not two._engine.executors[0].at_once.programs
+    assert one._engine.executors[0].cooperative.programs and not two._engine.executors[0].cooperative.programs
 
 
 @pytest.mark.parametrize("settings", SETTINGS)
@@ -99,7 +99,7 @@ def test_without_a_verdict_the_update_alone_is_one_launch(device):
     made = optimizer("adam", parameters(SIZES, device), launches=1)
     set_gradients(made.param_groups[0]["params"], tensors(SIZES, device))
     made.step()
-    assert not made._engine.executors[0].at_once.programs
+    assert not made._engine.executors[0].cooperative.programs
 
 
 REFUSED = {

@@ -18,7 +18,7 @@ REFUSALS = "cooperative", "not supported"
 """What drivers say of a cooperative launch that they cannot make; nothing has been launched then."""
 
 
-class AtOnce:
+class Cooperative:
     """What one bucket's cooperative launches are known to need."""
 
     def __init__(self) -> None:
