@@ -90,11 +90,7 @@ class Reduction:
         """
         found = squares.new_zeros(1) if found_inf is None else found_inf.to(squares, non_blocking=True).reshape(1)
         sums = torch.cat([squares, found])
-        for group, members in self.stages:
-            part = sums if members is None else sums[members]
-            dist.all_reduce(part, group=group)
-            if members is not None:
-                sums[members] = part
+        add_over_ranks(sums, self.stages)
         total = torch.stack([sums[:-1].sum(), sums[-1]])
         for group in self.clip_groups:
             dist.all_reduce(total, group=group)
@@ -144,11 +140,7 @@ class MeansOverRanks:
         for executor in spread:
             shares = executor.shares_of_means(*step)
             sums[self._rows_of(executor), : shares.shape[1]] = shares.to(self.device, non_blocking=True)
-        for group, members in self.stages:
-            part = sums if members is None else sums[members]
-            dist.all_reduce(part, group=group)
-            if members is not None:
-                sums[members] = part
+        add_over_ranks(sums, self.stages)
         return {id(e): sums[self._rows_of(e)].to(e.bucket.device, non_blocking=True) for e in spread}
 
     def _rows_of(self, executor: Any) -> Tensor:
@@ -156,6 +148,16 @@ class MeansOverRanks:
             rows = [self.rows[id(m.owner)] for m in executor.ordered]
             self.known[id(executor)] = torch.tensor(rows, device=self.device)
         return self.known[id(executor)]
+
+
+def add_over_ranks(sums: Tensor, stages: Iterable[tuple[Any, Tensor | None]]) -> None:
+    """Add sums of this rank up over process groups, one group after the other, in place. ``stages``: each group, and
+    which rows of ``sums`` it adds up, None for all."""
+    for group, members in stages:
+        part = sums if members is None else sums[members]
+        dist.all_reduce(part, group=group)
+        if members is not None:
+            sums[members] = part
 
 
 def warn_of_replaced_parameters() -> None:

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .distributed import Reduction
+from .distributed import Reduction, add_over_ranks
 from .shards import is_distributed, local
 
 SUMS = 3
@@ -92,10 +92,7 @@ class Tracker:
 
     def _over_ranks(self, here: Tensor) -> tuple[Tensor, Tensor]:
         found = here.to(self.reduction.device)
-        for group, members in self.stages:
-            part = found.index_select(0, members)
-            dist.all_reduce(part, group=group)
-            found.index_copy_(0, members, part)
+        add_over_ranks(found, self.stages)
         total = found.sum(0)
         # Of other ranks' parameters only the total concerns this one.
         for group in self.reduction.clip_groups:

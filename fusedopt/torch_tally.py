@@ -42,11 +42,12 @@ class Tally:
             self.squares[:, 0] /= loss_scale.to(self.squares).square()
         self.place = 0
 
-    def add(self, before: Tensor, after: Tensor) -> None:
-        """The next block of a parameter, before and after its update."""
+    def add(self, before: Tensor | None, after: Tensor) -> None:
+        """The next block of a parameter, before and after its update; without one, nothing before."""
         cut = self.cuts[self.place]
         self.place += 1
-        self._add(1, cut, after - before)
+        if before is not None:
+            self._add(1, cut, after - before)
         self._add(2, cut, after)
 
     def copies(self, run: Any) -> list[Tensor]:
@@ -62,7 +63,7 @@ class Tally:
         for run in self.runs:
             blocks = (load(tensors)[0] for parts in run.blocks for tensors in parts)
             for block in blocks if run.blocks else self._split(run.params):
-                self.add(block, block)
+                self.add(None, block)
 
     def _split(self, tensors: Iterable[Tensor]) -> Iterator[Tensor]:
         return (block for x in tensors for block in memory_order(x).split(self.block))

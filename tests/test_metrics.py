@@ -110,6 +110,15 @@ def test_large_tensors(backend, settings, tiles, device, monkeypatch):
         assert_norms(made.metrics, expected, 1e-6, 1e-7)
 
 
+def test_a_skipped_step_changes_nothing_where_parameters_are_infinite(backend, device):
+    p = torch.nn.Parameter(torch.tensor([1.0, float("inf")], device=device))
+    made = fusedopt.Adam([p], track="total", skip_nonfinite=True, backend=backend)
+    p.grad = torch.full_like(p, float("nan"))
+    made.step()
+    assert made.metrics.update_norm == 0
+    assert made.metrics.param_norm == float("inf")
+
+
 @interpreter_noise
 @pytest.mark.parametrize("bad_steps", [(0, 2), (1,)], ids=str)
 @variants
