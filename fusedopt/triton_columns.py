@@ -106,7 +106,7 @@ class Columns:
 
     def _frozen(self, one: Class) -> FrozenClass:
         """What the graph that is being captured holds of a class: the host's memory, latest in its tables."""
-        is_live = "lr" not in one.groups[0] or is_column(self._option(one.groups[0]["lr"]))
+        is_live = "lr" not in one.groups[0] or self._is_here(one.groups[0]["lr"])
         rates = None if is_live else one.rates.frozen[-1][1]
         return FrozenClass.of(one.groups, self.options.aside, rates, one.constants.frozen[-1][1])
 
@@ -145,7 +145,7 @@ class Columns:
         """Find the classes, if others have the same options now."""
         groups = self.options.groups
         first: dict[tuple, int] = {}
-        kinds = zip(self.options.first_alike(), (isinstance(group.get("lr"), Tensor) for group in groups))
+        kinds = zip(self.options.first_alike(), (self._is_here(group.get("lr")) for group in groups))
         alike = [first.setdefault(kind, k) for k, kind in enumerate(kinds)]
         if alike == self.alike:
             return
@@ -191,14 +191,15 @@ class Columns:
         return one.rates.device_copy.index_select(0, one.of_groups)
 
     def _option(self, value: Any) -> Any:
-        """An option for formulas: a tensor on the device as a column, one on the host as a number."""
+        """An option for formulas: a tensor on the device as a column, one elsewhere as a number."""
         if isinstance(value, (tuple, list)):
             return type(value)(map(self._option, value))
         if not isinstance(value, Tensor):
             return value
-        if value.device != self.bucket.device:
-            return float(value)
-        return value.detach().double().reshape(1, 1)
+        return value.detach().double().reshape(1, 1) if self._is_here(value) else float(value)
+
+    def _is_here(self, value: Any) -> bool:
+        return isinstance(value, Tensor) and value.device == self.bucket.device
 
     def _block(self, one: Class, values: list[Any]) -> Tensor:
         """Rows of these values, some of which are columns."""

@@ -174,6 +174,24 @@ def test_groups_that_are_alike_do_not_lie_side_by_side(tensors, device, no_launc
         torch.testing.assert_close(found[1][position], row, rtol=1e-12, atol=0)
 
 
+class Elsewhere(torch.Tensor):
+    """A tensor on another device than the parameters, for whoever asks."""
+
+    device = torch.device("meta")
+
+
+def test_rates_that_are_tensors_on_several_devices(device, no_launches):
+    """One is read by the step itself, the other one is a number."""
+    params = [torch.nn.Parameter(torch.ones(3, dtype=torch.float64, device=device)) for _ in range(2)]
+    rates = torch.tensor(0.1, dtype=torch.float64, device=device), Elsewhere(torch.tensor(0.2, dtype=torch.float64))
+    opt = fusedopt.RAdam(
+        [{"params": [p], "lr": rate} for p, rate in zip(params, rates)], capturable=True, backend="triton"
+    )
+    give_gradients(params, 0)
+    opt.step()
+    assert [row[0].item() for row in rows_by_parameter(opt).values()] == [0.1, 0.2]
+
+
 def test_groups_with_rates_of_their_own_cost_no_operations_of_their_own(device, no_launches):
     def operations(count, rate):
         params = [torch.nn.Parameter(torch.ones(3, device=device)) for _ in range(count)]
