@@ -114,7 +114,7 @@ class Terms(NamedTuple):
 
 
 NONE = Terms()
-"""Of a step that takes its gradients as they are."""
+"""The terms of a step that takes its gradients as they are."""
 
 
 def terms(optimizer: Any, scaling: Scaling | None) -> Terms:

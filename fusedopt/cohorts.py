@@ -80,13 +80,13 @@ class StepNumbers:
         self.last = () if decay is None else (1 - decay,)
 
     def __call__(self, cohort: Cohort, skipped: int = 0) -> Update:
-        """All of them, if ``skipped`` more steps were skipped than the host knows."""
+        """All numbers of a cohort, if ``skipped`` more steps were skipped than the host knows of."""
         scalars = cohort.earlier if skipped else cohort.scalars
         update = self.optimizer.update(cohort.group, cohort.t + (1 - skipped), *scalars)
         return update._replace(averages=(*update.averages, *self.last)) if self.last else update
 
 
-class Slots:
+class StoredScalars:
     """Where the scalars of a bucket's parameters stand in their states."""
 
     def __init__(self, rule: Rule, cohorts: Sequence[Cohort]):

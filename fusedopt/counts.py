@@ -11,7 +11,7 @@ from .flat import Space
 
 
 class Counts:
-    """Those of some spaces, and what they were after the latest step: somebody may have written to them since.
+    """The counts of some spaces, and what they were after the latest step: somebody may have written to them since.
 
     Small as they are, NumPy looks at them and moves them in a third of the time that torch takes.
 

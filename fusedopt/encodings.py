@@ -114,7 +114,7 @@ def converted(
 def beginning(
     role: str, form: Form, p: Tensor, strides: tuple[int, ...], initial: Callable[[], float]
 ) -> list[Tensor | float]:
-    """The same for a role that is not there."""
+    """What the parts of a role that is not there have to hold to begin with."""
     if begins_alike(role, form):
         return [initial()]
     if role == "":

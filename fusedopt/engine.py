@@ -156,7 +156,7 @@ class Engine(Planner):
 
     def _count(self, optimizer: Any, captures: bool) -> None:
         """Count the step that was taken, as far as the host knows."""
-        if self.verdict.device is not None and self.plan.slots:
+        if self.verdict.device is not None and self.plan.scalars:
             # What the latest step makes of the scalars depends on whether the one before it was skipped.
             self.hear(optimizer, wait=True)
         self.plan.advance(optimizer, 1)

@@ -21,8 +21,8 @@ def make_executor(bucket: Bucket, settings: Settings) -> Any:
 
 
 def judge_of(executors: list[Any]) -> Callable[..., clipping.Verdict]:
-    """What judges the gradients of these, with ``clipping.judge``'s arguments: the one device that holds them all by
-    itself, or the host."""
+    """The function that judges the gradients of these executors, with ``clipping.judge``'s arguments: on the one GPU
+    that holds all of them, or else on the host."""
     devices = {(executor.bucket.backend.name, executor.bucket.device) for executor in executors}
     if len(devices) == 1 and executors[0].bucket.backend.name == "triton":
         return executors[0].judge
@@ -36,14 +36,14 @@ def compile_ahead(executors: list[Any], *step: Any) -> None:
 
 
 def prefer_one_launch(executors: list[Any]) -> bool:
-    """Whether the table of the GPU says so."""
+    """Whether the tuning table of the GPU says that one launch for norm and update is faster."""
     return any(executor.bucket.backend.name == "triton" and executor.prefers_one_launch for executor in executors)
 
 
 def problem_with_one_launch(
     optimizer: Any, executors: list[Any], terms: clipping.Terms, reduction: Reduction, is_deferred: bool
 ) -> str | None:
-    """Why norm and update of these cannot run as one launch, or None."""
+    """Why norm and update of these executors cannot run as one launch, or None."""
     bucket = executors[0].bucket
     if bucket.backend.name != "triton":
         return f"the backend is {bucket.backend} ({bucket.backend.reason})"

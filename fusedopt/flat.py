@@ -75,12 +75,12 @@ class Space:
         self.numbers: dict[str, Tensor] = {}
         """What is one number per tensor: step counts and their like."""
         self.arrays: dict[str, np.ndarray] = {}
-        """The bytes of these, where they are on the host."""
+        """The bytes of ``numbers``, where these are on the host."""
         self.copies: dict[tuple[str, torch.dtype], Tensor] = {}
         self.copies_apart: dict[tuple[str, torch.dtype], list[Tensor]] = {}
-        """The tensors in these."""
+        """The single tensors in ``copies``."""
         self.unclaimed: dict[str, list[Tensor | None]] = {}
-        """By role and index: made all at once, which is faster, for those who claim them."""
+        """By role and index: views made all at once, which is faster, until somebody claims them."""
 
     def allocate(self, role: str, dtype: torch.dtype, per: int = 1) -> None:
         """A buffer with one number ``per`` so many elements."""

@@ -22,7 +22,8 @@ class Layouts:
 
 
 class Among:
-    """The same for some of those tensors. ``stand_ins``, laid out as they are, take the others' places."""
+    """The layouts of some of those tensors, compared in the same pass: ``stand_ins``, laid out alike, take the
+    places of the others."""
 
     def __init__(self, layouts: Layouts, stand_ins: Sequence[Tensor], present: Sequence[bool]):
         self.layouts = layouts

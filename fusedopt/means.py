@@ -1,4 +1,5 @@
-"""Means over each tensor, for stages of the update chain that need one: where the two backends keep them.
+"""Means over each tensor: which stages of the update chain need one, how a kernel divides the work, and the fallback's
+sums.
 
 The terms of which they are means have their twins here, under the names that they have in ``kernels/stages.py``.
 """

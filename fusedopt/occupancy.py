@@ -19,11 +19,11 @@ SHARED_AT_ONCE = 1024
 """Bytes of shared memory: what a program may get more than it asked for."""
 
 PROGRAMS = 16
-"""That many programs a multiprocessor of any generation can hold."""
+"""Programs that a multiprocessor of any generation can hold."""
 
 
 class Multiprocessors(NamedTuple):
-    """Those of a GPU."""
+    """The multiprocessors of a GPU, and what each of them has."""
 
     count: int
     threads: int

@@ -13,11 +13,10 @@ NOT_READ = frozenset(("params", "param_names", "foreach", "fused"))
 """Keys of a group that have no part in any formula."""
 
 RATE = NOT_READ | {"lr"}
-"""The same and the learning rate."""
+"""``NOT_READ`` and the learning rate."""
 
-# What schedulers keep there for themselves.
 ASIDE = RATE | {"initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum", "swa_lr"}
-"""The same and what no formula of the package reads."""
+"""``RATE`` and what schedulers keep there for themselves: no formula of the package reads it."""
 
 
 class Shared(dict):
@@ -40,7 +39,7 @@ class Options:
         self.alike: list[int] = []
 
     def among(self, group: dict[str, Any]) -> dict[str, Any]:
-        """Those of one group, and so of all groups that are alike."""
+        """The options of one group without those aside, which all groups that are alike have in common."""
         kind = Shared if self.aside == ASIDE else dict
         return kind({key: value for key, value in group.items() if key not in self.aside})
 

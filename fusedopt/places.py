@@ -38,7 +38,7 @@ class Place:
     adoption: tuple | None = None
     """The ``adoption_key`` under which the state was adopted; None as long as it was not."""
     keys: Sequence[str] = ()
-    """Of the state that was adopted then."""
+    """The keys of the state that was adopted then."""
 
     @property
     def strides(self) -> tuple[int, ...]:
@@ -102,7 +102,7 @@ class Place:
         self.adoption, self.keys = adoption, keys
 
     def is_settled(self, p: Tensor, state: dict[str, Any], adoption: tuple) -> bool:
-        """Whether nothing of that, of the parameter and of the state has changed since."""
+        """Whether the parameter and its state are as they were when ``settle`` noted the same adoption."""
         if self.adoption != adoption or len(state) != len(self.keys) or not self.is_for(p):
             return False
         values, held = map(state.get, self.keys), list(map(self.views.get, self.keys))

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from . import means
 from .buckets import Bucket, Member, make_bucket
-from .cohorts import Slots
+from .cohorts import StoredScalars
 from .counts import Counts
 from .distributed import MeansOverRanks, Reduction
 from .flat import Space
@@ -38,7 +38,7 @@ get_kind = attrgetter("dtype", "device")
 use_count = torch._C._storage_Use_Count
 
 MANY = 100_000
-"""Objects that have been made since the last search for garbage."""
+"""New objects from which on a search for garbage among them is saved."""
 
 
 @contextlib.contextmanager
@@ -102,7 +102,7 @@ class Plan:
         self.contents = [dict(state) if isinstance(state, dict) else state for state in self.states]
         self.views = [column for bucket in self.buckets for column in _views(optimizer, bucket)]
         self.lasts = math.inf
-        """For how many steps."""
+        """For how many more steps the plan may serve."""
         self._note_buckets()
 
     def _note_buckets(self) -> None:
@@ -110,13 +110,13 @@ class Plan:
         self.may_be_captured = any(b.capturable or b.device.type == "cuda" for b in self.buckets)
         self.counted = [bucket for bucket in self.buckets if not bucket.capturable]
         """Those whose steps the host counts."""
-        self.slots = [Slots(bucket.rule, bucket.cohorts) for bucket in self.counted if bucket.rule.scalars]
+        self.scalars = [StoredScalars(bucket.rule, bucket.cohorts) for bucket in self.counted if bucket.rule.scalars]
         distributed = [m.owner for b in self.buckets if is_distributed(b.members[0].owner) for m in b.members]
         states = (value for *_, views in self.views for value in views if is_distributed(value))
         self.shards = Shards(distributed, states) if distributed else None
 
     def among(self, **found: Any) -> Plan:
-        """The plan for another set of gradients, with the attributes that the set decides, as others ``found`` them."""
+        """The plan for another set of gradients. ``found``: the attributes that depend on the set."""
         plan = copy.copy(self)
         vars(plan).update(found)
         plan.joined_means = None if self.joined_means is None else self.joined_means.for_other_executors()
@@ -160,7 +160,7 @@ class Plan:
         )
 
     def _sizes_hold(self, grads: Sequence[Tensor]) -> bool:
-        """Whether gradients of other strides will do."""
+        """Whether the gradients have the dtypes and sizes that they had, with whatever strides."""
         return list(map(get_dtype, grads)) == self.grad_dtypes and list(map(Tensor.numel, grads)) == self.sizes
 
     def _layouts_hold(self) -> bool:
@@ -202,8 +202,8 @@ class Plan:
                 cohort.t += by
                 if bucket.rule.scalars:
                     cohort.turn(optimizer, forwards=by > 0)
-        for slots in self.slots:
-            slots.write()
+        for stored in self.scalars:
+            stored.write()
         self.counts.advance(by)
 
     def drop_unwritten(self, optimizer: Any) -> None:

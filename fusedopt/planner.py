@@ -38,7 +38,7 @@ class Planner:
         self.executors: list[Any] = []
         """One for each bucket of the plan."""
         self.tracker: Tracker | None = None
-        """For the plan, where ``track`` is set."""
+        """Keeps the norms of the plan's steps, where ``track`` is set."""
         self.distributed = False
         """Whether some parameters are distributed over ranks."""
         self.left: NotFusable | None = None
@@ -143,7 +143,7 @@ class Planner:
         self.plan = self.tracker = None
 
     def follow(self, optimizer: Any, plan: Plan) -> None:
-        """Make what runs the plan."""
+        """Make the executors that run the plan."""
         self.let_go()
         self.executors = [make_executor(bucket, optimizer._settings) for bucket in plan.buckets]
         tracks = optimizer._settings.track is not None
@@ -166,7 +166,7 @@ class Planner:
             self.drop_unwritten(optimizer)
 
     def drop_unwritten(self, optimizer: Any) -> None:
-        """Of states that no step has written yet, where no step count says so."""
+        """Drop the states that no step has written yet, where no step count says so."""
         if not optimizer.counts_steps:
             self.plan.drop_unwritten(optimizer)
             self.plan = None

@@ -35,8 +35,8 @@ class Rule(NamedTuple):
     once; or NotImplemented, with nothing done, if this step's cannot be. Then, and without it, ``fused`` gets float32
     copies of the blocks of parameters in whose dtype it is not right."""
     takes_rates: bool = False
-    """Whether it takes one argument more behind ``scale``, a list of the parameters' learning rates, so that one call
-    serves groups that differ in nothing else."""
+    """Whether ``fused`` takes one argument more behind ``scale``, a list of the parameters' learning rates, so that one
+    call serves groups that differ in nothing else."""
     list_threads: float = 0
     """With up to this many threads one call of ``fused`` serves a whole list of small tensors well. With more,
     torch spends a parallel region on each tensor, and gathering them into one is faster; a kernel that is called
@@ -91,8 +91,8 @@ def root_of_sum(v: Tensor, eps: float, correction: float = 1.0) -> Tensor:
 
 
 EVERY_DTYPE = frozenset((torch.float32, torch.float64, torch.bfloat16, torch.float16))
-"""Of parameters, for kernels that are right in 16 bits too: like torch's fused Adam they compute in float32, and round
-each result once."""
+"""The parameter dtypes of kernels that are right in 16 bits too: like torch's fused Adam they compute in float32, and
+round each result once."""
 
 FOREVER = torch.tensor(2.0**100, dtype=torch.float32, device="cpu")
 """A step count at which Adam's bias corrections are 1 for every beta below 1."""

@@ -63,7 +63,7 @@ def local_grads(params: list[Tensor], grads: list[Tensor | None]) -> list[Tensor
     found = []
     for position, (p, g) in enumerate(zip(params, grads)):
         if is_distributed(g) and is_distributed(p):
-            g = get_local(g if alike(p, g) else _like(p, g, position))
+            g = get_local(g if alike(p, g) else _redistributed(p, g, position))
             # What a collective operation of torch's has not delivered yet.
             g = g.wait() if type(g) is not Tensor and hasattr(g, "wait") else g
         elif g is not None and is_distributed(p) != is_distributed(g):
@@ -97,7 +97,7 @@ def refuse_partial(p: Any) -> None:
         )
 
 
-def _like(p: Any, g: Any, position: int) -> Any:
+def _redistributed(p: Any, g: Any, position: int) -> Any:
     refuse_partial(p)
     if g.device_mesh != p.device_mesh:
         raise RuntimeError(

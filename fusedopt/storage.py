@@ -25,9 +25,9 @@ class Storage(NamedTuple):
 
     param: Form
     kept: tuple[tuple[str, Form], ...]
-    """Of its states and averages in ``optimizer.state[p]``, by key."""
+    """The forms of its states and averages in ``optimizer.state[p]``, by key."""
     beside: tuple[tuple[str, Form], ...] = ()
-    """Of what stands elsewhere."""
+    """The form of the moving average, which stands elsewhere."""
 
     @property
     def roles(self) -> tuple[tuple[str, Form], ...]:
@@ -35,7 +35,7 @@ class Storage(NamedTuple):
 
     @property
     def dtypes(self) -> set[torch.dtype]:
-        """Of what everybody sees: the parameter, the states."""
+        """The dtypes of what everybody sees: the parameter, the states."""
         return {form.parts[0].dtype for _, form in (("", self.param), *self.kept)}
 
     @property
@@ -57,7 +57,7 @@ class Storage(NamedTuple):
 
     @property
     def kept_parts(self) -> list[tuple[str, Form, dict[str, Part]]]:
-        """The same by role."""
+        """The parts of each role, by key."""
         return _kept_parts(self)
 
     @property

@@ -92,7 +92,7 @@ def survey(
     for number, (group, rule) in enumerate(zip(optimizer.param_groups, rules)):
         capturable = optimizer.is_capturable(group)
         adoption = adoption_key(rule, optimizer._settings, capturable)
-        read = _left_there if capturable else _number
+        read = _number_on_device if capturable else _number
         # Most parameters of a group are of one kind: what concerns the kind is looked at once.
         kinds: dict[tuple, tuple[Storage, tuple[Scalar, ...], list[Entry]]] = {}
         for owner in group["params"]:
@@ -107,14 +107,14 @@ def survey(
             piece = hasattr(owner, "_fsdp_flattened")
             kind = type(p), p.device, type(g), g.device, g.dtype, g.layout, spread, piece, *traits(owner, rule, state)
             if kind not in kinds:
-                _look_at_kind(p, g, group, Where(*here))
+                _check_kind(p, g, group, Where(*here))
             if g.shape != p.shape:
                 raise RuntimeError(f"the gradient of {Where(*here)} has shape {tuple(g.shape)}")
             if adaptive and (spread or piece):
                 refuse_shards(owner, Where(*here))
             settled = place is not None and place.is_settled(p, state, adoption)
             if state and not settled:
-                _look_at_state(owner, rule, state, Where(*here))
+                _check_state(owner, rule, state, Where(*here))
             if kind not in kinds:
                 where = Where(*here)
                 stored = storage(owner, rule, optimizer._settings, state)
@@ -137,8 +137,8 @@ def survey(
     return buckets
 
 
-def _look_at_kind(p: Tensor, g: Tensor, group: dict[str, Any], where: Where) -> None:
-    """What concerns all parameters and gradients of these types, devices and dtypes."""
+def _check_kind(p: Tensor, g: Tensor, group: dict[str, Any], where: Where) -> None:
+    """Refuse types, devices and dtypes of parameter and gradient that no fused step can take."""
     if reason := reason_against(p, g, group):
         left = NotFusable(f"{reason} ({where})", REMEDIES.get(reason, PLAIN_TENSORS))
         left.complex_param = where.owner if reason == COMPLEX else None
@@ -165,7 +165,7 @@ def _refuse_means(optimizer: Any, group: dict[str, Any], where: Where) -> None:
         )
 
 
-def _look_at_state(owner: Tensor, rule: Rule, state: dict[str, Any], where: Where) -> None:
+def _check_state(owner: Tensor, rule: Rule, state: dict[str, Any], where: Where) -> None:
     p = local(owner)
     if is_shared(state.get("step")):
         raise NotFusable(
@@ -224,8 +224,8 @@ def _scalars(
     return tuple(found)
 
 
-def _left_there(kind: type, key: str, value: Any, where: Where) -> Any:
-    """The number as it is, where reading it would mean to wait for a device."""
+def _number_on_device(kind: type, key: str, value: Any, where: Where) -> Any:
+    """The number as a tensor, if it is one: to read it would mean to wait for its device."""
     if isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex():
         return value.detach().reshape(())
     return _number(kind, key, value, where)

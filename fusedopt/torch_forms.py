@@ -33,7 +33,7 @@ class Block(NamedTuple):
 
 
 class StoredBlocks(Blocks):
-    """Updates them."""
+    """Updates the blocks of one bucket, whose tensors are stored in other forms."""
 
     def __init__(self, bucket: Bucket, settings: Settings):
         super().__init__(bucket, settings)

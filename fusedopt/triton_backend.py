@@ -64,7 +64,7 @@ class Executor:
         self.tables = Tables(bucket, self.params)
         self.norms = Norm(self.tables, bucket.device, self.launch)
         self.constants: dict[int, Mapping[str, Any]] = {}
-        """Of kernels, by the width of a row."""
+        """The constants of kernels, by the width of a row."""
         self.compute_dtype = torch.promote_types(bucket.dtype, torch.float32)
         self.rows = (Columns if bucket.capturable else Rows)(bucket, self.compute_dtype)
         self.chunks: Chunks | None = None
@@ -174,7 +174,7 @@ class Executor:
         return self.tables.zeroing_forms
 
     def limits(self) -> Any:
-        """What gradients are clipped to by units, if they are."""
+        """The limits of the units, if gradients are clipped by units."""
         return self.units and self.units.of_step(self.settings.adaptive_grad_clip)
 
     def _launch_tracked(
@@ -233,7 +233,7 @@ class Executor:
     def _prepare_after(
         self, update: Callable[..., Update], verdict: Verdict, skips: Skips
     ) -> tuple[Chains, dict[str, Any], tuple]:
-        """The same, and the arguments by which a kernel heeds the verdict that was passed before it."""
+        """``prepare``, and the arguments by which a kernel heeds the verdict that was passed before it."""
         known, variants = self.variants(skips) if verdict.device is not None else (0, 1)
         return *self.prepare(update, variants), (verdict.on(self.bucket.device), known, variants)
 

@@ -30,7 +30,7 @@ class Class(NamedTuple):
 
     groups: list[dict[str, Any]]
     rows: Tensor
-    """Their rows."""
+    """The numbers of their rows."""
     of_groups: Tensor
     """For each row its group's position among ``groups``."""
     rates: Upload
@@ -65,7 +65,7 @@ class Columns:
         self.before: list[Tensor] = []
         """The step counts and scalars that the latest step began with."""
         self.evaluated: list[tuple[Class, Cohort]] = []
-        """The classes and their part of these."""
+        """The classes, each with its part of these as a cohort."""
         self.graphs: list[tuple[Chains, list[FrozenClass]]] = []
         """What CUDA graphs hold."""
 

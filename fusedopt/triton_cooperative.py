@@ -19,7 +19,7 @@ REFUSALS = "cooperative", "not supported"
 
 
 class Cooperative:
-    """What one bucket's cooperative launches are known to need."""
+    """The cooperative launches of one bucket: whether there can be any, and how many programs they have."""
 
     def __init__(self) -> None:
         self.refusal: str | None = None

@@ -33,7 +33,7 @@ class Chains(NamedTuple):
     on_grad: tuple
     on_update: tuple
     terms: tuple
-    """Those of which stages need means."""
+    """The terms of which stages need means."""
     averages: tuple
     width: int
     means: tuple[int, ...]
@@ -46,7 +46,7 @@ class Chains(NamedTuple):
         return [update.lr, *update.h, *update.averages, *self.arguments(update)]
 
     def arguments(self, update: Update) -> list[Any]:
-        """Those of the stages."""
+        """The arguments of the stages that are used."""
         chains = zip((update.on_grad, update.on_update), self.used)
         return [x for chain, keep in chains for s, k in zip(chain, keep) if k for x in s.args]
 
@@ -61,9 +61,9 @@ class Rows:
         self.upload = Upload(bucket.device)
         self.chains: dict[tuple, Chains] = {}
         self.stages: list[tuple[Stage, ...]] = []
-        """Those of the latest step's updates."""
+        """The chains of the latest step's updates."""
         self.of_stages: tuple[Chains, list[list[float]]] | None = None
-        """What was made of them."""
+        """The kernel's view of these, and the arguments of each update."""
         self.options = Options([cohort.group for cohort in bucket.cohorts])
         self.graphs: list[tuple[Chains, int, Tensor]] = []
         """What CUDA graphs hold: which chains, how many variants, and the host's memory of the rows."""

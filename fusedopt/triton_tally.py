@@ -13,8 +13,8 @@ from .means import Chunks
 from .triton_tables import Tables
 
 
-class Places:
-    """Places for the sums over the parts that some tensors are cut into."""
+class PartialSums:
+    """Memory for the sums of squares over the parts that some tensors are cut into."""
 
     def __init__(self, parts: Sequence[int], device: torch.device):
         """``parts``: how many each tensor has."""
@@ -36,7 +36,7 @@ class Tally:
         self.positions = positions
         self.tables = tables
         self.device = device
-        self.latest: Places | None = None
+        self.latest: PartialSums | None = None
 
     @cached_property
     def chunks(self) -> Chunks:
@@ -44,13 +44,13 @@ class Tally:
         return Chunks(self.tables.tiles.of_tensors, 0, self.device)
 
     @cached_property
-    def of_chunks(self) -> Places:
-        return Places(self.chunks.of_tensors, self.device)
+    def of_chunks(self) -> PartialSums:
+        return PartialSums(self.chunks.of_tensors, self.device)
 
     @cached_property
-    def of_norm_tiles(self) -> Places:
+    def of_norm_tiles(self) -> PartialSums:
         """For the cooperative kernel."""
-        return Places(self.tables.norm_tiles.of_tensors, self.device)
+        return PartialSums(self.tables.norm_tiles.of_tensors, self.device)
 
     def sums(self) -> Tensor:
         if self.latest is None:  # all tensors are empty, and nothing was launched

@@ -14,7 +14,7 @@ from .units import EPS, PART, Units
 
 
 class Limits:
-    """Those of one bucket's units."""
+    """The limits of one bucket's units."""
 
     def __init__(self, params: Sequence[Tensor], dtype: torch.dtype, tables: Tables, launch: Launches):
         self.units = Units(params, dtype, launch.device)

@@ -18,7 +18,6 @@ from torch import Tensor
 PART = 16 * 1024
 """Elements of a unit that one program adds up, in tiles of 1024."""
 
-
 EPS = 1e-3
 """The least norm that a unit's parameters count with, as in the paper."""
 

@@ -57,7 +57,7 @@ class Upload:
         self.spare: Tensor | None = None
         """Pinned memory for a graph. Before 2.11 torch can make none during a capture."""
         self.frozen: list[tuple[Tensor, Tensor]] = []
-        """What belongs to graphs."""
+        """What belongs to graphs: each one's table, and its memory on the host."""
         self.is_frozen = False
         self.told: np.ndarray | None = None
 
@@ -99,7 +99,7 @@ class Upload:
         self.is_frozen = True
 
     def prepare(self, values: np.ndarray) -> None:
-        """For a graph that will send the like of these, be it the first to send any."""
+        """Make the pinned memory from which a graph may send values like these, even if nothing was sent before."""
         if self.device.type == "cuda":
             self.spare = torch.empty_like(torch.from_numpy(values), pin_memory=True)
 
