@@ -15,7 +15,8 @@ LARGE = {"adadelta", "ademamix", "rmsprop_centered_momentum"}
 """Those that need most registers beside them, where a thread holds eight elements of bfloat16."""
 
 FEW = {"adam", "adan"}
-"""The rule of most training, which is all that other GPUs than ONE_OF_EACH get, and one with four states."""
+"""The rule of most training, which is all that other GPUs than ONE_OF_EACH get, and AMD's in flat buffers, and one with
+four states."""
 
 DTYPES = {
     "all": {
@@ -54,7 +55,7 @@ def compiled_rules(target: str, dtype: str, address: str, extent: str) -> set[st
         return {"float32": rules, "bfloat16": FEW | LARGE}.get(dtype, FEW)
     if (target, dtype) == ("sm_90", "float32"):
         return CORE if address == "scattered" else FEW
-    return FEW if is_whole(target, dtype, extent) else {"adam"}
+    return FEW if address == "scattered" and is_whole(target, dtype, extent) else {"adam"}
 
 
 def compiled_addresses(target: str, dtype: str, extent: str) -> list[str]:
@@ -73,10 +74,13 @@ def is_tracked(target: str, dtype: str, extent: str) -> bool:
 
 
 def compiled_at_once(target: str, dtype: str, extent: str) -> tuple[str, ...]:
-    """The cases that are compiled as one cooperative kernel too: with "some" on one GPU one with more states."""
+    """The cases that are compiled as one cooperative kernel too: with "some" on one GPU one with more states, and with
+    another Triton only there."""
     if extent == "all":
         return AT_ONCE
-    return AT_ONCE[::2] if (target, dtype, extent) == ("sm_90", "float32", "some") else AT_ONCE[:1]
+    if (target, dtype) == ("sm_90", "float32"):
+        return AT_ONCE[::2] if extent == "some" else AT_ONCE[:1]
+    return AT_ONCE[:1] if extent == "some" else ()
 
 
 def compiled_means(target: str, dtype: str, address: str, extent: str) -> dict[str, dict]:
@@ -119,4 +123,4 @@ def units_dtypes(extent: str) -> list[str]:
 
 def counted_dtypes(extent: str) -> list[str]:
     """Those of which instructions are counted."""
-    return {"all": ["float32", "mixed", "bfloat16"], "some": ["float32", "bfloat16"], "core": ["float32"]}[extent]
+    return ["float32", "mixed", "bfloat16"] if extent == "all" else ["float32"]
