@@ -69,12 +69,13 @@ def enable_gradient_release(model: torch.nn.Module, optimizer: FusedOptimizer) -
     _refuse_wrappers(model)
     _refuse_parts(model.parameters(), optimizer)
     own = set(model.parameters())
-    found = [(group, p) for group in optimizer.param_groups for p in group["params"] if p in own and p.requires_grad]
+    groups = optimizer.param_groups
+    found = [(k, p) for k, group in enumerate(groups) for p in group["params"] if p in own and p.requires_grad]
     if not found:
         raise ValueError("the optimizer has none of the model's parameters that need gradients")
-    params = [p for group in optimizer.param_groups for p in group["params"]]
+    params = [p for group in groups for p in group["params"]]
     draws = dict(zip(params, accumulate((-(-p.numel() // 8) for p in params), initial=0)))
-    singles = [(p, Single(optimizer, group, p, draws[p])) for group, p in found]
+    singles = [(p, Single(optimizer, k, p, draws[p])) for k, p in found]
     hooks = [p.register_post_accumulate_grad_hook(_stepper(optimizer, p, single)) for p, single in singles]
     hooks.append(model.register_forward_pre_hook(_refuse_late_wrappers))
     optimizer._engine.released = True
@@ -150,13 +151,22 @@ class Single:
     step_of_torch = None
     """That would be a step of all parameters."""
 
-    def __init__(self, optimizer: FusedOptimizer, group: dict[str, Any], p: Tensor, first_draw: int):
+    def __init__(self, optimizer: FusedOptimizer, group_number: int, p: Tensor, first_draw: int):
         self.optimizer = optimizer
+        self.group_number = group_number
+        self.param = p
         self._first_draw = first_draw
-        # A view of the group, where schedulers write.
-        self.param_groups = [ChainMap({"params": [p]}, group)]
+        self._groups = [ChainMap({"params": [p]}, {})]
         self.state = SingleEntry(lambda: optimizer.state, p)
         self._ema = SingleEntry(lambda: optimizer._ema, p)
+
+    @property
+    def param_groups(self) -> list[ChainMap]:
+        """A view of the parameter's group, where schedulers write. Loading a checkpoint puts another group there."""
+        group = self.optimizer.param_groups[self.group_number]
+        if self._groups[0].maps[1] is not group:
+            self._groups = [ChainMap({"params": [self.param]}, group)]
+        return self._groups
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.optimizer, name)
