@@ -1,9 +1,9 @@
 """Numbers that the host knows, and numbers that only a device does.
 
 With ``capturable=True`` the step count is on the device, the learning rate may be, and nobody waits for them: they are
-*columns*, float64 tensors [rows, 1] with a row per parameter. The formulas of hyperparameters (``hyper``, ``lr`` and
-their like) are written once for Python numbers and for columns. Operators work on both; what Python does with numbers
-alone is done by these functions.
+*columns*, float64 tensors [rows, 1] with a row per parameter, or the record of how a kernel is to make such a column.
+The formulas of hyperparameters (``hyper``, ``lr`` and their like) are written once for Python numbers and for columns.
+Operators work on both; what Python does with numbers alone is done by these functions.
 """
 
 from __future__ import annotations
@@ -15,17 +15,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .recorded import Recorded
+
 Number = Any
 """A float, or a column."""
 
-Rounded = np.floating | Tensor
+Rounded = np.floating | Tensor | Recorded
 """One of a rule's scalars where the host knows it, in the dtype of its state: a number of NumPy, which calculates
 faster than a 0-dim tensor of torch's, or such a tensor for a dtype that NumPy lacks. A column else."""
 
 
 def is_column(x: Any) -> bool:
     # A learning rate that a user gives as a tensor has no dimensions, or one.
-    return isinstance(x, Tensor) and x.dim() == 2
+    return isinstance(x, Recorded) or (isinstance(x, Tensor) and x.dim() == 2)
 
 
 def number(x: Any) -> Number:
@@ -37,6 +39,8 @@ def number(x: Any) -> Number:
 
 def where(condition: Any, a: Number, b: Number) -> Number:
     """``a if condition else b``, row by row. Both are computed."""
+    if isinstance(condition, Recorded):
+        return condition.where(a, b)
     return torch.where(condition, a, b) if is_column(condition) else a if condition else b
 
 

@@ -28,8 +28,9 @@ class Formula:
     """What ``FusedOptimizer`` asks a subclass: ``rule`` and ``hyper`` of each, the others where they differ from these.
 
     ``group`` is a parameter group, ``t`` the step counted from 1, and ``scalars`` are the rule's (``Rule.scalars``).
-    Where a device counts the steps, ``t``, ``group["lr"]`` and the scalars are columns instead of numbers: float64
-    tensors [rows, 1], for which ``fusedopt.columns`` has ``number``, ``where``, ``minimum`` and ``maximum``.
+    Where a device counts the steps, ``t``, ``group["lr"]`` and the scalars are columns instead of numbers: what is to
+    be computed for each parameter there. Operators work on both; ``fusedopt.columns`` has ``number``, ``where``,
+    ``minimum`` and ``maximum``. A formula that asks for more gets float64 tensors [rows, 1].
     """
 
     counts_steps = True

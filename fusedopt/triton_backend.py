@@ -66,7 +66,11 @@ class Executor:
         self.constants: dict[int, Mapping[str, Any]] = {}
         """The constants of kernels, by the width of a row."""
         self.compute_dtype = torch.promote_types(bucket.dtype, torch.float32)
-        self.rows = (Columns if bucket.capturable else Rows)(bucket, self.compute_dtype)
+        self.rows: Columns | Rows
+        if bucket.capturable:
+            self.rows = Columns(bucket, self.compute_dtype, self.launch)
+        else:
+            self.rows = Rows(bucket, self.compute_dtype)
         self.chunks: Chunks | None = None
         self.needs_means: bool | None = None
         self.units: Limits | None = None
@@ -138,6 +142,8 @@ class Executor:
         owes_zeros = self.owes_zeros
         if self.tables.tiles.count:
             self._launch(update, verdict, skips, None, self.forms())
+        if self.bucket.capturable:
+            self.rows.foresee(update.optimizer, verdict.device)
         self.owes_zeros = owes_zeros
         if self.units is not None:
             self.units.forget()
@@ -196,7 +202,7 @@ class Executor:
 
     def advance(self, optimizer: Any, verdict: Verdict) -> None:
         """Let the device count the step, unless the verdict skips it: after ``step``, for what is capturable."""
-        self.rows.advance(optimizer, None if verdict.device is None else verdict.device[2])
+        self.rows.advance(optimizer, verdict.device)
 
     def variants(self, skips: Skips) -> tuple[int, int]:
         """Of how many skipped steps the rows know, and how many rows there are for further ones."""

@@ -17,6 +17,7 @@ from .cohorts import Cohort, StepNumbers
 from .identity import same
 from .kernels import stages
 from .options import Options
+from .recorded import Recorded
 from .rule import Stage, Update
 from .upload import Upload
 
@@ -187,7 +188,7 @@ def structure(update: Update) -> Update:
     """The update with NaN in place of numbers that only the device knows: they count as different from any other."""
 
     def plain(x: Any) -> Any:
-        return float("nan") if isinstance(x, Tensor) else x
+        return float("nan") if isinstance(x, (Tensor, Recorded)) else x
 
     def stages(chain: tuple) -> tuple:
         return tuple(stage._replace(args=tuple(map(plain, stage.args))) for stage in chain)

@@ -6,6 +6,7 @@ from . import (
     clipped,
     means,
     norm,
+    numbers,
     philox,
     rounding,
     rules,
@@ -18,6 +19,6 @@ from . import (
 )
 
 __all__ = [
-    "address", "arithmetic", "clipped", "means", "norm", "philox", "rounding", "rules", "stages", "step", "tally",
-    "tracked", "tuning", "units",
+    "address", "arithmetic", "clipped", "means", "norm", "numbers", "philox", "rounding", "rules", "stages", "step",
+    "tally", "tracked", "tuning", "units",
 ]  # fmt: skip

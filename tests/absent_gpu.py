@@ -24,6 +24,7 @@ TARGETS = {
 KERNELS = (
     kernels.step.step, kernels.means.means_of_terms, kernels.norm.sum_of_squares, kernels.norm.judge,
     kernels.clipped.clipped_step, kernels.tracked.tracked_step, kernels.units.ratios_of_units,
+    kernels.numbers.write_rows, kernels.numbers.advance,
 )  # fmt: skip
 
 

@@ -12,7 +12,7 @@ from compiling import TRITONS, environment_of
 PROGRAM = Path(__file__).parent / "ahead.py"
 
 BESIDE_OTHERS = {
-    "clipped": 2, "clipped before": 2, "8 bits": 4, "capturable": 2, "scaler": 2, "means": 3, "units": 2, "tracked": 2,
+    "clipped": 2, "clipped before": 2, "8 bits": 4, "capturable": 4, "scaler": 2, "means": 3, "units": 2, "tracked": 2,
     "one launch": 0,
 }  # fmt: skip
 ALONE = {"clipped before": 2, "one launch": 1}

@@ -37,10 +37,18 @@ def optimizer(name, params, options=None, capturable=True, **settings):
 
 @pytest.fixture
 def no_launches(monkeypatch):
-    """Steps count and make their rows, and no kernel runs."""
-    from fusedopt import launch
+    """Steps count and make their rows, and no other kernel runs."""
+    from fusedopt.kernels import numbers
 
-    monkeypatch.setattr(launch.Launches, "__call__", lambda *args, **constants: None)
+    from fusedopt.launch import Launches
+
+    launch = Launches.__call__
+
+    def launch_numbers(self, kernel, *args, **constants):
+        if kernel in (numbers.write_rows, numbers.advance):
+            launch(self, kernel, *args, **constants)
+
+    monkeypatch.setattr(Launches, "__call__", launch_numbers)
 
 
 def rows_by_parameter(opt):
@@ -52,7 +60,9 @@ def rows_by_parameter(opt):
 
 @every_choice_of_options
 def test_the_device_makes_the_rows_of_the_host(name, options, device, no_launches):
-    """Tolerance: powers and roots of another library in float64."""
+    """Tolerance: powers and roots of another library in float64, and for RAdam what its difference makes of them: of a
+    length of 1999 it takes nearly all away again."""
+    rtol = 1e-11 if name == "RAdam" else 1e-13
     settings = {"max_grad_value": 0.9, "ema_decay": 0.99}
     opts = [
         optimizer(name, model("tiny", device=device), options, capturable, **settings) for capturable in (False, True)
@@ -73,7 +83,7 @@ def test_the_device_makes_the_rows_of_the_host(name, options, device, no_launche
         expected, made = found
         assert made.keys() == expected.keys()
         for position, row in expected.items():
-            torch.testing.assert_close(made[position], row, rtol=1e-13, atol=1e-300, msg=f"{position}, step {number}")
+            torch.testing.assert_close(made[position], row, rtol=rtol, atol=1e-300, msg=f"{position}, step {number}")
     assert plans[0] is plans[1]
     host, device_counts = (opt.state_dict()["state"] for opt in opts)
     for k, state in host.items():

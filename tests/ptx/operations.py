@@ -133,10 +133,19 @@ def converted(value: np.ndarray, rounding: tuple[str, ...], kind: str) -> np.nda
         limits = np.iinfo({"s": "int", "u": "uint"}[kind[0]] + kind[1:])
         whole = np.trunc(value) if "rzi" in rounding else np.rint(value)
         return np.where(np.isnan(value), 0, np.clip(whole.astype(np.float64), limits.min, limits.max)).astype(np.int64)
+    if "rmi" in rounding:
+        return np.floor(value)
     return value.astype(np.float32) if kind == "bf16" else value
 
 
-UNARY: dict[str, Callable] = {"neg": np.negative, "not": np.invert, "abs": np.abs, "sqrt": np.sqrt}
+def reciprocal(a: np.ndarray) -> np.ndarray:
+    """Of float64 in its upper half only, as the hardware's."""
+    return (1 / a).view(np.uint64) & np.uint64(0xFFFFFFFF00000000)
+
+
+UNARY: dict[str, Callable] = {
+    "neg": np.negative, "not": np.invert, "abs": np.abs, "sqrt": np.sqrt, "rcp": lambda a: reciprocal(a).view(a.dtype),
+}  # fmt: skip
 BINARY: dict[str, Callable] = {
     "add": np.add, "sub": np.subtract, "mul": np.multiply, "div": quotient, "rem": remainder,
     "and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor,

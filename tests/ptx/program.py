@@ -50,6 +50,8 @@ def parse(text: str) -> Program:
     registers = {prefix: kind.lstrip("bfsu") for kind, prefix in re.findall(r"\.reg\s+\.(\w+)\s+(%\w+?)<", body)}
     instructions, labels = [], {}
     body = re.sub(r"^\s*\.(loc|reg|pragma|file|section)[^\n]*", "", body, flags=re.MULTILINE)
+    # Half of a number is taken, in a block with a name for the other half.
+    body = re.sub(r"\{ \.reg \.b32 tmp; (mov\.b64 \{.*?)\btmp\b(.*?;) \}", r"\1_\2", body)
     for piece in re.findall(r"\$\w+:|[^;:]+;", body.replace("L2::", "L2_").replace("L1::", "L1_").replace("::cta", "")):
         piece = " ".join(piece.split())
         if piece.endswith(":"):
