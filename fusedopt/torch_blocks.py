@@ -126,4 +126,4 @@ class Blocks:
 
 def scale_of(factor: float) -> Tensor | None:
     """What torch's fused kernels divide gradients by, to multiply them by ``factor``."""
-    return None if factor == 1 else torch.tensor(1 / factor if factor else math.inf, device="cpu")
+    return None if factor == 1 else torch.tensor(1 / factor if factor else math.inf, dtype=torch.float32, device="cpu")

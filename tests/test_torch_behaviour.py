@@ -65,9 +65,9 @@ def default_dtype():
 
 
 @pytest.mark.parametrize("default", [torch.float64, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("settings", [{"amsgrad": True}, {"state_dtype": "8bit"}], ids=str)
+@pytest.mark.parametrize("settings", [{"amsgrad": True}, {"state_dtype": "8bit"}, {"max_grad_norm": 0.3}], ids=str)
 def test_default_dtype_changes_no_bit(settings, default, default_dtype):
-    """Not of step counts, of which bfloat16 would round the 301st, nor of scales."""
+    """Not of step counts, of which bfloat16 would round the 301st, nor of scales and clip factors."""
     found = []
     for dtype in (torch.float32, default):
         p = torch.nn.Parameter(torch.linspace(-1, 1, 5000, dtype=torch.float32))
