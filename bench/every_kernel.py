@@ -24,6 +24,7 @@ SETTINGS = {
     "one launch, tracked": CLIPPED | {"launches": 1, "track": "total"},
     "means, units, tracked": CLIPPED
     | {"cautious": True, "adaptive_grad_clip": 0.1, "track": "parameters", "ema_decay": 0.9, "max_grad_value": 0.3},
+    "counted by the device": CLIPPED | {"capturable": True},
     "flat, zeros left": CLIPPED | {"flatten": True, "flat_grads": "zeroed"},
 }
 
