@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import torch
 
-from .blocks import blocks, scratch
+from .blocks import SECOND_CACHE, blocks, scratch
 from .columns import number
 from .optimizer import FusedOptimizer
 from .rule import Rule, divisible
@@ -34,7 +34,7 @@ def direction(g, v, d, h, update=None, divisor=None):
 def fused(params, grads, states, t, group, scale):
     """The same in memory that is kept: torch has no fused Adadelta."""
     h, lr = hyper(group), number(group["lr"])
-    for p, g, v, d in blocks(group, scale, params, grads, *states):
+    for p, g, v, d in blocks(group, scale, params, grads, *states, sizes=SECOND_CACHE):
         p.sub_(direction(g, v, d, h, scratch("update", p), scratch("divisor", p)), alpha=lr)
 
 

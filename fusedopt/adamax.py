@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import torch
 
-from .blocks import blocks, scratch
+from .blocks import SECOND_CACHE, blocks, scratch
 from .columns import number
 from .optimizer import FusedOptimizer
 from .rule import Rule, divisible
@@ -33,7 +33,7 @@ def move(g, m, n, h, bound=None):
 def fused(params, grads, states, t, group, scale):
     """The quotient on the way into the parameter: torch has no fused Adamax, but addcdiv."""
     h, size = hyper(group), step_size(group, t)
-    for p, g, m, n in blocks(group, scale, params, grads, *states):
+    for p, g, m, n in blocks(group, scale, params, grads, *states, sizes=SECOND_CACHE):
         move(g, m, n, h, scratch("bound", p))
         p.addcdiv_(m, n, value=-size)
 

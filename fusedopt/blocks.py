@@ -11,9 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-BLOCK, WHOLE = 1 << 18, 1 << 20
-"""Elements whose parameter, gradient, states and copies fit the last cache, smaller blocks cost more calls; and of a
-tensor that is left whole, since it may lie there from the step before."""
+WHOLE = 1 << 20
+"""Elements of a tensor that is left whole, since it may lie in the last cache from the step before."""
+
+LAST_CACHE = 1 << 18, WHOLE
+"""Elements whose parameter, gradient, states and copies fit there, smaller blocks cost more calls; and of a tensor that
+is left whole."""
+
+SECOND_CACHE = 1 << 17, 1 << 18
+"""The same for formulas that pass over a block many times."""
 
 GRAIN = 1 << 15
 """Elements that torch gives a thread at least (at::internal::GRAIN_SIZE): a block of fewer leaves threads idle, each of
@@ -44,16 +50,17 @@ def blocks(
     grads: Sequence[Tensor],
     *states: list,
     rates: Sequence[float] | None = None,
+    sizes: tuple[int, int] = LAST_CACHE,
 ) -> Iterator[tuple]:
     """Block by block in the order of memory: the parameter, the gradient with all that comes before the rule, the
     states, and the parameter's learning rate where ``rates`` are given. The engine hands over tensors of equal, dense
-    strides. Gradients are clipped where they are, as torch's fused kernels do; what else comes before the rule goes
-    into a copy."""
+    strides; those of more elements than ``sizes`` says are cut. Gradients are clipped where they are, as torch's fused
+    kernels do; what else comes before the rule goes into a copy."""
     weight_decay = float(group["weight_decay"])
     factor = (-1 if group["maximize"] else 1) / (1 if scale is None else scale.item())
     copies = not is_plain(group, None)
-    block = for_threads(BLOCK)
-    largest = max(block, WHOLE)
+    block, whole = for_threads(sizes[0]), sizes[1]
+    largest = max(block, whole)
     for tensors, rate in zip(zip(params, grads, *states), repeat(()) if rates is None else zip(rates)):
         size = tensors[0].numel()
         parts = zip(*(x.as_strided((size,), (1,)).split(block) for x in tensors)) if size > largest else (tensors,)
