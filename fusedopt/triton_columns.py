@@ -46,6 +46,8 @@ class Columns:
         """The classes and what formulas are told of them."""
         self.graphs: list[tuple[Chains, list[FrozenClass]]] = []
         """What CUDA graphs hold."""
+        self.read_by_graphs: list[Any] = []
+        """Whose memory they read, which must outlive what eager steps have in its place by then."""
 
     def write(self, update: Callable[[Cohort], Update], variants: int = 1) -> Chains:
         """Make the rows of the next step, of which there is one variant: the device knows which steps were skipped."""
@@ -62,6 +64,7 @@ class Columns:
         self.table = self.way.table(rows)
         if upload.capturing(self.bucket.device):
             self.graphs.append((chains, [self._frozen(one, chains.width) for one in self.classes]))
+            self.read_by_graphs += [self.way, *self.classes]
         return chains
 
     def _evaluate(self, formula: Callable[[Cohort], Any]) -> list[Any]:
@@ -98,6 +101,16 @@ class Columns:
     def look(self) -> None:
         """Take what the formulas need as it is now."""
         self._sort()
+        try:
+            self._tell()
+        except TypeError:
+            if not isinstance(self.way, Programs):
+                raise
+            # A learning rate of another dtype than the kernel reads, say.
+            self.way = Operations(self.bucket, self.dtype)
+            self._tell()
+
+    def _tell(self) -> None:
         self.way.look()
         self.evaluated = [(one, self.way.cohort(one, self.options.among(one.groups[0]))) for one in self.classes]
 

@@ -1,8 +1,10 @@
 """The kernel that makes the numbers of a step from formulas that were recorded (``capturable=True``)."""
 
+import gc
 import math
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +12,7 @@ import pytest
 import torch
 from cases import give_gradients, interpreter_noise, model
 from compiling import TARGETS, TRITONS, environment_of
-from graphs import Waits
+from graphs import Waits, capture
 from options import NAMES
 from test_capturable import no_launches, optimizer, rows_by_parameter  # noqa: F401
 
@@ -157,6 +159,39 @@ def test_a_formula_that_cannot_be_recorded(device, no_launches):  # noqa: F811
     assert isinstance(opt._engine.executors[0].rows.way, Operations)
     for position, row in found[0].items():
         torch.testing.assert_close(found[1][position], row, rtol=1e-13, atol=0)
+
+
+@pytest.mark.parametrize(
+    "dtypes", [(torch.bfloat16, torch.bfloat16), (torch.float32, torch.float64)], ids=["16 bits", "of two dtypes"]
+)
+def test_rates_that_the_kernel_does_not_read(dtypes, device, no_launches):  # noqa: F811
+    params = [torch.nn.Parameter(torch.ones(3, device=device)) for _ in dtypes]
+    rates = [torch.tensor(0.5, dtype=dtype, device=device) for dtype in dtypes]
+    opt = fusedopt.AdamW([{"params": [p], "lr": lr} for p, lr in zip(params, rates)], capturable=True, backend="triton")
+    for step in range(2):
+        give_gradients(params, step)
+        opt.step()
+    assert [row[0].item() for row in rows_by_parameter(opt).values()] == [0.5, 0.5]
+
+
+def test_graphs_keep_what_they_read(device, monkeypatch, needs_triton):
+    """Also when eager steps have come to other classes of groups."""
+    params = [torch.nn.Parameter(torch.ones(3, device=device)) for _ in range(2)]
+    opt = fusedopt.AdamW([{"params": [p]} for p in params], capturable=True, backend="triton")
+    for p in params:
+        p.grad = torch.ones_like(p)
+    opt.step()
+    with capture(monkeypatch, opt._engine.executors) as graph:
+        opt.step()
+    (one,) = opt._engine.executors[0].rows.classes
+    read = [weakref.ref(x) for x in (one.members, *(pair[1] for pair in (one.later.frozen + one.options.frozen)))]
+    if hasattr(graph, "calls"):
+        graph.calls.clear()  # a true graph keeps nothing alive
+    del one
+    opt.param_groups[0]["eps"] = 0.1
+    opt.step()
+    gc.collect()
+    assert len(read) == 3 and all(x() is not None for x in read)
 
 
 @pytest.mark.parametrize("name", NAMES)
