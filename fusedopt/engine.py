@@ -18,6 +18,7 @@ from .plan import Plan
 from .planner import Planner
 from .refresh import Captured, captured
 from .settings import CLIP
+from .upload import capturing
 
 
 class Engine(Planner):
@@ -44,6 +45,8 @@ class Engine(Planner):
         if self.averaged:
             raise RuntimeError("step() inside `with optimizer.ema_parameters()`, where parameters hold their averages")
         check_rates(optimizer, optimizer.param_groups)
+        if self.captured:
+            self._leave_out_replays(optimizer)
         if not self.with_gradients(optimizer, self._run):
             self.verdict = clipping.Verdict(norm=0.0) if optimizer._settings.needs_norm else clipping.UNJUDGED
         self.tracked = self.tracker
@@ -53,6 +56,14 @@ class Engine(Planner):
             self.began = True
             if not self.executors and not self.released:
                 warn_of_replaced_parameters()
+
+    def _leave_out_replays(self, optimizer: Any) -> None:
+        """Those that were skipped are in no count of the host's. It waits, where it counts this step and no graph is to
+        hold it."""
+        plan = self.plan
+        if self.skips.unattended and plan is not None and plan.counted and not any(map(capturing, plan.devices)):
+            self.hear(optimizer, wait=True)
+            self.skips.leave_out()
 
     def clip(self, optimizer: Any, max_norm: float) -> Tensor:
         """Judge the gradients now, and leave it to the next step to clip them. Returns their norm."""
@@ -167,6 +178,8 @@ class Engine(Planner):
             if self.verdict.may_skip:
                 self.skips.listen()
             self.hear(optimizer, wait=False)
+        elif self.verdict.may_skip:
+            self.skips.unattended = True
 
     def _judge(self, terms: clipping.Terms) -> clipping.Verdict:
         if not terms.any:

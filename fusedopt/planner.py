@@ -149,6 +149,8 @@ class Planner:
         tracks = optimizer._settings.track is not None
         self.tracker = Tracker(plan.params, self.executors, plan.reduction) if tracks else None
         plan.note_memory(self.executors)
+        if plan.counted:
+            self.skips.leave_out()
         self.plan, self.left = plan, None
 
     def synchronize(self, optimizer: Any) -> None:

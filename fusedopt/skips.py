@@ -32,6 +32,8 @@ class Skips:
         self.known = 0
         self.unheard: deque[tuple[torch.cuda.Event | None, Tensor]] = deque()
         self.free: list[tuple[torch.cuda.Event, Tensor]] = []
+        self.unattended = False
+        """Whether skipped steps may be in no count of the host's: where a device counts, or replays a graph."""
 
     def verdict(self, device: torch.device) -> Tensor:
         """The device's verdict, with the count that it carries on from step to step."""
@@ -71,6 +73,11 @@ class Skips:
             heard = int(copy)
         new, self.known = heard - self.known, heard
         return new
+
+    def leave_out(self) -> None:
+        """Of what was skipped until now nothing is to be taken back. Waits for the device."""
+        if self.unattended and self.device is not None:
+            self.known = int(self.device[3])
 
     def count_in(self, verdict: Any, sign: int = 1) -> None:
         """Count the step that a ``clipping.Verdict`` skips, or with -1 take it back."""

@@ -112,6 +112,23 @@ def test_only_some_groups(device):
     ]
 
 
+@interpreter_noise
+def test_the_host_takes_back_nothing_that_the_device_skipped(device):
+    """When it begins to count after that."""
+    params = model("tiny", device=device)
+    opt = optimizer("Adam", params, {}, skip_nonfinite=True)
+    for number in range(4, 10):
+        give_gradients(params, number)
+        if number in (6, 8):
+            params[1].grad = torch.full_like(params[1], float("nan"))
+        if number == 7:
+            for group in opt.param_groups:
+                group["capturable"] = False
+        opt.step()
+    assert all(state["step"] == 4 for state in opt.state_dict()["state"].values())
+    assert opt.skipped_steps == 2
+
+
 @pytest.mark.parametrize("name", ["SGD", "Lion"])
 def test_a_setting_needs_the_kernels(name):
     params = model("tiny")

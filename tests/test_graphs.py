@@ -280,6 +280,26 @@ def test_without_a_count_the_setting_is_needed_for_the_learning_rate_only(option
             assert torch.equal(a, b)
 
 
+@interpreter_noise
+def test_skipped_replays_are_not_taken_back_on_the_host(device, monkeypatch):
+    """Whose count they have not counted: else the momentum of one that skipped as often as steps came before it would
+    count as never written."""
+    eager, captured = (Plain("SGD", device, momentum=0.9, dampening=0.2, lr=0.1, skip_nonfinite=True) for _ in range(2))
+    for run in (eager, captured):
+        run.warm_up()
+        watch(run.opt)
+        run.prepare(6, broken=True)
+    graph = captured.capture(monkeypatch)
+    for _ in range(3):
+        graph.replay()
+        eager.opt.step()
+    for number in (7, 8, 9):
+        for run in (eager, captured):
+            run.prepare(number, broken=number == 8)
+            run.opt.step()
+        assert_equal(captured, eager)
+
+
 def test_a_count_that_would_be_frozen_is_refused(device, monkeypatch):
     run = Plain("Adagrad", device, lr_decay=0.1)
     run.warm_up()
