@@ -67,12 +67,13 @@ def main() -> int:
     parser.add_argument("out", type=pathlib.Path)
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--minutes", type=float, default=MINUTES, help="for everything (default: %(default)s)")
+    parser.add_argument("--since", type=float, default=time.time(), help="when it began, in seconds since 1970")
     parser.add_argument("--dry", action="store_true", help="with tiny shapes; without a GPU in the interpreter")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     patience = 10 if options.dry else 1  # a dry run says nothing of times, and may share its cores
     alone = len(options.only) == 1
-    end = time.monotonic() + 60 * options.minutes * patience
+    end = time.monotonic() + options.since - time.time() + 60 * options.minutes * patience
     run = Run(options.out, options.dry)
     if run.where == "cpu":
         import_for_all()

@@ -3,6 +3,7 @@
 # bench/gpu.py says what there is. Needs no network, and installs nothing; --dry tries it all with tiny shapes, also
 # without a GPU.
 set -euo pipefail
+began=$(date +%s) # the first import of torch may take half a minute
 out=$(mkdir -p "${1:?usage: bash bench/gpu.sh OUT [--only PART ...] [--dry]}" && cd "$1" && pwd)
 shift
 cd "$(dirname "$0")/.."
@@ -12,6 +13,6 @@ export FUSEDOPT_COMMIT PYTHONUNBUFFERED=1
 # This checkout, whether it is installed, or another one is, or none.
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 
-python3 -m fusedopt info | tee "$out/info.txt"
+python3 -m fusedopt info 2>&1 | tee "$out/info.txt" || true
 nvidia-smi >>"$out/info.txt" 2>&1 || true
-python3 bench/gpu.py "$out" "$@" 2>&1 | tee -a "$out/log.txt"
+python3 bench/gpu.py "$out" --since "$began" "$@" 2>&1 | tee -a "$out/log.txt"

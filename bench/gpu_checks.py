@@ -183,6 +183,9 @@ def huge(run: Run) -> None:
 
 TOOLS = "memcheck", "racecheck"
 
+RESERVE = 5
+"""Seconds in which to write down what a tool that is cut off has said."""
+
 
 def sanitize(run: Run) -> None:
     """Steps of every kernel under CUDA's compute-sanitizer, where that is installed."""
@@ -190,15 +193,28 @@ def sanitize(run: Run) -> None:
     if not (run.dry or Path(program).exists()):
         run.result("sanitize", "compute-sanitizer", "skipped", "it is not installed")
         return
-    for tool in run.few(TOOLS):
+    command = [sys.executable, str(HERE / "every_kernel.py"), *(["--few"] if run.dry else [])]
+    if not run.dry:
+        subprocess.run(command, check=False)  # under a tool compiling would take several times as long
+    tools = run.few(TOOLS)
+    for number, tool in enumerate(tools):
         under = [] if run.dry else [program, "--tool", tool, "--error-exitcode", "1"]
-        # Without torch's cache every tensor is an allocation of its own, whose ends are watched.
-        done = subprocess.run(
-            [*under, sys.executable, str(HERE / "every_kernel.py"), *(["--few"] if run.dry else [])],
-            env=os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}, capture_output=True, text=True, check=False,
-        )  # fmt: skip
-        lines = [
-            line for line in (done.stdout + done.stderr).splitlines() if "ERROR SUMMARY" in line or "Error" in line
-        ]
-        note = f"exit code {done.returncode}; {'; '.join(lines[:3])}"
-        run.result("sanitize", tool, "failed" if done.returncode else "ok", note)
+        seconds = (run.end - RESERVE - time.monotonic()) / (len(tools) - number)
+        code, text = _within(seconds, [*under, *command], run.out / f"{tool}.txt")
+        lines = [line for line in text.splitlines() if "ERROR SUMMARY" in line or "Error" in line]
+        ended = f"cut off behind {text.splitlines()[-1:]}" if code is None else f"exit code {code}"
+        run.result("sanitize", tool, "ok" if code == 0 else "failed", f"{ended}; {'; '.join(lines[:3])}")
+
+
+def _within(seconds: float, command: list[str], log: Path) -> tuple[int | None, str]:
+    """Run it for so long at most: its exit code, None if it was cut off, and what it had printed by then."""
+    with log.open("w") as file:
+        try:
+            # Without torch's cache every tensor is an allocation of its own, whose ends are watched.
+            code = subprocess.run(
+                command, env=os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}, stdout=file, stderr=file,
+                timeout=max(seconds, 0), check=False,
+            ).returncode  # fmt: skip
+        except subprocess.TimeoutExpired:
+            code = None
+    return code, log.read_text(errors="replace")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import pathlib
 import re
@@ -10,8 +11,10 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 from gpu_run import ROOT, Run
+from shard import LOST
 
 NOT_HERE = "test_bench.py"
 """It runs this program."""
@@ -49,21 +52,31 @@ def tests(run: Run) -> None:
 def _run(commands: list[list[str]], end: float) -> tuple[list[int | None], list[str]]:
     """Run them side by side, until ``end`` at most. Their exit codes, None for those that were cut off, and what they
     have printed."""
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(len(commands)) as pool:
+        logs = [pathlib.Path(folder) / str(part) for part in range(len(commands))]
+        codes = list(pool.map(functools.partial(_to_the_end, end=end), commands, logs))
+        return codes, [log.read_text(errors="replace") for log in logs]
+
+
+def _to_the_end(command: list[str], log: pathlib.Path, end: float) -> int | None:
+    """Run a shard, and where its process has lost the GPU the rest of it in another one."""
+    code, lost = _once(command, log, end), False
+    while code == LOST:
+        lost = True
+        behind = re.findall(r"the GPU was lost in this process behind (\d+) tests", log.read_text(errors="replace"))[-1]
+        code = _once([*command, f"--behind={behind}"], log, end)
+    return LOST if lost and code is not None else code
+
+
+def _once(command: list[str], log: pathlib.Path, end: float) -> int | None:
     paths = [str(ROOT / "bench"), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
-    with tempfile.TemporaryDirectory() as folder:
-        logs = [pathlib.Path(folder) / str(part) for part in range(len(commands))]
-        started = []
-        for log, command in zip(logs, commands):
-            with log.open("w") as file:
-                # A session of its own, so that what a run that hangs has started can be ended with it.
-                started.append(
-                    subprocess.Popen(
-                        command, cwd=ROOT, env=environment, stdout=file, stderr=file, start_new_session=True
-                    )
-                )  # fmt: skip
-        codes = [_wait(process, end) for process in started]
-        return codes, [log.read_text(errors="replace") for log in logs]
+    with log.open("a") as file:
+        # A session of its own, so that what a run that hangs has started can be ended with it.
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdout=file, stderr=file, start_new_session=True
+        )  # fmt: skip
+    return _wait(process, end)
 
 
 def _wait(process: subprocess.Popen, end: float) -> int | None:

@@ -76,7 +76,7 @@ def measure(
     _rounds(steps, results, on, seconds, problem.limit.restore)
     if on.name == "cuda":
         for name, step in steps.items():
-            results[name].seen = watch(step)
+            results[name].seen = _watched(step, results[name])
         _device_rounds(steps, results, on)
     steps.clear()
     gc.collect()
@@ -128,6 +128,15 @@ def _rounds(
         count += 1
 
 
+def _watched(step: Callable[[], None], result: Result) -> Seen | None:
+    """What the profiler sees. Without it the times stand, and the row says so."""
+    try:
+        return watch(step)
+    except Exception as problem:
+        result.note = f"not profiled: {type(problem).__name__}: {problem}".splitlines()[0]
+        return None
+
+
 def _warm(step: Callable[[], None], on: Cpu) -> float:
     """Not the first step after somebody else's, which is several times slower, and not equally for everybody."""
     return min(_wall(step, on, 1) for _ in range(4))
@@ -145,7 +154,7 @@ def _device_rounds(steps: dict[str, Callable[[], None]], results: dict[str, Resu
             host = time.perf_counter() - begin
             results[name].host.append(host)
             on.settle()
-            if results[name].seen.launches < LAUNCH_QUEUE:
+            if results[name].seen is None or results[name].seen.launches < LAUNCH_QUEUE:
                 results[name].busy.append(on.busy(steps[name], 1, host))
 
 

@@ -9,12 +9,14 @@ import time
 from typing import NamedTuple
 
 import gpu
+import gpu_tests
 import history
 import problem
 import profiles
 import pytest
 import rivals
 import shapes
+import shard
 import torch
 from problem import Case
 from programs import BENCH, Done, forked, program
@@ -266,6 +268,21 @@ def test_a_part_that_ends_badly_leaves_a_row(tmp_path, monkeypatch):
     for row in rows:
         _, status, note = ENDS[row.part]
         assert row.status == status and row.note.startswith(note)
+
+
+def test_a_shard_goes_on_where_the_gpu_was_lost(tmp_path):
+    """In another process, behind the test that failed, whose traceback is printed at once."""
+    (tmp_path / "conftest.py").write_text("import shard\nshard.gpu_works = lambda: False\n")
+    (tmp_path / "test_it.py").write_text("".join(f"def test_{k}(): assert {k} != 2\n\n\n" for k in range(6)))
+    command = [sys.executable, "-m", "pytest", "-v", "--tb=short", "-p", "no:cacheprovider", "-p", "shard", tmp_path]
+    codes, (text,) = gpu_tests._run([[*map(str, command), "--shard=0/2"]], time.monotonic() + 100)
+    assert codes == [shard.LOST]
+    assert re.findall(r"test_it.py::test_(\d) (PASSED|FAILED)", text) == [
+        ("0", "PASSED"),
+        ("2", "FAILED"),
+        ("4", "PASSED"),
+    ]
+    assert text.index("assert 2 != 2") < text.index("the GPU was lost")
 
 
 def test_pytest_bench(tmp_path):
