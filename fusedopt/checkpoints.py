@@ -21,7 +21,7 @@ from torch.nn.parameter import is_lazy
 from . import conversion
 from .arguments import check_rates
 from .rule import Rule
-from .shards import is_distributed, local
+from .shards import alike, kind, local
 from .storage import MASTER_KEYS, NARROW, quantization_problem
 
 ANOTHER = "was it saved by another optimizer, or cut off?"
@@ -177,19 +177,23 @@ def _check_state(rule: Rule, key: str, entry: Mapping, p: Tensor, where: str) ->
     value, scale = entry[key], entry.get(f"{key}_scale")
     if not isinstance(value, Tensor):
         raise TypeError(f"{where}[{key!r}] must be a tensor, got {type(value).__name__}")
-    if is_distributed(value) != is_distributed(p):
-        raise ValueError(
-            f"{where}[{key!r}] is a {type(value).__name__} and the parameter a {type(p).__name__}; load states of "
-            "distributed parameters with torch.distributed.checkpoint.state_dict.set_optimizer_state_dict"
-        )
+    _check_distribution(value, p, f"{where}[{key!r}]")
     if not is_lazy(p) and value.shape != p.shape:
         raise ValueError(f"{where}[{key!r}] has shape {tuple(value.shape)}, the parameter {tuple(p.shape)}")
     if problem := quantization_problem(rule, key, local(value), scale):
         raise ValueError(f"{where}: {problem}")
-    if value.is_floating_point() and scale is not None and f"{key}_scale" not in rule.keys:
+    if value.is_floating_point() and isinstance(scale, Tensor) and f"{key}_scale" not in rule.keys:
         raise ValueError(
             f"{where}[{key!r}] has dtype {value.dtype}, but {key + '_scale'!r} beside it belongs to 8 bits: who "
             "cast the one lost what the other means"
+        )
+
+
+def _check_distribution(value: Tensor, p: Tensor, where: str) -> None:
+    if not alike(value, p):
+        raise ValueError(
+            f"{where} is a {kind(value)} and the parameter a {kind(p)}; load states of distributed parameters with "
+            "torch.distributed.checkpoint.state_dict.set_optimizer_state_dict"
         )
 
 
@@ -197,11 +201,19 @@ def _check_master(entry: Mapping, p: Tensor, where: str) -> None:
     for key, dtypes in MASTER_KEYS.items():
         value = entry.get(key, p)
         if not isinstance(value, Tensor):
-            raise TypeError(f"{where}[{key!r}] must be a tensor, got {type(value).__name__}")
+            raise TypeError(f"{where}[{key!r}] must be a tensor, got {type(value).__name__}{_unflattened(value)}")
+        _check_distribution(value, p, f"{where}[{key!r}]")
         if value.shape != p.shape:
             raise ValueError(f"{where}[{key!r}] has shape {tuple(value.shape)}, the parameter {tuple(p.shape)}")
         if key in entry and value.dtype not in dtypes:
             raise ValueError(f"{where}[{key!r}] has dtype {value.dtype}, not {' or '.join(map(str, dtypes))}")
+
+
+def _unflattened(value: Any) -> str:
+    """What torch.distributed.checkpoint puts where a flat state_dict lacks a key of ``optimizer.state``."""
+    if value != {}:
+        return ""
+    return ", as from a flat state_dict, which cannot hold masters in parts: leave flatten_optimizer_state_dict out"
 
 
 def _check_step(step: Any, where: str) -> None:

@@ -18,7 +18,7 @@ from .encodings import converted, decode, decode_master, encode, encode_master, 
 from .flat import strides_of_state
 from .forms import Form
 from .rule import Rule
-from .shards import is_distributed, like, local
+from .shards import alike, gather_anew, is_distributed, kind, like, local
 from .storage import MASTER_KEYS, part_key, storage
 
 MASTER = "master"
@@ -205,6 +205,7 @@ def load_master_state_dict(optimizer: Any, masters: Mapping[int | str, Tensor]) 
                     for k, held in _named(role, form, p, encode(form, *made, strides_of_state(part))).items()
                 }
         state |= {k: held.tensor for k, held in _named("", stored.param, p, values).items()}
+    gather_anew(p for _, _, p in params)
 
 
 def _check_masters(params: list[tuple[int | str, dict[str, Any], Tensor]], masters: Any) -> None:
@@ -220,8 +221,8 @@ def _check_masters(params: list[tuple[int | str, dict[str, Any], Tensor]], maste
             raise TypeError(
                 f"the master of parameter {key!r} must be a tensor of floating-point numbers, got {value!r:.60}"
             )
-        if value.shape != p.shape or is_distributed(value) != is_distributed(p):
+        if value.shape != p.shape or not alike(value, p):
             raise ValueError(
-                f"the master of parameter {key!r} is a {type(value).__name__} of shape {tuple(value.shape)}, "
-                f"the parameter a {type(p).__name__} of {tuple(p.shape)}"
+                f"the master of parameter {key!r} has shape {tuple(value.shape)} and is a {kind(value)}, "
+                f"the parameter has {tuple(p.shape)} and is a {kind(p)}"
             )

@@ -4,7 +4,8 @@
 
 An average begins as its parameter before the first step, moves at every step at which the parameter is updated, and
 is float32 where the parameter has 16 bits, in which it would stand still. It follows what these are rounded from,
-except where torch's fused kernels round plain 16-bit parameters first.
+except where torch's fused kernels round plain 16-bit parameters first. A first step with a learning rate of 0 leaves it
+alone.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .shards import local
+from .shards import gather_anew, kind, local, on_one_mesh
 
 ROLE = "ema"
 """The averages' key in the parameters' places. It is no key of ``optimizer.state``, where torch has none."""
@@ -34,6 +35,14 @@ def adopt(
         return [], {}
     view = place.open(ROLE, dtype_of(p))
     return [(local(view), local(p).detach() if value is None else local(value))], {p: view}
+
+
+def stand_still(optimizer: Any) -> bool:
+    """Whether averages are kept, and the host knows all learning rates to be 0."""
+    if optimizer.ema_decay is None:
+        return False
+    rates = [group.get("lr") for group in optimizer.param_groups]
+    return all(rate is not None and not (isinstance(rate, Tensor) and rate.is_cuda) and rate == 0 for rate in rates)
 
 
 class EmaParameters(list):
@@ -58,12 +67,18 @@ class EmaParameters(list):
         if engine.averaged:
             raise RuntimeError("the parameters are their averages already: leave the other `with` first")
         averages = self.optimizer._ema
+        if any(hasattr(p, "_fsdp_flattened") for p in averages):
+            raise RuntimeError(
+                "the averages cannot be put into the pieces of FullyShardedDataParallel's flat parameters and back: it "
+                "may go on with weights that an earlier forward pass has gathered; use fully_shard (FSDP2)"
+            )
         with torch.no_grad():
             self.trained = [(p, p.clone()) for p in averages]
             engine.averaged = True
             try:
                 for p, average in averages.items():
                     p.copy_(average)
+                gather_anew(averages)
             except BaseException:  # without a body to leave nobody would put them back
                 self.__exit__()
                 raise
@@ -73,6 +88,7 @@ class EmaParameters(list):
         with torch.no_grad():
             for p, value in self.trained:
                 p.copy_(value)
+        gather_anew(p for p, _ in self.trained)
         self.trained = []
         self.optimizer._engine.averaged = False
 
@@ -80,7 +96,13 @@ class EmaParameters(list):
 def state_dict(optimizer: Any) -> dict[int, Tensor]:
     """The averages by the numbers that parameters have in ``optimizer.state_dict()``."""
     params = [p for group in optimizer.param_groups for p in group["params"]]
-    return {k: optimizer._ema[p] for k, p in enumerate(params) if p in optimizer._ema}
+    begun = {k: optimizer._ema[p] for k, p in enumerate(params) if p in optimizer._ema}
+    if optimizer.ema_decay is None:
+        return begun
+    # So that there is something to load into before the first step.
+    return begun | {
+        k: p.detach().to(dtype_of(p), copy=True) for k, p in enumerate(params) if k not in begun and p.requires_grad
+    }
 
 
 @torch.no_grad()
@@ -97,6 +119,8 @@ def load(optimizer: Any, averages: Mapping[int, Tensor]) -> None:
                 f"the average of parameter {k} must be a floating-point tensor of shape {tuple(params[k].shape)}, got "
                 f"{got}"
             )
+        if not on_one_mesh(value, params[k]):
+            raise ValueError(f"the average of parameter {k} is a {kind(value)}, the parameter a {kind(params[k])}")
     loaded = {
         params[k]: torch.empty_like(params[k], dtype=dtype_of(params[k])).copy_(value.detach())
         for k, value in averages.items()

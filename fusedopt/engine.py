@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import capture, clipping
+from . import capture, clipping, ema
 from .arguments import check_rates
 from .backends import KernelFailed
 from .cohorts import StepNumbers
@@ -47,11 +47,18 @@ class Engine(Planner):
         check_rates(optimizer, optimizer.param_groups)
         if self.captured:
             self._leave_out_replays(optimizer)
+        # torch.distributed.checkpoint takes such a step to have states to load into: no average begins or moves.
+        averages = dict(optimizer._ema) if not self.began and ema.stand_still(optimizer) else None
         if not self.with_gradients(optimizer, self._run):
             self.verdict = clipping.Verdict(norm=0.0) if optimizer._settings.needs_norm else clipping.UNJUDGED
         self.tracked = self.tracker
         if self.tracker is not None:
             self.tracker.finish()
+        if averages is not None and optimizer._ema:
+            self.synchronize(optimizer)
+            self.forget()
+            optimizer._ema.clear()
+            optimizer._ema.update(averages)
         if not self.began:
             self.began = True
             if not self.executors and not self.released:

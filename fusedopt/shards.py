@@ -50,8 +50,34 @@ def like(whole: Any, part: Tensor) -> Any:
 
 
 def alike(a: Any, b: Any) -> bool:
-    """Whether two DTensors are distributed in the same way, so that their local parts belong together."""
-    return a._spec is b._spec or (a._spec.placements == b._spec.placements and a._spec.mesh == b._spec.mesh)
+    """Whether two tensors are distributed in the same way, or neither is, so that their local parts belong together."""
+    return on_one_mesh(a, b) and (not is_distributed(a) or a._spec is b._spec or a.placements == b.placements)
+
+
+def on_one_mesh(a: Any, b: Any) -> bool:
+    """Whether two tensors are distributed over the same ranks, or neither is: torch copies one into the other."""
+    if not (is_distributed(a) and is_distributed(b)):
+        return is_distributed(a) == is_distributed(b)
+    return a._spec.mesh is b._spec.mesh or a.device_mesh == b.device_mesh
+
+
+def kind(tensor: Any) -> str:
+    """How an error message calls it."""
+    name = type(tensor).__name__
+    return f"{name} with the placements {tensor.placements} on {tensor.device_mesh}" if is_distributed(tensor) else name
+
+
+def gather_anew(params: Iterable[Any]) -> None:
+    """Let fully_shard gather the weights again whose local parts were written outside a step. What a forward pass has
+    gathered it keeps, without a backward pass, for the next one: by default in the outermost module."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    if fsdp is None or not any(map(is_distributed, params)):
+        return
+    # A parameter does not know its module. One of another model is gathered again, too.
+    managed = list(sys.modules["torch.distributed._composable_state"]._module_state_mapping)
+    for module in managed:
+        if isinstance(module, fsdp.FSDPModule):
+            module.reshard()
 
 
 def local_grads(params: list[Tensor], grads: list[Tensor | None]) -> list[Tensor | None]:

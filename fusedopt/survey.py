@@ -19,7 +19,7 @@ from .cohorts import Scalar
 from .distributed import ProcessGroups, Reduction
 from .places import Place, adoption_key, is_shared
 from .rule import Rule
-from .shards import alike, is_distributed, local
+from .shards import alike, local
 from .storage import Storage, quantization_problem, storage, traits
 from .torch_step import COMPLEX, PLAIN_TENSORS, REMEDIES, NotFusable, reason_against
 from .units import refuse_shards
@@ -177,7 +177,7 @@ def _check_state(owner: Tensor, rule: Rule, state: dict[str, Any], where: Where)
             continue
         if not isinstance(value, Tensor):
             raise RuntimeError(f"the state {key!r} of {where} must be a tensor, got {type(value).__name__}")
-        if is_distributed(value) != is_distributed(owner) or (is_distributed(owner) and not alike(owner, value)):
+        if not alike(owner, value):
             raise RuntimeError(
                 f"the state {key!r} of {where} must be distributed as the parameter is; load states of distributed "
                 "parameters with torch.distributed.checkpoint.state_dict.set_optimizer_state_dict"

@@ -1,5 +1,6 @@
 """torch.distributed.checkpoint: whoever saved it and on however many ranks, training goes on as if uninterrupted."""
 
+import functools
 import itertools
 
 import pytest
@@ -133,6 +134,53 @@ def test_saved_while_training_goes_on(folder):
     close(weights(other), weights(model), 0.0)
 
 
+@pytest.mark.ranks(2)
+@pytest.mark.parametrize("saved", [True, False], ids=["saved", "not saved"])
+@pytest.mark.parametrize("first", ["averages", "states"])
+def test_averages(first, saved, folder):
+    """torch makes states to load into by a step, which neither begins an average nor moves it; where none was saved,
+    they begin as the loaded weights."""
+    model, optimizer = trained(functools.partial(ours, ema_decay=0.5), 2, 2)
+    averages = {"averages": optimizer.ema_state_dict()} if saved else {}
+    states = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer)))
+    dcp.save(averages | states, checkpoint_id=folder)
+    expected = list(map(full, optimizer.ema_parameters() if saved else flattened(optimizer)))
+
+    model = sharded()
+    optimizer = ours(model, ema_decay=0.5)
+    state = {"averages": optimizer.ema_state_dict()} if saved and first == "averages" else {}
+    state |= dict(zip(("model", "optimizer"), get_state_dict(model, optimizer)))
+    if saved and first == "states":
+        state["averages"] = optimizer.ema_state_dict()
+    dcp.load(state, checkpoint_id=folder)
+    set_model_state_dict(model, state["model"])
+    set_optimizer_state_dict(model, optimizer, state["optimizer"])
+    if saved:
+        optimizer.load_ema_state_dict(state["averages"])
+    close(map(full, optimizer.ema_parameters()), expected, 0.0)
+    train(model, optimizer, 1, start=2)
+    moved = [a + 0.5 * (p - a) for a, p in zip(expected, map(full, flattened(optimizer)))]
+    close(map(full, optimizer.ema_parameters()), moved)
+
+
+@pytest.mark.ranks(2)
+def test_averages_that_were_loaded_before_the_states(folder):
+    model, optimizer = trained(functools.partial(ours, ema_decay=0.5), 2, 2)
+    save("full", 2, model, optimizer, folder)
+    dist.barrier()
+    averages = optimizer.ema_state_dict()
+    expected = list(map(full, optimizer.ema_parameters()))
+    model = sharded()
+    optimizer = ours(model, ema_decay=0.5)
+    optimizer.load_ema_state_dict(averages)
+    load("full", 2, model, optimizer, folder)
+    close(map(full, optimizer.ema_parameters()), expected, 0.0)
+
+
+def flattened(optimizer):
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
 def plain_and_sharded():
     return {"plain": net, "sharded": lambda: fully_shard(net())}
 
@@ -187,8 +235,12 @@ STORED = [{"state_dtype": torch.float32}, {"state_dtype": "8bit"}, {"master": "f
 
 
 @pytest.mark.ranks(2)
-@pytest.mark.parametrize("settings", STORED, ids=str)
-def test_what_is_stored_beside_bfloat16_parameters_comes_back_exactly(settings, folder):
+@pytest.mark.parametrize(
+    ("settings", "form"),
+    [*((settings, "sharded") for settings in STORED), *((settings, "flattened") for settings in STORED[1:3])],
+    ids=str,
+)
+def test_what_is_stored_beside_bfloat16_parameters_comes_back_exactly(settings, form, folder):
     def build():
         model = fully_shard(net(Larger).bfloat16())
         return model, ours(model, **settings)
@@ -198,9 +250,9 @@ def test_what_is_stored_beside_bfloat16_parameters_comes_back_exactly(settings, 
 
     model, optimizer = build()
     train(model, optimizer, 2, split=split)
-    save("sharded", 2, model, optimizer, folder)
+    save(form, 2, model, optimizer, folder)
     other, optimizer_of_other = build()
-    load("sharded", 2, other, optimizer_of_other, folder)
+    load(form, 2, other, optimizer_of_other, folder)
     for m, o in ((model, optimizer), (other, optimizer_of_other)):
         train(m, o, 1, start=2, split=split)
     close(weights(other), weights(model), 0.0)
@@ -211,3 +263,13 @@ def test_what_is_stored_beside_bfloat16_parameters_comes_back_exactly(settings, 
         if "8bit" not in settings.values():  # whose scales are computed anew, and may be rounded otherwise
             assert all(torch.equal(full(restored[key]), full(value)) for key, value in state.items())
     same_on_all_ranks(weights(other))
+
+
+@pytest.mark.ranks(2)
+def test_masters_in_parts_cannot_be_flattened(folder):
+    """torch puts flat states together by the keys of optimizer.state, and state_dict() shows other ones."""
+    model = fully_shard(net().bfloat16())
+    optimizer = ours(model, master="kahan")
+    with pytest.raises(TypeError, match="leave flatten_optimizer_state_dict out"):
+        save("flattened", 2, model, optimizer, folder)
+        load("flattened", 2, model, optimizer, folder)

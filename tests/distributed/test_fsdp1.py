@@ -97,6 +97,20 @@ def test_a_part_of_the_norm_is_refused(use_orig_params, act):
 
 @pytest.mark.ranks(2)
 @both_forms
+def test_averages_are_not_put_into_pieces(use_orig_params):
+    """What forward has gathered stays there, and nothing says to what module a piece belongs."""
+    model = sharded(use_orig_params)
+    optimizer = one_group(model, ema_decay=0.9)
+    train(model, optimizer, 1)
+    before = weights(model)
+    with pytest.raises(RuntimeError, match="use fully_shard"), optimizer.ema_parameters():
+        pass
+    close(weights(model), before, 0.0)
+    train(model, optimizer, 1, start=1)
+
+
+@pytest.mark.ranks(2)
+@both_forms
 def test_optimizer_state_goes_both_ways(use_orig_params):
     """Through FSDP's own optim_state_dict: ours, torch's and ours again. The reference goes the same way with torch's
     alone: with use_orig_params=True, torch 2.13 itself does not train on as if it had not been interrupted."""

@@ -212,3 +212,28 @@ def test_averages(backend):
     with optimizer.ema_parameters():
         close([full(model.first.weight)], [expected[0]])
     assert all(map(torch.equal, trained, weights(model)))
+
+
+@pytest.mark.ranks(2)
+@pytest.mark.parametrize("reshard", [None, False], ids=["outermost", "all"])
+def test_what_forward_has_gathered_is_gathered_anew_where_weights_were_exchanged(reshard):
+    """Without a backward pass FSDP goes on with it: by default the outermost module does."""
+    model, reference = sharded(reshard_after_forward=reshard), net()
+    optimizers = [ours(m, ema_decay=0.9) for m in (model, reference)]
+    x = torch.randn(3, 7)
+
+    def evaluate():
+        with torch.no_grad():
+            close([model(x)], [reference(x)], 1e-5)
+
+    for number in range(2):
+        train(model, optimizers[0], steps=1, start=number)
+        train(reference, optimizers[1], steps=1, start=number, split=lambda x: x)
+        evaluate()
+        with optimizers[0].ema_parameters(), optimizers[1].ema_parameters():
+            evaluate()
+    evaluate()
+    for optimizer in optimizers:
+        optimizer.load_master_state_dict({k: 2 * x for k, x in optimizer.master_state_dict().items()})
+    evaluate()
+    close(weights(model), weights(reference))

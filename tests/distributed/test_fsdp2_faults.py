@@ -7,7 +7,10 @@ import torch
 import torch.distributed as dist
 from sharding import sharded
 from thinning import every_pair
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from training import (
     build_for,
     clip,
@@ -141,6 +144,43 @@ def test_state_of_another_layout_is_refused():
     with pytest.raises(RuntimeError, match=r"'exp_avg' of parameter 0 .* must be distributed as the parameter is"):
         optimizer.step()
     assert all(map(torch.equal, before, weights(model)))
+
+
+@pytest.mark.ranks(2)
+def test_values_of_another_layout_are_not_loaded():
+    """Their local parts would be taken for other elements where they have the same shape."""
+    grid = init_device_mesh("cpu", (2, 1))
+    p = nn.Parameter(distribute_tensor(torch.ones(2, 2).bfloat16(), grid, [Shard(0), Replicate()]))
+    optimizer = fusedopt.AdamW([p], lr=0.1, master="fp32", state_dtype=torch.float32, ema_decay=0.9)
+    p.grad = torch.ones_like(p)
+    optimizer.step()
+    values = torch.arange(4.0).view(2, 2)
+    loads = {
+        "states": lambda x: optimizer.load_state_dict(with_state("exp_avg", x)),
+        "masters in states": lambda x: optimizer.load_state_dict(with_state("master", x)),
+        "masters": lambda x: optimizer.load_master_state_dict({0: x}),
+        "averages": lambda x: optimizer.load_ema_state_dict({0: x}),
+    }
+
+    def with_state(key, value):
+        saved = optimizer.state_dict()
+        return {**saved, "state": {0: {**saved["state"][0], key: value}}}
+
+    def everything():
+        return [full(x).clone() for x in (p, *optimizer.state[p].values(), *optimizer.ema_parameters())]
+
+    before = everything()
+    elsewhere = distribute_tensor(values, grid, [Replicate(), Shard(0)])
+    for name, load in loads.items():
+        # Averages are copied by torch, which redistributes them.
+        for value in [values] if name == "averages" else [values, elsewhere]:
+            with pytest.raises(ValueError, match=r"is a (DTensor|Tensor).* the parameter .*a (Parameter|DTensor)"):
+                load(value)
+            assert all(map(torch.equal, before, everything()))
+        load(distribute_tensor(values, grid, [Shard(0), Replicate()]))
+        before = everything()
+    optimizer.load_ema_state_dict({0: elsewhere * 2})
+    close([full(optimizer.ema_parameters()[0])], [values * 2])
 
 
 @pytest.mark.ranks(2)
