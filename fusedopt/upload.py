@@ -98,6 +98,7 @@ class Upload:
         self.frozen.append((self.device_copy, memory))
         self.is_frozen = True
 
+    @torch.inference_mode(False)
     def prepare(self, values: np.ndarray) -> None:
         """Make the pinned memory from which a graph may send values like these, even if nothing was sent before."""
         if self.device.type == "cuda":

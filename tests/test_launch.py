@@ -133,13 +133,15 @@ def test_pinned_memory_is_left_alone_while_a_copy_is_under_way(monkeypatch):
 
 
 def test_a_graph_takes_pinned_memory_that_was_made_before_it(monkeypatch):
-    """torch 2.10 cannot make any during a capture. Another graph, or another shape, needs other memory."""
+    """torch 2.10 cannot make any during a capture. Another graph, or another shape, needs other memory. Made in inference
+    mode, it can be filled outside."""
     made = []
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: made.append(self) or self)
     empty = torch.empty_like
     monkeypatch.setattr(torch, "empty_like", lambda x, pin_memory: empty(x))
     table, values = upload.Upload(torch.device("cuda")), torch.arange(6.0).view(2, 3)
-    table.prepare(values.numpy())
+    with torch.inference_mode():
+        table.prepare(values.numpy())
     spare = table.spare
     assert table._pinned(values) is spare and torch.equal(spare, values)
     assert table._pinned(values) is values
