@@ -42,9 +42,15 @@ class Cpu:
         """``step`` as a graph: a call replays it."""
         return step
 
-    def alongside(self, action: Callable[[], None]) -> None:
-        """Run ``action`` on a stream of its own."""
+    def alongside(self, action: Callable[[], None], in_order: bool = False) -> None:
+        """Run ``action`` on a stream of its own; ``in_order``: behind what was queued here."""
         action()
+
+    def join(self) -> None:
+        """What is queued here from now on runs behind what was queued there."""
+
+    def delay(self, seconds: float) -> None:
+        """Keep the device from what is queued behind this, for about so long."""
 
     def clocks(self) -> str:
         try:
@@ -68,7 +74,7 @@ class Cuda(Cpu):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize()
         # The device waits until the host has queued everything.
-        torch.cuda._sleep(int(CYCLES * (0.002 + 2 * host * repeats)))
+        self.delay(0.002 + 2 * host * repeats)
         start.record()
         for _ in range(repeats):
             step()
@@ -90,9 +96,17 @@ class Cuda(Cpu):
             step()
         return graph.replay
 
-    def alongside(self, action: Callable[[], None]) -> None:
+    def alongside(self, action: Callable[[], None], in_order: bool = False) -> None:
+        if in_order:
+            self.side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.side):
             action()
+
+    def join(self) -> None:
+        torch.cuda.current_stream().wait_stream(self.side)
+
+    def delay(self, seconds: float) -> None:
+        torch.cuda._sleep(int(CYCLES * seconds))
 
     def clocks(self) -> str:
         try:
@@ -107,6 +121,11 @@ def device(name: str | None = None) -> Cpu:
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     warnings.filterwarnings("error", ".*: torch(.optim's own step runs| takes the steps) on ", UserWarning)
     return Cuda() if name == "cuda" else Cpu()
+
+
+def bits(x: torch.Tensor) -> torch.Tensor:
+    """Its numbers as integers: equal where all bits are."""
+    return x.contiguous().view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()])
 
 
 def copy_bandwidth(on: Cpu) -> float:

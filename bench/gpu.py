@@ -26,6 +26,7 @@ if "--dry" in sys.argv and not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton
 
 import gpu_checks
+import gpu_races
 import gpu_speed
 import gpu_tests
 from gpu_run import Run
@@ -46,6 +47,7 @@ PARTS = {
     "rules": Part(gpu_speed.rules, 100),
     "equal": Part(gpu_checks.equal, 90),
     "stress": Part(gpu_checks.stress, 60),
+    "races": Part(gpu_races.races, 60),
     "once": Part(gpu_speed.once, 40),
     "sweep": Part(gpu_speed.sweep, 60),
     "graph": Part(gpu_checks.graph, 30),

@@ -14,6 +14,7 @@ from pathlib import Path
 from unittest import mock
 
 import torch
+from device import bits
 from gpu_run import Run
 from measure import outline
 from problem import Case, Problem
@@ -51,10 +52,6 @@ def _compare(run: Run, found: dict[str, list[torch.Tensor]], expected: dict[str,
         worst = max((a.double() - b.double()).abs().max().item() for a, b in pairs)
         note = f"{differ} of {total} values differ, by at most {worst:.2g}"
         run.result("equal", label, "ok" if differ == 0 else "failed", note)
-
-
-def bits(x: torch.Tensor) -> torch.Tensor:
-    return x.contiguous().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()])
 
 
 def stress(run: Run) -> None:

@@ -236,7 +236,7 @@ def test_dry_run_of_the_gpu_script(tmp_path):
     assert problems == []
     assert {row.status for row in rows} <= {"ok", "skipped"}
     # The parts by their own rows or, where they time steps, by what these are of.
-    parts = {"tests", "step", "equal", "stress", "sweep", "graph", "cold", "huge", "train", "sanitize"}
+    parts = {"tests", "step", "equal", "stress", "races", "sweep", "graph", "cold", "huge", "train", "sanitize"}
     assert {row.part for row in rows} == parts
     steps = {(row.model, row.amp) for row in rows if row.part == "step"}
     assert steps == {("gpt2", True), *((model, False) for model in ("gpt2", "small1000", "mlp", "llama1b", "resnet50"))}

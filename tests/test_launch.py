@@ -133,8 +133,8 @@ def test_pinned_memory_is_left_alone_while_a_copy_is_under_way(monkeypatch):
 
 
 def test_a_graph_takes_pinned_memory_that_was_made_before_it(monkeypatch):
-    """torch 2.10 cannot make any during a capture. Another graph, or another shape, needs other memory. Made in inference
-    mode, it can be filled outside."""
+    """torch 2.10 cannot make any during a capture. Another graph, or another shape, needs other memory. Made
+    in inference mode, it can be filled outside."""
     made = []
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: made.append(self) or self)
     empty = torch.empty_like
