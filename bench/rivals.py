@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -98,10 +99,15 @@ def _apex_adam(numbers: dict[str, Any]) -> dict[str, Any]:
     return {**numbers, "adam_w_mode": False}
 
 
+def _apex_lamb(numbers: dict[str, Any]) -> dict[str, Any]:
+    return {**numbers, "max_grad_norm": math.inf}  # where clipping is on, it runs before
+
+
 ALIASES: dict[tuple[str, str], Callable[[dict[str, Any]], dict[str, Any]]] = {
     ("apex.optimizers", "Adam"): _apex_adam,
+    ("apex.optimizers", "LAMB"): _apex_lamb,
 }
-"""Where a package calls torch's arguments by other names."""
+"""Where a package calls arguments by other names, or has other defaults."""
 
 IMPLEMENTATIONS = {
     implementation.name: implementation

@@ -106,7 +106,7 @@ def overview() -> str:
 Optimizers that torch has take torch's arguments, in torch's order and with torch's defaults; all take the
 [settings](AdamW.md#arguments) of fusedopt. Bytes are per parameter and step, in float32, with default
 arguments: a step reads the gradient, reads and writes the parameter and every state; clipping to a norm reads the
-gradient once more, and means over each tensor (StableAdamW, `cautious=True`) read everything once before.
+gradient once more, and means over each tensor (StableAdamW, LAMB, `cautious=True`) read everything once before.
 
 {chr(10).join(rows)}
 
@@ -234,7 +234,7 @@ def takes_means(cls: type) -> bool:
     optimizer = made(cls)
     (group,) = optimizer.param_groups
     stages = optimizer.update(group, 1, *optimizer.initial_scalars(group)).on_update
-    return any(stage.term is not None and stage.args != stage.neutral for stage in stages)
+    return any(stage.terms and stage.args != stage.neutral for stage in stages)
 
 
 def traffic(cls: type) -> str:

@@ -18,6 +18,7 @@ from .asgd import ASGD
 from .backends import Backend, backend
 from .check import check_rule
 from .convert import convert
+from .lamb import LAMB
 from .lion import Lion
 from .memory import memory
 from .nadam import NAdam
@@ -33,6 +34,7 @@ from .stable_adamw import StableAdamW
 __version__ = "0.1.0"
 __all__ = [
     "ASGD",
+    "LAMB",
     "SGD",
     "AdEMAMix",
     "Adadelta",

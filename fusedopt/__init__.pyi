@@ -20,6 +20,7 @@ from .backends import Backend as Backend
 from .backends import backend as backend
 from .check import check_rule as check_rule
 from .convert import convert as convert
+from .lamb import LAMB as _LAMB
 from .lion import Lion as _Lion
 from .memory import memory as memory
 from .nadam import NAdam as _NAdam
@@ -275,6 +276,36 @@ class Adan(_Adan):
         eps: float = 1e-08,
         weight_decay: float = 0.0,
         no_prox: bool = False,
+        *,
+        maximize: bool = False,
+        max_grad_norm: float | None = None,
+        grad_norm_mode: str = "clip",
+        adaptive_grad_clip: float | None = None,
+        max_grad_value: float | tuple[float | None, float | None] | None = None,
+        skip_nonfinite: bool = False,
+        ema_decay: float | None = None,
+        cautious: bool = False,
+        clip_group: Any = None,
+        track: str | None = None,
+        launches: str | int = "auto",
+        flatten: bool = False,
+        flat_grads: bool | str = False,
+        master: str | None = None,
+        state_dtype: Any = None,
+        seed: int = 0,
+        backend: str | None = None,
+        capturable: bool = False,
+    ) -> None: ...
+
+class LAMB(_LAMB):
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 0.001,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-06,
+        weight_decay: float = 0.01,
+        always_adapt: bool = False,
         *,
         maximize: bool = False,
         max_grad_norm: float | None = None,

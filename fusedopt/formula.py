@@ -13,7 +13,7 @@ from .columns import Number, Rounded, number, scalar
 from .rule import Numbers, Rule, Stage, Update
 from .settings import Settings
 
-CAUTIOUS = Stage("cautious", (), None, term="agreement")
+CAUTIOUS = Stage("cautious", (), None, terms=("agreement",))
 
 
 Returned = TypeVar("Returned")

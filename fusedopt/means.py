@@ -29,17 +29,26 @@ def excess(u, p, g, state, eps_squared):
     return g.square().div_(state[1].clamp(min=eps_squared))
 
 
-terms = {term.__name__: term for term in (agreement, excess)}
+def square_of_parameter(u, p, g, state, weight, adapts):
+    return p.square()
+
+
+def square_of_step(u, p, g, state, weight, adapts):
+    return u.add(p, alpha=weight).square_()
+
+
+terms = {term.__name__: term for term in (agreement, excess, square_of_parameter, square_of_step)}
 
 
 def needed(optimizer: Any) -> int:
     """How many means the update chain of a group needs at most."""
-    return max((len(stages_of(optimizer.first_update(group))) for group in optimizer.param_groups), default=0)
+    updates = map(optimizer.first_update, optimizer.param_groups)
+    return max((sum(len(stage.terms) for stage in update.on_update) for update in updates), default=0)
 
 
 def stages_of(update: Update) -> list[Stage]:
     """The stages that need means."""
-    return [stage for stage in update.on_update if stage.term is not None]
+    return [stage for stage in update.on_update if stage.terms]
 
 
 class Chunks:

@@ -131,8 +131,8 @@ def _refuse_wrappers(model: torch.nn.Module) -> None:
 def _refuse_parts(params: Iterable[Tensor], optimizer: Any) -> None:
     if any(map(is_distributed, params)) and means.needed(optimizer):
         raise RuntimeError(
-            "gradient release updates each parameter as soon as this rank has its gradient, and cautious=True and "
-            "StableAdamW need means over whole parameters, for which all ranks meet; call optimizer.step()"
+            "gradient release updates each parameter as soon as this rank has its gradient, and cautious=True, "
+            "StableAdamW and LAMB need means over whole parameters, for which all ranks meet; call optimizer.step()"
         )
 
 

@@ -110,9 +110,9 @@ class Stage(NamedTuple):
     args: Numbers
     neutral: Numbers | None
     """The arguments with which it changes nothing; None if there are none such."""
-    term: str | None = None
-    """A stage of the update chain may need the mean over its tensor of this term, by its name in
-    ``kernels/stages.py``; term and stage have the same arguments."""
+    terms: tuple[str, ...] = ()
+    """A stage of the update chain may need the means over its tensor of these terms, by their names in
+    ``kernels/stages.py``; terms and stage have the same arguments."""
 
 
 class Update(NamedTuple):

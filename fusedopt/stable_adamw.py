@@ -59,7 +59,7 @@ class StableAdamW(FusedOptimizer):
 
     def update(self, group, t):
         update = super().update(group, t)
-        limit = Stage("limit_rms", (max(float(group["eps"]) ** 2, SMALLEST),), None, term="excess")
+        limit = Stage("limit_rms", (max(float(group["eps"]) ** 2, SMALLEST),), None, terms=("excess",))
         return update._replace(on_update=(*update.on_update, limit))
 
 

@@ -98,7 +98,7 @@ class Blocks:
     def _terms(self, stages: Sequence[Stage], directions: Iterable[tuple]) -> Iterator[list[Tensor]]:
         """For each block the terms of which these stages need means."""
         for u, g, p, kept in directions:
-            yield [means.terms[s.term](u, p, g, kept, *s.args) for s in stages]
+            yield [means.terms[term](u, p, g, kept, *s.args) for s in stages for term in s.terms]
 
     def _means(self, stages: Sequence[Stage], directions: Iterable[tuple], sizes: Sequence[int]) -> Iterable[list]:
         """For each block the means that these stages need."""

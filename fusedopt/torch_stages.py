@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -17,15 +18,21 @@ stages = {
     "damp": lambda u, p, factor: u * factor,
     "cautious": lambda u, p, g, mean: u * means.agreement(u, p, g, ()).div_(mean.clamp(min=1e-3)),
     "limit_rms": lambda u, p, g, mean, eps_squared: u / mean.sqrt().clamp_(min=1.0),
+    "trust": lambda u, p, g, of_parameter, of_step, weight, adapts: u * _trust_ratio(of_parameter, of_step),
 }
+
+
+def _trust_ratio(of_parameter: Tensor, of_step: Tensor) -> Tensor:
+    defined = (of_parameter != 0) & (of_step != 0)
+    return torch.where(defined, of_parameter.sqrt() / of_step.sqrt(), 1.0)
 
 
 def through(chain: Sequence[Stage], x: Tensor, p: Tensor, g: Tensor | None = None, found: Sequence = ()) -> Tensor:
     """``found`` are the means that stages need, in their order."""
     found = iter(found)
     for stage in chain:
+        needs = (g, *islice(found, len(stage.terms))) if stage.terms else ()
         if stage.args != stage.neutral:
-            needs = () if stage.term is None else (g, next(found))
             x = stages[stage.name](x, p, *needs, *stage.args)
     return x
 

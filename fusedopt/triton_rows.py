@@ -163,13 +163,11 @@ class Rows:
             picked = []
             for stage in (s for s, k in zip(chain, keep) if k):
                 places, end = _columns(end, len(stage.args))
-                mean = tl.constexpr(-1)
-                if stage.term is not None:
-                    mean = tl.constexpr(len(terms))
-                    terms.append(stages.Term(getattr(stages, stage.term), places))
-                picked.append(stages.Stage(getattr(stages, stage.name), places, mean))
+                found, _ = _columns(len(terms), len(stage.terms))
+                terms += [stages.Term(getattr(stages, term), places) for term in stage.terms]
+                picked.append(stages.Stage(getattr(stages, stage.name), places, found))
             built.append(tuple(picked))
-        needed = [keep for stage, keep in zip(update.on_update, used[1]) if stage.term is not None]
+        needed = [keep for stage, keep in zip(update.on_update, used[1]) for _ in stage.terms]
         numbers = tuple(number for number, keep in enumerate(needed) if keep)
         return Chains(used, h, *built, tuple(terms), averages, end + self.draws, numbers, len(needed))
 

@@ -3,7 +3,7 @@
 The gradient chain runs before the rule, the update chain after it. A feature that no group uses is
 an absent stage; where only some groups use it, the others carry its neutral value in their row.
 
-A stage of the update chain may need a mean over its tensor. It then is ``stage(u, p, g, mean, *args) -> u``, and the
+A stage of the update chain may need means over its tensor. It then is ``stage(u, p, g, *means, *args) -> u``, and each
 mean is that of a term, ``term(u, p, g, state, *args) -> x``, of what the rule received and returned; see means.py.
 """
 
@@ -23,7 +23,7 @@ class Stage(NamedTuple):
 
     fn: object
     columns: tuple  # where its arguments stand in the group's row
-    mean: object  # where its mean stands among the tensor's; -1 if it needs none (Triton 3.6 takes no None here)
+    means: tuple  # where those that it needs stand among the tensor's
 
 
 class Term(NamedTuple):
@@ -44,11 +44,11 @@ def through(chain, x, p, arguments):
 @triton.jit
 def through_with_means(chain, x, p, g, arguments, means):
     for k in tl.static_range(len(chain)):
-        if chain[k].mean < 0:
+        if len(chain[k].means) == 0:
             x = chain[k].fn(x, p, *loaded(arguments[k]))
         else:
-            mean = tl.load(means + chain[k].mean).to(x.dtype)
-            x = chain[k].fn(x, p, g, mean, *loaded(arguments[k]))
+            found = narrowed(columns(means, chain[k].means), x.dtype)
+            x = chain[k].fn(x, p, g, *found, *loaded(arguments[k]))
     return x
 
 
@@ -66,6 +66,11 @@ def arguments_of(chain, row):
 @triton.jit
 def loaded(numbers):
     return tl.tuple([tl.load(x) for x in numbers])
+
+
+@triton.jit
+def narrowed(numbers, dtype: tl.constexpr):
+    return tl.tuple([tl.load(x).to(dtype) for x in numbers])
 
 
 @triton.jit
@@ -117,3 +122,24 @@ def excess(u, p, g, state, eps_squared):
 def limit_rms(u, p, g, mean, eps_squared):
     """u / max(1, RMS), where RMS = sqrt(mean excess)"""
     return divide(u, tl.maximum(sqrt(mean), 1.0, propagate_nan=tl.PropagateNan.ALL))
+
+
+@triton.jit
+def square_of_parameter(u, p, g, state, weight, adapts):
+    """p^2"""
+    return p * p
+
+
+@triton.jit
+def square_of_step(u, p, g, state, weight, adapts):
+    """(u + weight p)^2"""
+    u = decay(u, p, weight)
+    return u * u
+
+
+@triton.jit
+def trust(u, p, g, of_parameter, of_step, weight, adapts):
+    """u |p| / |u + weight p|, given the mean squares, where u holds the decay already; u where one of them or adapts is
+    zero"""
+    ratio = divide(sqrt(of_parameter), sqrt(of_step))
+    return u * tl.where((of_parameter != 0) & (of_step != 0) & (adapts != 0), ratio, 1.0)

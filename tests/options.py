@@ -101,6 +101,13 @@ OPTIONS = {
         {"betas": (0.5, 0.9), "eps": 1e-3, "weight_decay": 0.05, "maximize": True},
         {"betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0},
     ],
+    "LAMB": [
+        {},
+        {"lr": TENSOR_LR, "always_adapt": True},
+        {"betas": (0.5, 0.9), "eps": 1e-3, "weight_decay": 0.05, "maximize": True},
+        {"weight_decay": 0.0},
+        {"weight_decay": 0.0, "always_adapt": True},
+    ],
     "NAdam": [
         {},
         {"lr": TENSOR_LR, "betas": (0.5, 0.9), "eps": 1e-3},
@@ -152,6 +159,7 @@ STATEFUL = {
     "Adan": {"weight_decay": 0.05},
     "AdEMAMix": {"beta3_warmup": 10, "alpha_warmup": 10},
     "StableAdamW": {},
+    "LAMB": {"weight_decay": 0.05},
     "NAdam": {"momentum_decay": 0.1, "weight_decay": 0.05},
     "RAdam": {"betas": (0.9, 0.99), "decoupled_weight_decay": True},
     "Adamax": {"weight_decay": 0.05},

@@ -61,6 +61,25 @@ class StableAdamW(Paper, lr=1e-3, betas=(0.9, 0.99), eps=1e-6, weight_decay=1e-2
         p.copy_(p - lr * group["weight_decay"] * p - lr * m / (torch.sqrt(v) + eps))
 
 
+class LAMB(Paper, lr=1e-3, betas=(0.9, 0.999), eps=1e-6, weight_decay=1e-2, always_adapt=False):
+    """You et al., arXiv 1904.00962, algorithm 2, with phi(x) = x, and Apex's exception for groups without decay."""
+
+    states = ("exp_avg", "exp_avg_sq")
+
+    def move(self, p, g, state, group):
+        t, m, v = int(state["step"]), state["exp_avg"], state["exp_avg_sq"]
+        beta1, beta2 = group["betas"]
+        m.copy_(beta1 * m + (1 - beta1) * g)
+        v.copy_(beta2 * v + (1 - beta2) * g**2)
+        r = (m / (1 - beta1**t)) / (torch.sqrt(v / (1 - beta2**t)) + group["eps"])
+        step = r + group["weight_decay"] * p
+        norm_of_p, norm_of_step = torch.linalg.vector_norm(p), torch.linalg.vector_norm(step)
+        ratio = 1.0
+        if (group["weight_decay"] or group["always_adapt"]) and norm_of_p != 0 and norm_of_step != 0:
+            ratio = norm_of_p / norm_of_step
+        p.copy_(p - group["lr"] * ratio * step)
+
+
 class Lion(Paper, lr=1e-4, betas=(0.9, 0.99), weight_decay=0.0):
     """Chen et al., arXiv 2302.06675, algorithm 2."""
 
@@ -124,4 +143,4 @@ class AdEMAMix(
         p.copy_(p * (1 - group["lr"] * group["weight_decay"]) - group["lr"] * update)
 
 
-PAPERS = {cls.__name__: cls for cls in (StableAdamW, Lion, Adan, AdEMAMix)}
+PAPERS = {cls.__name__: cls for cls in (StableAdamW, LAMB, Lion, Adan, AdEMAMix)}

@@ -42,6 +42,7 @@ CASES = {
     "adan": ("Adan", {}),
     "ademamix": ("AdEMAMix", {"alpha_warmup": 10, "beta3_warmup": 10}),
     "adam limited": ("StableAdamW", {}),
+    "adam adapted": ("LAMB", {}),
     "amsgrad_eps_inside": ("AdamW", {"amsgrad": True, "eps": 0.1, "eps_inside_sqrt": True}),
     "nadam": ("NAdam", {"momentum_decay": 0.1}),
     "radam": ("RAdam", {"betas": (0.9, 0.99)}),
@@ -84,7 +85,7 @@ CHAINS = {
 }  # fmt: skip
 """What stands around the rule: settings of an optimizer, and ``decoupled`` for the place of the decay."""
 
-WITH_MEANS = {"amsgrad": {"cautious": True}, "adam limited": {}}
+WITH_MEANS = {"amsgrad": {"cautious": True}, "adam limited": {}, "adam adapted": {}}
 """Cases, and settings, in which a stage needs a mean. Those without settings always do."""
 
 ADDRESSES = ("scattered", "flat")
@@ -178,9 +179,9 @@ def twin_step(made, t):
             kept = state[: len(rule.states)]
             u = rule.twin(g, kept, update.h)
             means = [
-                torch_terms[stage.term](u, value, g, kept, *stage.args).mean()
+                torch_terms[term](u, value, g, kept, *stage.args).mean()
                 for stage in update.on_update
-                if stage.term is not None
+                for term in stage.terms
             ]
             value = value - update.lr * torch_stages.through(update.on_update, u, value, g, means)
             for average, weight in zip(state[len(rule.states) :], update.averages):

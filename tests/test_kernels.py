@@ -65,12 +65,12 @@ def test_every_optimizer_speaks_of_known_stages():
         update = made.update(group, 1, *scalars(made, group, *params))
         for stage in (*update.on_grad, *update.on_update):
             assert stage.name in torch_stages.stages
-            # First the value (or gradient) and the parameter, and where there is a mean, the gradient and that.
-            args = getattr(kernels.stages, stage.name).arg_names[2 if stage.term is None else 4 :]
+            # First the value (or gradient) and the parameter, and where there are means, the gradient and those.
+            args = getattr(kernels.stages, stage.name).arg_names[3 + len(stage.terms) if stage.terms else 2 :]
             assert len(stage.args) == len(args)
             assert stage.neutral is None or len(stage.neutral) == len(args)
-            if stage.term is not None:
-                assert getattr(kernels.stages, stage.term).arg_names[4:] == args
+            for term in stage.terms:
+                assert getattr(kernels.stages, term).arg_names[4:] == args
 
 
 # No chain knows the rule or the dtype: each stands around two rules, and all of them at once around every rule.

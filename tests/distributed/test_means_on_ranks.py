@@ -1,5 +1,5 @@
-"""Means over whole parameters of which ranks hold parts: ``cautious=True`` and ``StableAdamW``, which train as the same
-optimizer does in one process."""
+"""Means over whole parameters of which ranks hold parts: what needs them (``cautious=True``, ``StableAdamW``, ``LAMB``)
+trains as in one process."""
 
 import functools
 
@@ -34,8 +34,10 @@ import fusedopt
 KINDS = {
     "cautious": functools.partial(fusedopt.AdamW, cautious=True),
     "StableAdamW": fusedopt.StableAdamW,
+    "LAMB": fusedopt.LAMB,
     "both": functools.partial(fusedopt.StableAdamW, cautious=True),
 }
+TERMS = {"cautious": 1, "StableAdamW": 1, "LAMB": 2, "both": 2}
 
 BACKENDS = pytest.mark.parametrize("backend", ["torch", "triton"])
 
@@ -62,8 +64,7 @@ def test_uneven_and_empty_shards(kind, backend):
     with counted(optimizer) as calls:
         train(model, optimizer, steps=2)
     # Per step: the norm and found_inf; a row of means for each parameter.
-    terms = 2 if kind == "both" else 1
-    assert calls == [2, terms * len(weights(model))] * 2
+    assert calls == [2, TERMS[kind] * len(weights(model))] * 2
     close(weights(model), weights(in_one_process(kind, 2, build)))
     assert moved(model)
     same_on_all_ranks(weights(model))
