@@ -47,8 +47,8 @@ def _factors(g: Tensor, p: Tensor, clipping: float, factor: float) -> Tensor:
 
 def refuse_shards(owner: Any, where: Any) -> None:
     """RuntimeError where this rank holds but parts of a parameter's units."""
-    placements = getattr(owner, "placements", ())
-    by_rows = owner.dim() > 1 and all(x.is_replicate() or x.is_shard(0) for x in placements)
+    # Not is_shard(0), which the _StridedShard of fully_shard with tensor parallelism denies.
+    by_rows = owner.dim() > 1 and all(x.is_replicate() or x.dim == 0 for x in getattr(owner, "placements", ()))
     if hasattr(owner, "_fsdp_flattened") or not by_rows:
         raise RuntimeError(
             f"adaptive_grad_clip needs the norms of whole rows or, of scalars and vectors, of all, and this rank holds "

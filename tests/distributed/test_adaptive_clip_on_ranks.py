@@ -1,13 +1,18 @@
 """Adaptive gradient clipping where ranks hold parts of the parameters: by rows it is right, else refused."""
 
+import functools
+
 import pytest
 import torch
 import torch.distributed as dist
 from sharding import sharded
 from thinning import every_value
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from training import close, loss_of, moved, net, weights
+from torch.distributed.tensor import Replicate
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+from training import close, full, loss_of, moved, net, part, weights
 
 import fusedopt
 
@@ -45,6 +50,26 @@ def test_rows(backend, cautious):
     for found, norm in zip(made.metrics, alone.metrics):
         torch.testing.assert_close(found, norm, rtol=1e-5, atol=0)
     assert moved(model)
+
+
+@pytest.mark.ranks(4)
+def test_rows_that_fully_shard_and_tensor_parallelism_divide():
+    """Together they number the rows of a rank in another order (_StridedShard)."""
+    grid = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    models = [net(Rows) for _ in range(2)]
+    parallelize_module(models[0].first, grid["tp"], ColwiseParallel(output_layouts=Replicate()))
+    fully_shard(models[0], mesh=grid["dp"])
+    for number in range(2):
+        for model, split in (
+            (models[0], functools.partial(part, group=grid.get_group("dp"))),
+            (models[1], lambda x: x),
+        ):
+            made = fusedopt.SGD([model.first.weight], lr=0.5, adaptive_grad_clip=0.01)
+            model.zero_grad()
+            loss_of(model, number, split).backward()
+            made.step()
+    close(*map(weights, models))
+    assert not torch.equal(full(models[0].first.weight), net(Rows).first.weight)
 
 
 @pytest.mark.ranks(2)
