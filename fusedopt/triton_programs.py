@@ -99,14 +99,21 @@ class Recording:
             return self._read(rates)
         # Also where all are the same, from memory that refresh() can fill again.
         self.one.rates.tell(np.array(list(map(float, rates)))[:, None])
-        return self._read(list(self.one.rates.device_copy))
+        table = self.one.rates.device_copy
+        # Without a view for each of hundreds of groups.
+        return self._read_at(
+            table.dtype, list(range(table.data_ptr(), table.data_ptr() + table.nbytes, table.itemsize))
+        )
 
     def _read(self, tensors: Sequence[Tensor]) -> Recorded:
         dtype = tensors[0].dtype
         if any(x.dtype != dtype or x.device != self.device or x.numel() != 1 for x in tensors) or dtype not in EXACT:
             raise TypeError("the kernel reads single numbers of one dtype, float32 or float64")
+        return self._read_at(dtype, list(map(Tensor.data_ptr, tensors)))
+
+    def _read_at(self, dtype: torch.dtype, addresses: list[int]) -> Recorded:
         self.dtypes.append(dtype)
-        self.addresses.append(list(map(Tensor.data_ptr, tensors)))
+        self.addresses.append(addresses)
         self.options.append(Recorded("option", (), dtype))
         return self.options[-1].double()
 
