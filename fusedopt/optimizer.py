@@ -228,7 +228,8 @@ class FusedOptimizer(Formula, SettingAttributes, TorchStep, torch.optim.Optimize
 
         Raises:
             RuntimeError: before anything is changed, where a graph holds more of an option than numbers: with
-                ``capturable=True`` what bias corrections are made of, a formula, a clip norm. Capture again then.
+                ``capturable=True`` what bias corrections are made of, a formula, a clip norm. Capture again then:
+                graphs before the latest are left as they are where that is so, with a warning.
         """
         refresh.refresh(self, self._engine.captured)
 

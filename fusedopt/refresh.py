@@ -7,8 +7,10 @@ of the graph's operations: an option that goes into these cannot change without 
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Callable, Sequence, Set
+import warnings
+from collections.abc import Callable, Iterator, Sequence, Set
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -41,16 +43,34 @@ def captured(engine: Any, optimizer: Any) -> Captured:
 
 def refresh(optimizer: Any, graphs: Sequence[Captured]) -> None:
     """Fill the memory of these graphs with what the groups say now; RuntimeError, and no change, where that is not
-    all."""
+    all. Only a warning, where another graph was captured since."""
+    if not graphs:
+        return
+    latest = graphs[-1]
     told: list[tuple[Tensor, np.ndarray]] = []
     for graph in graphs:
-        _check_settings(optimizer, graph.settings)
-        for executor in graph.executors:
-            told += executor.rows.of_graphs(optimizer)
+        with _of_latest(graph is latest):
+            _check_settings(optimizer, graph.settings)
+    for executor in {id(executor): executor for graph in graphs for executor in graph.executors}.values():
+        rows = executor.rows
+        for frozen in rows.graphs:
+            with _of_latest(executor in latest.executors and frozen is rows.graphs[-1]):
+                told += rows.of_graph(optimizer, frozen)
     for device in {device for graph in graphs for device in graph.plan.devices if device.type == "cuda"}:
         torch.cuda.synchronize(device)  # replays that were launched may not have read it yet
     for memory, values in told:
         memory.copy_(torch.from_numpy(values))
+
+
+@contextlib.contextmanager
+def _of_latest(is_latest: bool) -> Iterator[None]:
+    """What is wrong with a graph, raised only if it is the latest: nobody says which ones are replayed no more."""
+    try:
+        yield
+    except RuntimeError as problem:
+        if is_latest:
+            raise
+        warnings.warn(f"a CUDA graph stays as it is, since another was captured later: {problem}", stacklevel=5)
 
 
 def _check_settings(optimizer: Any, before: Any) -> None:

@@ -8,7 +8,7 @@ There is a row per parameter: its count is its own, whatever somebody writes to 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -83,15 +83,14 @@ class Columns:
         self.look()
         return self._evaluate(formula)
 
-    def of_graphs(self, optimizer: Any) -> Iterator[tuple[Tensor, np.ndarray]]:
-        """The host's memory of numbers that CUDA graphs hold, and what belongs there now. RuntimeError where that is
+    def of_graph(self, optimizer: Any, graph: tuple[Chains, list[FrozenClass]]) -> list[tuple[Tensor, np.ndarray]]:
+        """The host's memory of numbers that a CUDA graph holds, and what belongs there now. RuntimeError where that is
         not all that has changed."""
-        for chains, classes in self.graphs:
-            refresh.check_rule(optimizer, self.bucket.rule, [group for one in classes for group in one.groups])
-            found = [one.updates(optimizer, chains.columns) for one in classes]
-            refresh.check_stages(chains, self.view([structure(u) for u, _ in found]))
-            for _, told in found:
-                yield from told
+        chains, classes = graph
+        refresh.check_rule(optimizer, self.bucket.rule, [group for one in classes for group in one.groups])
+        found = [one.updates(optimizer, chains.columns) for one in classes]
+        refresh.check_stages(chains, self.view([structure(u) for u, _ in found]))
+        return [pair for _, told in found for pair in told]
 
     def _frozen(self, one: Class, width: int) -> FrozenClass:
         """What the graph that is being captured holds of a class: the host's memory, latest in its tables."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from operator import or_
 from typing import Any, NamedTuple
 
@@ -88,14 +88,14 @@ class Rows:
             self.graphs.append((chains, variants, self.upload.frozen[-1][1]))
         return chains
 
-    def of_graphs(self, optimizer: Any) -> Iterator[tuple[Tensor, np.ndarray]]:
-        """The host's memory of rows that CUDA graphs hold, and what belongs there now. RuntimeError where rows cannot
+    def of_graph(self, optimizer: Any, graph: tuple[Chains, int, Tensor]) -> list[tuple[Tensor, np.ndarray]]:
+        """The host's memory of rows that a CUDA graph holds, and what belongs there now. RuntimeError where rows cannot
         say it."""
-        for chains, variants, memory in self.graphs:
-            refresh.check_rule(optimizer, self.bucket.rule, [cohort.group for cohort in self.bucket.cohorts])
-            found, rows = self._by_cohort(StepNumbers(optimizer), variants)
-            refresh.check_stages(chains, found)
-            yield memory, rows.astype(self.dtype)
+        chains, variants, memory = graph
+        refresh.check_rule(optimizer, self.bucket.rule, [cohort.group for cohort in self.bucket.cohorts])
+        found, rows = self._by_cohort(StepNumbers(optimizer), variants)
+        refresh.check_stages(chains, found)
+        return [(memory, rows.astype(self.dtype))]
 
     def _by_cohort(self, update: Callable[..., Update], variants: int) -> tuple[Chains, np.ndarray]:
         numbered = [(cohort, skipped) for cohort in self.bucket.cohorts for skipped in range(variants)]

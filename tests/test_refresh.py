@@ -106,6 +106,28 @@ def test_what_the_graph_has_for_good(message, device, monkeypatch):
     graph.replay()
 
 
+@interpreter_noise
+@pytest.mark.parametrize("message", ["betas", "max_grad_norm"])
+def test_a_graph_that_was_captured_again(message, device, monkeypatch):
+    """The earlier one is left alone, with a warning: who knows whether it is still replayed."""
+    eager, captured = (Floats("Adam", device, max_grad_norm=3.0) for _ in range(2))
+    for run in (eager, captured):
+        run.warm_up()
+        run.prepare(6)
+    captured.capture(monkeypatch)
+    for run in (eager, captured):
+        BAKED[message](run.opt)
+        run.opt.step()
+    graph = captured.capture(monkeypatch)
+    for run in (eager, captured):
+        run.opt.param_groups[1]["lr"] = 0.5
+    with pytest.warns(UserWarning, match=f"another was captured later: .*{message}"):
+        captured.opt.refresh()
+    eager.opt.step()
+    graph.replay()
+    assert_equal(captured, eager)
+
+
 def memories(optimizer):
     """What the host keeps for the graphs' replays."""
     for one in optimizer._engine.captured:
