@@ -71,7 +71,8 @@ class Executor:
             self.rows = Columns(bucket, self.compute_dtype, self.launch)
         else:
             self.rows = Rows(bucket, self.compute_dtype)
-        self.chunks: Chunks | None = None
+        self.chunks: dict[int, Chunks] = {}
+        """For so many means. Others stay: a CUDA graph may go on using them."""
         self.needs_means: bool | None = None
         self.units: Limits | None = None
         if settings.adaptive_grad_clip is not None:
@@ -246,9 +247,9 @@ class Executor:
     def _means(self, chains: Chains, shared: dict[str, Any], *heeding: Any) -> Tensor:
         """Launch the kernel of the means over each tensor."""
         count = len(chains.terms)
-        if self.chunks is None or self.chunks.means.shape[1] != count:
-            self.chunks = Chunks(self.tables.tiles.of_tensors, count, self.bucket.device)
-        chunks, tables = self.chunks, self.tables
+        if count not in self.chunks:
+            self.chunks[count] = Chunks(self.tables.tiles.of_tensors, count, self.bucket.device)
+        chunks, tables = self.chunks[count], self.tables
         self.launch(
             means.means_of_terms, (chains.used, heeding[0] is None), chunks.programs,
             tables.device_copy, chunks.table, self.rows.table, chunks.partials, chunks.tickets, chunks.means, *heeding,

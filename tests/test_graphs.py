@@ -177,6 +177,26 @@ def test_what_a_graph_uses_outlives_the_plan(device, monkeypatch):
 
 
 @interpreter_noise
+def test_memory_of_means_outlives_stages_that_come_later(device, monkeypatch):
+    """Which need more means than the graph has."""
+    params = model("tiny", device=device)
+    opt = fusedopt.LAMB(params, weight_decay=0.0, cautious=True, capturable=True, backend="triton")
+    give_gradients(params, 5, plain=True)
+    opt.step()
+    (executor,) = opt._engine.executors
+    with capture(monkeypatch, [executor]) as graph:
+        opt.step()
+    used = weakref.ref(executor.chunks[1].means)
+    if isinstance(graph, Graph):
+        graph.calls.clear()  # a true graph keeps nothing alive
+    opt.param_groups[0]["weight_decay"] = 0.1
+    opt.step()
+    gc.collect()
+    assert opt._engine.executors == [executor]
+    assert used() is not None and executor.chunks[3].means is not used()
+
+
+@interpreter_noise
 def test_a_gradient_that_is_made_in_the_graph(device, monkeypatch):
     """Backward leaves it in the graph's own memory."""
     eager, captured = (Run("Adam", device, max_grad_norm=3.0) for _ in range(2))
