@@ -213,7 +213,10 @@ def _unflattened(value: Any) -> str:
     """What torch.distributed.checkpoint puts where a flat state_dict lacks a key of ``optimizer.state``."""
     if value != {}:
         return ""
-    return ", as from a flat state_dict, which cannot hold masters in parts: leave flatten_optimizer_state_dict out"
+    return (
+        ", as from a flat state_dict, which cannot hold masters in parts: leave flatten_optimizer_state_dict out, or "
+        "load with master='fp32', which may be changed behind it"
+    )
 
 
 def _check_step(step: Any, where: str) -> None:

@@ -179,6 +179,11 @@ def _master(optimizer: Any, p: Tensor) -> Tensor:
 
 @torch.no_grad()
 def load_master_state_dict(optimizer: Any, masters: Mapping[int | str, Tensor]) -> None:
+    if optimizer._engine.averaged:
+        raise RuntimeError(
+            "load_master_state_dict() inside `with optimizer.ema_parameters()`, behind which the parameters are again "
+            "what they were before it: load there"
+        )
     params = list(numbered(optimizer))
     _check_masters(params, masters)
     for key, group, p in params:

@@ -124,6 +124,8 @@ def test_swapping(backend, device):
             optimizer.step()
         with pytest.raises(RuntimeError, match="averages already"), optimizer.ema_parameters():
             pass
+        with pytest.raises(RuntimeError, match=r"load_master_state_dict\(\) inside"):
+            optimizer.load_master_state_dict(optimizer.master_state_dict())
         assert_same(before, snapshot(optimizer))
     assert all(map(same_bits, params, trained))
     with pytest.raises(KeyError), optimizer.ema_parameters():

@@ -270,6 +270,20 @@ def test_masters_in_parts_cannot_be_flattened(folder):
     """torch puts flat states together by the keys of optimizer.state, and state_dict() shows other ones."""
     model = fully_shard(net().bfloat16())
     optimizer = ours(model, master="kahan")
-    with pytest.raises(TypeError, match="leave flatten_optimizer_state_dict out"):
-        save("flattened", 2, model, optimizer, folder)
-        load("flattened", 2, model, optimizer, folder)
+
+    def split(x):
+        return x.chunk(2)[dist.get_rank()].bfloat16()
+
+    train(model, optimizer, 2, split=split)
+    save("flattened", 2, model, optimizer, folder)
+    other = fully_shard(net().bfloat16())
+    optimizer_of_other = ours(other, master="kahan")
+    with pytest.raises(TypeError, match="leave flatten_optimizer_state_dict out, or load with master='fp32'"):
+        load("flattened", 2, other, optimizer_of_other, folder)
+    optimizer_of_other.master = "fp32"
+    optimizer_of_other.state.clear()
+    load("flattened", 2, other, optimizer_of_other, folder)
+    optimizer_of_other.master = "kahan"
+    for m, o in ((model, optimizer), (other, optimizer_of_other)):
+        train(m, o, 1, start=2, split=split)
+    close(weights(other), weights(model), 0.0)
