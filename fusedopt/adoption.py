@@ -124,7 +124,7 @@ def begin_states(
                 view = state[key] = place.open(key, part.dtype, part.per)
                 if place.adoption is not None or isinstance(value, Tensor) or value:
                     writes.append((local(view), value))
-    return writes, [Change(optimizer.state[owner], state) for (owner, _, _), state in zip(beginners, states)]
+    return writes, [Change(optimizer._states[owner], state) for (owner, _, _), state in zip(beginners, states)]
 
 
 def adopt_states(
@@ -132,7 +132,7 @@ def adopt_states(
 ) -> tuple[list[Write], Change]:
     """The same for one parameter, where something is there already: the views get its values."""
     p = entry.param
-    change = Change(optimizer.state[entry.owner], {}, [])
+    change = Change(optimizer._states[entry.owner], {}, [])
     here = {key: local(value) for key, value in change.entries.items()}
     writes: list[Write] = []
     for key, number in numbers.items():
@@ -158,7 +158,7 @@ def adopt_states(
 def count_aside(optimizer: Any, p: Tensor, place: Place, stored: Storage, taken: int) -> list[Write]:
     """Make the place count steps where torch does not, so that the device knows a first step from others. Goes before
     the states. Returns what has to be written."""
-    state = optimizer.state.get(p, {})
+    state = optimizer._states.get(p, {})
     if "step" in place.views and all(place.holds(key, state.get(key)) for key in stored.state_keys):
         return []
     return [(place.open_number("step", torch.float32), float(taken))]
@@ -169,7 +169,7 @@ def write(optimizer: Any, writes: list[tuple[Tensor, Tensor | float]]) -> None:
     of another parameter: both are copied before anything is overwritten."""
     views = {view.data_ptr(): view for view, _ in writes if view.numel()}
     writes = [(v, x.clone() if isinstance(x, Tensor) and x.data_ptr() in views else x) for v, x in writes]
-    for state in optimizer.state.values() if any(isinstance(x, Tensor) for _, x in writes) else ():
+    for state in optimizer._states.values() if any(isinstance(x, Tensor) for _, x in writes) else ():
         for key, value in state.items() if isinstance(state, dict) else ():
             part = local(value)
             if isinstance(part, Tensor) and part is not views.get(part.data_ptr(), part):

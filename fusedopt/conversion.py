@@ -41,7 +41,7 @@ def state_dict(optimizer: Any, compact: bool, state_dict_of_torch: Callable[[], 
 
 def _stores(optimizer: Any) -> bool:
     """Whether states still are in forms of their own: until the next step, where the settings have changed."""
-    entries = ((optimizer.rule(group), optimizer.state.get(p)) for _, group, p in numbered(optimizer))
+    entries = ((optimizer.rule(group), optimizer._states.get(p)) for _, group, p in numbered(optimizer))
     return any(entry and _is_stored(rule.keys, entry) for rule, entry in entries)
 
 
@@ -77,7 +77,7 @@ def _expanded(optimizer: Any, group: dict[str, Any], p: Tensor, entry: dict[str,
 
 
 def refuse_distributed(optimizer: Any) -> None:
-    for p, entry in optimizer.state.items():
+    for p, entry in optimizer._states.items():
         if is_distributed(p) and any(key.endswith("_scale") for key in entry):
             raise RuntimeError(
                 "the scales of 8-bit states of distributed parameters belong to this rank's part, and no checkpoint "
@@ -105,7 +105,7 @@ def hold(optimizer: Any, state_dict: Mapping[str, Any]) -> dict[str, Any]:
 
 def _held(optimizer: Any, rule: Rule, p: Tensor, entry: dict[str, Any]) -> dict[str, Any]:
     part = local(p)
-    stored = storage(p, rule, optimizer._settings, optimizer.state.get(p, {}))
+    stored = storage(p, rule, optimizer._settings, optimizer._states.get(p, {}))
     numbers = [key for key in rule.scalars if isinstance(entry.get(key), Tensor)]
     if numbers:
         entry = {**entry, **{key: Held(entry[key].detach().to("cpu", copy=True)) for key in numbers}}
@@ -171,7 +171,7 @@ def master_state_dict(optimizer: Any) -> dict[int | str, Tensor]:
 
 
 def _master(optimizer: Any, p: Tensor) -> Tensor:
-    there = found("", {key: local(x) for key, x in optimizer.state.get(p, {}).items()}, local(p))
+    there = found("", {key: local(x) for key, x in optimizer._states.get(p, {}).items()}, local(p))
     if there is None:
         return p.detach().to(wide(p), copy=True)
     return like(p, decode(*there, wide(p)))
@@ -188,15 +188,15 @@ def load_master_state_dict(optimizer: Any, masters: Mapping[int | str, Tensor]) 
     _check_masters(params, masters)
     for key, group, p in params:
         part, value = local(p), local(masters[key])
-        stored = storage(p, optimizer.rule(group), optimizer._settings, optimizer.state.get(p, {}))
+        stored = storage(p, optimizer.rule(group), optimizer._settings, optimizer._states.get(p, {}))
         value = value.to(part.device, wide(part))
         values = encode(stored.param, value, strides_of_state(part))
         part.copy_(values[0])
         for key in MASTER_KEYS:  # another form's parts, if ``master`` was changed since they were stored
-            optimizer.state.get(p, {}).pop(key, None)
+            optimizer._states.get(p, {}).pop(key, None)
         if len(values) == 1:
             continue
-        state = optimizer.state[p]
+        state = optimizer._states[p]
         if not state and optimizer.counts_steps:
             # torch's classes take a state without these for a broken one.
             state["step"] = torch.zeros((), dtype=_get_scalar_dtype())

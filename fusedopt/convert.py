@@ -100,7 +100,8 @@ def _unhooked(step: Callable) -> Callable:
 def _check_names(optimizer: Any, torch_class: type, fused: type[FusedOptimizer]) -> None:
     """What an instance or a subclass of the user's defines must not hide what fusedopt needs."""
     own = [name for cls in type(optimizer).__mro__ if not issubclass(torch_class, cls) for name in vars(cls)]
-    for name in (*vars(optimizer), *own):
+    # Our property ``state`` finds torch's attribute where it is.
+    for name in (*(vars(optimizer).keys() - {"state"}), *own):
         if not name.startswith("__") and hasattr(fused, name) and not hasattr(torch_class, name):
             raise TypeError(
                 f"this {type(optimizer).__name__} cannot be converted: "

@@ -108,6 +108,10 @@ class Engine(Planner):
         super().let_go()
         self.verdict = clipping.UNJUDGED
 
+    def lend(self) -> None:
+        if not self.captured:  # graphs go on writing where they did
+            super().lend()
+
     def follow(self, optimizer: Any, plan: Plan) -> None:
         super().follow(optimizer, plan)
         self.judge, self.prefers_one_launch = judge_of(self.executors), prefer_one_launch(self.executors)

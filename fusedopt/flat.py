@@ -7,11 +7,12 @@ freeing one never touches the whole buffer.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 ALIGNMENT = 256
 """Elements between possible starts of tensors in a buffer that kernels read: a multiple of every vector width."""
@@ -81,6 +82,8 @@ class Space:
         """The single tensors in ``copies``."""
         self.unclaimed: dict[str, list[Tensor | None]] = {}
         """By role and index: views made all at once, which is faster, until somebody claims them."""
+        self.lent: dict[str, tuple[StorageWeakRef, torch.dtype, int]] = {}
+        """The buffers that live as long as views of them that were claimed: memory, dtype and elements."""
 
     def allocate(self, role: str, dtype: torch.dtype, per: int = 1) -> None:
         """A buffer with one number ``per`` so many elements."""
@@ -144,6 +147,23 @@ class Space:
         them, until it is freed or somebody gives it other memory (``view.data = ...``). One number tells of all,
         without asking each for its address."""
         return [b.untyped_storage() for b in (*self.buffers.values(), *self.numbers.values())]
+
+    def lend(self, roles: Iterable[str]) -> None:
+        """Hold these buffers no longer."""
+        for role in self.buffers.keys() & roles:
+            buffer = self.buffers.pop(role)
+            self.unclaimed[role] = [None] * len(self.sizes)
+            self.lent[role] = StorageWeakRef(buffer.untyped_storage()), buffer.dtype, len(buffer)
+
+    def take_back(self) -> None:
+        """Hold those again of which views are left."""
+        for role, (memory, dtype, size) in self.lent.items():
+            storage = torch.UntypedStorage._new_with_weak_ptr(memory.cdata)
+            if storage is None:
+                del self.unclaimed[role], self.per[role]
+            else:
+                self.buffers[role] = torch.empty(0, dtype=dtype, device=self.device).set_(storage, 0, (size,), (1,))
+        self.lent = {}
 
     def end(self, index: int) -> int:
         return self.offsets[index] + self.sizes[index].numel()

@@ -6,6 +6,7 @@ validation, parameter groups, hooks and checkpoints stay torch's own.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any
 
@@ -75,6 +76,25 @@ class FusedOptimizer(Formula, SettingAttributes, TorchStep, torch.optim.Optimize
             )
 
     # The protocol
+
+    @property
+    def state(self) -> defaultdict[Tensor, dict[str, Any]]:
+        """What torch's ``state`` is. Whoever asks for it may move states elsewhere, to the host say, to make room on a
+        GPU until the next step: what a plan holds of them is let go, and taken back by the next step if it is there."""
+        self._engine.lend()
+        return self._states
+
+    @state.setter
+    def state(self, state: defaultdict[Tensor, dict[str, Any]]) -> None:
+        self._states = state
+
+    @property
+    def _states(self) -> defaultdict[Tensor, dict[str, Any]]:
+        return self.__dict__["state"]
+
+    @_states.setter
+    def _states(self, state: defaultdict[Tensor, dict[str, Any]]) -> None:
+        self.__dict__["state"] = state  # where torch's __setstate__ puts it
 
     profile_hook_step = staticmethod(profile_hook_step)
 

@@ -39,6 +39,8 @@ class Place:
     """The ``adoption_key`` under which the state was adopted; None as long as it was not."""
     keys: Sequence[str] = ()
     """The keys of the state that was adopted then."""
+    lent: dict[str, tuple] = dataclasses.field(default_factory=dict)
+    """What tells whether tensors are the views of these keys that were let go."""
 
     @property
     def strides(self) -> tuple[int, ...]:
@@ -70,6 +72,23 @@ class Place:
         """Whether ``value`` is this place's view, still where it was made."""
         part = local(value)
         return part is not None and part is self.views.get(key) and part.data_ptr() == self.addresses[key]
+
+    def lend(self) -> None:
+        """Hold the views of the state no longer, but for the numbers."""
+        for key in self.keys:
+            if key in self.views and key not in self.space.numbers:
+                self.lent[key] = _whereabouts(self.views.pop(key))
+
+    def take_back(self, state: Any) -> bool:
+        """Hold those again that the state still has, where they were. Whether it has all."""
+        state = state if isinstance(state, dict) else {}
+        for key, there in self.lent.items():
+            part = local(state.get(key))
+            in_memory = self.like is not None or key in self.space.buffers
+            if in_memory and isinstance(part, Tensor) and _whereabouts(part) == there:
+                self.views[key] = part
+        self.lent = {}
+        return all([self.holds(key, state.get(key)) for key in self.keys])
 
     def without_gaps(self) -> Tensor:
         """New memory for the parameter, without gaps between its elements."""
@@ -110,6 +129,10 @@ class Place:
             values = map(local, values)
         at = list(map(self.addresses.get, self.keys))
         return all(map(is_, values, held)) and list(map(Tensor.data_ptr, held)) == at
+
+
+def _whereabouts(tensor: Tensor) -> tuple:
+    return tensor.data_ptr(), tensor.dtype, tensor.device, tensor.size(), tensor.stride()
 
 
 @contextlib.contextmanager

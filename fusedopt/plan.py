@@ -98,12 +98,15 @@ class Plan:
         stepped = _stepped(counting, [m for b in self.buckets if not b.capturable for m in b.members])
         self.counts = Counts(counting, stepped)
         self.groups = Groups(optimizer, joins=any(bucket.backend.name == "torch" for bucket in self.buckets))
-        self.states = list(optimizer.state.values())
-        self.contents = [dict(state) if isinstance(state, dict) else state for state in self.states]
-        self.views = [column for bucket in self.buckets for column in _views(optimizer, bucket)]
+        self._note_states(optimizer)
         self.lasts = math.inf
         """For how many more steps the plan may serve."""
         self._note_buckets()
+
+    def _note_states(self, optimizer: Any) -> None:
+        self.states = list(optimizer._states.values())
+        self.contents = [dict(state) if isinstance(state, dict) else state for state in self.states]
+        self.views = [column for bucket in self.buckets for column in _views(optimizer, bucket)]
 
     def _note_buckets(self) -> None:
         self.devices = {bucket.device for bucket in self.buckets}
@@ -112,8 +115,10 @@ class Plan:
         """Those whose steps the host counts."""
         self.scalars = [StoredScalars(bucket.rule, bucket.cohorts) for bucket in self.counted if bucket.rule.scalars]
         distributed = [m.owner for b in self.buckets if is_distributed(b.members[0].owner) for m in b.members]
-        states = (value for *_, views in self.views for value in views if is_distributed(value))
-        self.shards = Shards(distributed, states) if distributed else None
+        self.shards = Shards(distributed, self._distributed_states()) if distributed else None
+
+    def _distributed_states(self) -> Iterator[Any]:
+        return (value for *_, views in self.views for value in views if is_distributed(value))
 
     def among(self, **found: Any) -> Plan:
         """The plan for another set of gradients. ``found``: the attributes that depend on the set."""
@@ -127,7 +132,7 @@ class Plan:
     def knows(self, optimizer: Any) -> bool:
         """Whether settings, groups, parameters and states are those that it was made of. Runs at every step, as
         ``holds`` does after it."""
-        groups, states = optimizer.param_groups, list(optimizer.state.values())
+        groups, states = optimizer.param_groups, list(optimizer._states.values())
         return optimizer._settings.layout == self.settings and (
             (same_tensors((groups, states), (self.groups.latest, self.contents)) and same(groups, self.groups.groups))
             or (self.groups.hold(optimizer) and self._states_hold(states))
@@ -188,9 +193,30 @@ class Plan:
         are in use."""
         self.pinned = [m.param for executor in executors for m in executor.pinned]
         self.addresses = list(map(Tensor.data_ptr, self.pinned))
+        self._note_uses()
+
+    def _note_uses(self) -> None:
         self.storages = [storage for space in self.spaces for storage in space.storages()]
         self.handles = [storage._cdata for storage in self.storages]
         self.uses = list(map(use_count, self.handles))
+
+    @property
+    def lends(self) -> bool:
+        """Whether states can be let go between steps: kernels know most by address only."""
+        return all(b.backend.name == "triton" and not b.flat and not b.capturable for b in self.buckets)
+
+    def lend(self) -> None:
+        """Hold states no longer, until ``take_back``. It knows nothing until then."""
+        self.contents, self.views, self.storages, self.handles, self.uses = [], [], [], [], []
+        if self.shards is not None:
+            self.shards.hold_states(())
+
+    def take_back(self, optimizer: Any) -> None:
+        """Hold the states again, which are where they were."""
+        self._note_states(optimizer)
+        self._note_uses()
+        if self.shards is not None:
+            self.shards.hold_states(self._distributed_states())
 
     def advance(self, optimizer: Any, by: int) -> None:
         """Count steps that were taken, or take back what turned out to be skipped: of a rule with scalars the latest
@@ -213,14 +239,14 @@ class Plan:
             for member in bucket.members:
                 if bucket.cohorts[member.cohort].t == 0:
                     for key in bucket.stored.state_keys:
-                        optimizer.state[member.owner].pop(key, None)
+                        optimizer._states[member.owner].pop(key, None)
 
 
 def _views(optimizer: Any, bucket: Bucket) -> Iterator[tuple[Callable[[dict], Tensor], list[dict], list[Tensor]]]:
     """For each state of a bucket's parameters: how to get it, the dicts to get it from, what it is now."""
     keys = state_keys(optimizer, bucket.rule, bucket.stored)
     # Looking up what has no state would make an empty one.
-    states = [optimizer.state[m.owner] for m in bucket.members] if keys else []
+    states = [optimizer._states[m.owner] for m in bucket.members] if keys else []
     for key in keys:
         get = itemgetter(key)
         yield get, states, list(map(get, states))

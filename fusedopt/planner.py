@@ -14,6 +14,7 @@ from torch import Tensor
 from . import capture, clipping
 from .backends import KernelFailed
 from .executors import make_executor
+from .flat import Space
 from .groups import get_params
 from .metrics import Tracker
 from .places import Place
@@ -50,11 +51,15 @@ class Planner:
         """Whether a step was taken."""
         self.owes_zeros = False
         """Whether this step shall leave zeros in place of the gradients."""
+        self.lent = False
+        """Whether states live as long as ``optimizer.state`` holds them, and no longer."""
 
     def with_gradients(self, optimizer: Any, act: Callable[[Any, list[Tensor | None]], None]) -> bool:
         """Do something with the gradients of this step, or return False if there are none."""
         if self.left is not None and self.left.lasts(optimizer):
             raise self.left.with_traceback(None)
+        if self.lent:
+            self.take_back(optimizer)
         known = self.plan is not None and self.plan.knows(optimizer)
         params = self.plan.params if known else list(chain.from_iterable(map(get_params, optimizer.param_groups)))
         grads = list(map(get_grad, params))
@@ -152,6 +157,41 @@ class Planner:
         if plan.counted:
             self.skips.leave_out()
         self.plan, self.left = plan, None
+
+    def lend(self) -> None:
+        """Hold states no longer than ``optimizer.state`` does, until the next step."""
+        plans = self._plans()
+        if self.lent or not plans or not all(plan.lends for plan in plans):
+            return
+        self.lent = True
+        for holder in (*plans, self.roster):
+            if holder is not None:
+                holder.lend()
+        roles: dict[int, tuple[Space, set[str]]] = {}
+        for place in self.places.values():
+            place.lend()
+            roles.setdefault(id(place.space), (place.space, set()))[1].update(place.keys)
+        for space, keys in roles.values():
+            space.lend(keys)
+
+    def take_back(self, optimizer: Any) -> None:
+        """Hold states again. Where one is elsewhere, planning begins anew."""
+        self.lent = False
+        for space in {id(place.space): place.space for place in self.places.values()}.values():
+            space.take_back()
+        there = [place.take_back(optimizer._states.get(p)) for p, place in self.places.items()]
+        if not all(there):
+            self.forget()
+            return
+        for plan in self._plans():
+            plan.take_back(optimizer)
+        if self.roster is not None:
+            self.roster.take_back()
+
+    def _plans(self) -> list[Plan]:
+        """All that are kept."""
+        plans = self.plan, self.unlisted, None if self.roster is None else self.roster.whole
+        return list({id(plan): plan for plan in plans if plan is not None}.values())
 
     def synchronize(self, optimizer: Any) -> None:
         """Wait for what the device has not told yet, so that ``optimizer.state`` is exact."""

@@ -157,7 +157,7 @@ class Single:
         self.param = p
         self._first_draw = first_draw
         self._groups = [ChainMap({"params": [p]}, {})]
-        self.state = SingleEntry(lambda: optimizer.state, p)
+        self._states = SingleEntry(lambda: optimizer._states, p)
         self._ema = SingleEntry(lambda: optimizer._ema, p)
 
     @property

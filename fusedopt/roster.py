@@ -51,10 +51,11 @@ class Listed:
         self.bucket = dataclasses.replace(bucket, flat=flat, passing=True, cohorts=[], members=members)
         self.distributed = is_distributed(members[0].owner)
         self.keys = places[0].keys
-        # A state may have gone since the plan. Not optimizer.state[...], which would make an empty one.
-        self.states = [optimizer.state.get(m.owner, {}) for m in members] if self.keys else []
-        self.parts = [[place.views[key] for place in places] for key in self.keys]
+        # A state may have gone since the plan. Not optimizer._states[...], which would make an empty one.
+        self.states = [optimizer._states.get(m.owner, {}) for m in members] if self.keys else []
+        self.parts: list[list[Tensor]] = []
         """What must be under each key, of distributed states the local parts, and where that must lie."""
+        self.hold_states()
         self.addresses = [[place.addresses[key] for place in places] for key in self.keys]
         positions = list(map(get_position, members))
         self.pick = picker(positions)
@@ -70,6 +71,10 @@ class Listed:
         self.at_scalars = self._indices(dict(zip(self.spaces, starts))) if self.scalars else None
         """Where their scalars are among those of all these spaces."""
         self.scalar_dtypes = [places[0].space.numbers[key].dtype for key in self.scalars]
+
+    def hold_states(self) -> None:
+        """Those that the places hold now."""
+        self.parts = [[m.place.views[key] for m in self.bucket.members] for key in self.keys]
 
     def find(self, starts: dict[int, int]) -> None:
         """Note where the members' step counts are, given where those of each space begin."""
@@ -222,7 +227,7 @@ class Roster:
             settings.layout == whole.settings
             and torch.get_num_threads() == self.threads
             and whole.groups.hold(optimizer)
-            and same(optimizer.state.values(), whole.states)
+            and same(optimizer._states.values(), whole.states)
             and not (self.distributed and any(map(is_not, map(local, compress(params, self.known)), self.parts)))
             and list(map(Tensor.data_ptr, self.parts)) == self.addresses
             and self.layouts.hold(self.parts)
@@ -234,6 +239,15 @@ class Roster:
         for listed in self.listed:
             for m in listed.bucket.members:
                 yield m.place.holds(ROLE, optimizer._ema.get(m.owner))
+
+    def lend(self) -> None:
+        """Hold states no longer, until ``take_back``."""
+        for listed in self.listed:
+            listed.parts = []
+
+    def take_back(self) -> None:
+        for listed in self.listed:
+            listed.hold_states()
 
     def lists(self, plan: Plan) -> bool:
         """Whether it is about the parameter groups that this plan is for."""
@@ -251,7 +265,7 @@ class Roster:
             for m in listed.bucket.members:
                 if plan.present[m.position] or m.param.data_ptr() != addresses[m.position]:
                     continue
-                if m.place.is_settled(m.param, optimizer.state.get(m.owner, {}), adoption):
+                if m.place.is_settled(m.param, optimizer._states.get(m.owner, {}), adoption):
                     yield listed.bucket, m, addresses[m.position]
 
 

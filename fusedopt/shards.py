@@ -139,9 +139,14 @@ class Shards:
 
     def __init__(self, params: list[Any], states: Iterable[Any]):
         self.params = params
-        self.wholes = [*params, *states]
-        self.parts = list(map(get_local, self.wholes))
-        self.states = self.parts[len(params) :]
+        self.parts_of_params = list(map(get_local, params))
+        self.hold_states(states)
+
+    def hold_states(self, states: Iterable[Any]) -> None:
+        """``states`` as they are now, in place of others."""
+        self.wholes = [*self.params, *states]
+        self.states = list(map(get_local, self.wholes[len(self.params) :]))
+        self.parts = self.parts_of_params + self.states
         self.addresses = list(map(Tensor.data_ptr, self.states))
 
     def hold(self) -> bool:

@@ -87,7 +87,7 @@ def survey(
     active = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     if len(set(map(id, active))) != len(active):
         raise NotFusable("a parameter that is listed twice", "list it once")
-    adaptive, states = optimizer._settings.adaptive_grad_clip is not None, optimizer.state
+    adaptive, states = optimizer._settings.adaptive_grad_clip is not None, optimizer._states
     position, eights = -1, optimizer._first_draw
     for number, (group, rule) in enumerate(zip(optimizer.param_groups, rules)):
         capturable = optimizer.is_capturable(group)

@@ -1,5 +1,6 @@
 """fully_shard: parameters are DTensors over one mesh; shards are even, uneven and empty."""
 
+import gc
 import inspect
 
 import pytest
@@ -10,6 +11,8 @@ from sharding import counted, sharded
 from thinning import ALL, every_pair
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.multiprocessing.reductions import StorageWeakRef
 from training import (
     build_for,
     clip,
@@ -237,3 +240,23 @@ def test_what_forward_has_gathered_is_gathered_anew_where_weights_were_exchanged
         optimizer.load_master_state_dict({k: 2 * x for k, x in optimizer.master_state_dict().items()})
     evaluate()
     close(weights(model), weights(reference))
+
+
+@pytest.mark.ranks(2)
+def test_states_that_are_elsewhere_between_steps():
+    """As trainers do that generate between steps: the memory of the shards' states is free then."""
+    model = sharded(build_for("triton"))
+    optimizer = ours(model, backend="triton")
+    train(model, optimizer, steps=2)
+    memory = []
+    for state in optimizer.state.values():
+        for key, value in state.items():
+            if isinstance(value, DTensor):
+                memory.append(StorageWeakRef(value._local_tensor.untyped_storage()))
+                state[key] = value.clone()
+            del value
+    gc.collect()
+    assert memory and all(storage.expired() for storage in memory)
+    train(model, optimizer, steps=2, start=2)
+    close(weights(model), weights(single_process(steps=4, build=build_for("triton"))))
+    same_on_all_ranks(weights(model))
