@@ -15,6 +15,10 @@
 
 A loss on a GPU, and the change of the parameters, are waited for only at every ``check_every``-th step. An optimizer of
 fusedopt with ``track="total"`` takes that change while it makes it, and nothing is copied.
+
+On several ranks all must stop together, or those that go on wait for the others for ever: give a loss that was averaged
+over them. The change of distributed parameters is that of the whole on every rank; of pipeline stages, and of what
+ZeroRedundancyOptimizer and FullyShardedDataParallel divide, with ``track`` and ``clip_group`` only.
 """
 
 from __future__ import annotations
@@ -155,10 +159,12 @@ class SmallChange(Criterion):
         after = self._parameters()
         if len(after) != len(self.before):  # a group was added: nothing to compare with
             return None
-        norms: dict[torch.device, list[Tensor]] = {}
+        norms: dict[tuple[torch.device, Any], list[Tensor]] = {}
+        """By device and, of distributed parameters, mesh: torch stacks no tensors of different ones."""
         for a, b in zip(after, self.before):
             wide = torch.promote_types(a.dtype, torch.float64)
-            norms.setdefault(a.device, []).append(torch.linalg.vector_norm(a - b, dtype=wide))
+            where = a.device, getattr(a, "device_mesh", None)
+            norms.setdefault(where, []).append(torch.linalg.vector_norm(a - b, dtype=wide))
         return math.hypot(*(torch.linalg.vector_norm(torch.stack(each)).item() for each in norms.values()))
 
 

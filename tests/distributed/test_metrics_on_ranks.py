@@ -4,9 +4,13 @@ import pytest
 import torch
 import torch.distributed as dist
 from sharding import counted, sharded
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from training import MAX_NORM, build_for, loss_of, net, same_on_all_ranks
 
 import fusedopt
+from fusedopt.stopping import SmallChange
 
 OPTIONS = {"lr": 1e-2, "eps": 1e-3, "max_grad_norm": MAX_NORM}
 
@@ -67,3 +71,18 @@ def test_a_rank_without_gradients_takes_part():
     assert made.metrics.update_norm == 0
     whole = torch.cat([p.detach().flatten() for p in net().parameters()]).norm()
     torch.testing.assert_close(made.metrics.param_norm, whole, rtol=1e-6, atol=0)
+
+
+@pytest.mark.ranks(4)
+def test_small_change_over_several_meshes():
+    """Without ``track``: every rank finds the change of the whole, and so they stop together."""
+    grid = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    layouts = [(grid, [Shard(0), Shard(1)]), (grid["dp"], [Shard(0)]), (grid["tp"], [Replicate()])]
+    params = [nn.Parameter(distribute_tensor(torch.ones(3, 5), *layout)) for layout in layouts]
+    optimizer = fusedopt.SGD([*params, nn.Parameter(torch.ones(3, 5))], lr=1.0)
+    stop = SmallChange(optimizer, 8.0, check_every=1)
+    for p in optimizer.param_groups[0]["params"]:
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    assert stop()
+    assert stop.reason == f"the parameters changed by {60**0.5:.3g} < 8"
