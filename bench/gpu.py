@@ -47,7 +47,7 @@ PARTS = {
     "rules": Part(gpu_speed.rules, 100),
     "equal": Part(gpu_checks.equal, 90),
     "stress": Part(gpu_checks.stress, 60),
-    "races": Part(gpu_races.races, 60),
+    "races": Part(gpu_races.races, 80),
     "once": Part(gpu_speed.once, 40),
     "sweep": Part(gpu_speed.sweep, 60),
     "graph": Part(gpu_checks.graph, 30),

@@ -94,7 +94,7 @@ def check_stages(before: Any, now: Any) -> None:
         )
 
 
-class FrozenClass(NamedTuple):
+class FrozenFamily(NamedTuple):
     """What a graph holds of groups with the same options, where the device counts: see triton_columns.py."""
 
     groups: list[dict[str, Any]]
@@ -110,7 +110,7 @@ class FrozenClass(NamedTuple):
     """The host's memory of what the device does not compute."""
 
     @classmethod
-    def of(cls, groups: list[dict[str, Any]], aside: Set[str], rates: Tensor | None, constants: Tensor) -> FrozenClass:
+    def of(cls, groups: list[dict[str, Any]], aside: Set[str], rates: Tensor | None, constants: Tensor) -> FrozenFamily:
         live = None if rates is not None or "lr" not in groups[0] else [group["lr"] for group in groups]
         return cls(groups, aside, _on_host(Options(groups, aside).among(groups[0])), live, rates, constants)
 

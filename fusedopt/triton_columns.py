@@ -21,9 +21,9 @@ from .cohorts import Cohort
 from .columns import is_column
 from .launch import Launches
 from .options import ASIDE, RATE, Options
-from .refresh import FrozenClass
+from .refresh import FrozenFamily
 from .rule import Update
-from .triton_programs import Class, Programs, can_record, is_on
+from .triton_programs import Family, Programs, can_record, is_on
 from .triton_rows import Chains, Rows, structure
 
 
@@ -41,10 +41,10 @@ class Columns:
         self.options = Options([cohort.group for cohort in bucket.cohorts])
         self.alike: list[int] | None = None
         """For each group the first one with the same options and the same kind of learning rate."""
-        self.classes: list[Class] = []
-        self.evaluated: list[tuple[Class, Cohort]] = []
-        """The classes and what formulas are told of them."""
-        self.graphs: list[tuple[Chains, list[FrozenClass]]] = []
+        self.families: list[Family] = []
+        self.evaluated: list[tuple[Family, Cohort]] = []
+        """The families and what formulas are told of them."""
+        self.graphs: list[tuple[Chains, list[FrozenFamily]]] = []
         """What CUDA graphs hold."""
         self.read_by_graphs: list[Any] = []
         """Whose memory they read, which must outlive what eager steps have in its place by then."""
@@ -63,12 +63,12 @@ class Columns:
             rows.append((one, values))
         self.table = self.way.table(rows)
         if upload.capturing(self.bucket.device):
-            self.graphs.append((chains, [self._frozen(one, chains.width) for one in self.classes]))
-            self.read_by_graphs += [self.way, *self.classes]
+            self.graphs.append((chains, [self._frozen(one, chains.width) for one in self.families]))
+            self.read_by_graphs += [self.way, *self.families]
         return chains
 
     def _evaluate(self, formula: Callable[[Cohort], Any]) -> list[Any]:
-        """What a formula makes of each class that was looked at."""
+        """What a formula makes of each family that was looked at."""
         try:
             return [formula(cohort) for _, cohort in self.evaluated]
         except Exception as problem:
@@ -83,19 +83,19 @@ class Columns:
         self.look()
         return self._evaluate(formula)
 
-    def of_graph(self, optimizer: Any, graph: tuple[Chains, list[FrozenClass]]) -> list[tuple[Tensor, np.ndarray]]:
+    def of_graph(self, optimizer: Any, graph: tuple[Chains, list[FrozenFamily]]) -> list[tuple[Tensor, np.ndarray]]:
         """The host's memory of numbers that a CUDA graph holds, and what belongs there now. RuntimeError where that is
         not all that has changed."""
-        chains, classes = graph
-        refresh.check_rule(optimizer, self.bucket.rule, [group for one in classes for group in one.groups])
-        found = [one.updates(optimizer, chains.columns) for one in classes]
+        chains, families = graph
+        refresh.check_rule(optimizer, self.bucket.rule, [group for one in families for group in one.groups])
+        found = [one.updates(optimizer, chains.columns) for one in families]
         refresh.check_stages(chains, self.view([structure(u) for u, _ in found]))
         return [pair for _, told in found for pair in told]
 
-    def _frozen(self, one: Class, width: int) -> FrozenClass:
-        """What the graph that is being captured holds of a class: the host's memory, latest in its tables."""
+    def _frozen(self, one: Family, width: int) -> FrozenFamily:
+        """What the graph that is being captured holds of a family: the host's memory, latest in its tables."""
         rates = None if "lr" not in one.groups[0] or one.is_live else one.rates.frozen[-1][1]
-        return FrozenClass.of(one.groups, self.options.aside, rates, one.constants.frozen[-1][1][:, :width])
+        return FrozenFamily.of(one.groups, self.options.aside, rates, one.constants.frozen[-1][1][:, :width])
 
     def look(self) -> None:
         """Take what the formulas need as it is now."""
@@ -111,7 +111,7 @@ class Columns:
 
     def _tell(self) -> None:
         self.way.look()
-        self.evaluated = [(one, self.way.cohort(one, self.options.among(one.groups[0]))) for one in self.classes]
+        self.evaluated = [(one, self.way.cohort(one, self.options.among(one.groups[0]))) for one in self.families]
 
     def advance(self, optimizer: Any, verdict: Tensor | None) -> None:
         """Count the step that was written, and move the rule's scalars along; not where the verdict on the device skips
@@ -130,7 +130,7 @@ class Columns:
             self.advance(optimizer, verdict)
 
     def _sort(self) -> None:
-        """Find the classes, if others have the same options now."""
+        """Find the families, if others have the same options now."""
         groups, device = self.options.groups, self.bucket.device
         first: dict[tuple, int] = {}
         kinds = zip(self.options.first_alike(), (is_on(group.get("lr"), device) for group in groups))
@@ -143,12 +143,12 @@ class Columns:
                 "step with these options before capturing"
             )
         cohorts = np.array([m.cohort for m in self.bucket.members])
-        self.classes = []
+        self.families = []
         for number in first.values():
             numbers = [k for k, other in enumerate(alike) if other == number]
             rows = np.flatnonzero(np.isin(cohorts, numbers))
             members = np.stack([rows, np.searchsorted(numbers, cohorts[rows])], axis=1)
-            self.classes.append(Class.of([groups[k] for k in numbers], torch.from_numpy(members).to(device)))
+            self.families.append(Family.of([groups[k] for k in numbers], torch.from_numpy(members).to(device)))
         self.alike = alike
 
 
@@ -183,8 +183,8 @@ class Operations:
         joined = numbers[0] if len(numbers) == 1 else torch.cat(numbers)
         return joined.index_select(0, self.at).unsqueeze(1)
 
-    def cohort(self, one: Class, group: dict[str, Any]) -> Cohort:
-        """A class's numbers, for formulas: ``group`` has its options but for the learning rate."""
+    def cohort(self, one: Family, group: dict[str, Any]) -> Cohort:
+        """A family's numbers, for formulas: ``group`` has its options but for the learning rate."""
         counts, *scalars = self.before
         if len(one.members) < len(self.at):
             counts, *scalars = (x.index_select(0, one.rows) for x in (counts, *scalars))
@@ -194,7 +194,7 @@ class Operations:
             group["lr"] = self._rate(one)
         return Cohort(0, group, counts.double(), tuple(scalars))
 
-    def _rate(self, one: Class) -> Any:
+    def _rate(self, one: Family) -> Any:
         rates = [self._option(group["lr"]) for group in one.groups]
         if is_column(rates[0]):
             return rates[0] if len(rates) == 1 else torch.cat(rates).index_select(0, one.of_groups)
@@ -212,12 +212,12 @@ class Operations:
             return value
         return value.detach().double().reshape(1, 1) if is_on(value, self.bucket.device) else float(value)
 
-    def table(self, rows: Sequence[tuple[Class, list[Any]]]) -> Tensor:
+    def table(self, rows: Sequence[tuple[Family, list[Any]]]) -> Tensor:
         """The rows of these values, some of which are columns."""
         blocks = [self._block(one, values) for one, values in rows]
         return self._in_order([one for one, _ in rows], blocks).to(self.dtype)
 
-    def _block(self, one: Class, values: list[Any]) -> Tensor:
+    def _block(self, one: Family, values: list[Any]) -> Tensor:
         known = np.array([[0.0 if isinstance(x, Tensor) else x for x in values]], dtype=np.float64)
         one.constants.tell(known)
         rows, constants = len(one.members), one.constants.device_copy
@@ -226,19 +226,19 @@ class Operations:
         ]
         return torch.cat(pieces, dim=1)
 
-    def _in_order(self, classes: Sequence[Class], blocks: Sequence[Tensor]) -> Tensor:
-        """What belongs to the rows of each class, by row."""
+    def _in_order(self, families: Sequence[Family], blocks: Sequence[Tensor]) -> Tensor:
+        """What belongs to the rows of each family, by row."""
         if len(blocks) == 1:
             return blocks[0]
-        order = torch.cat([one.rows for one in classes])
+        order = torch.cat([one.rows for one in families])
         joined = torch.cat(blocks)
         return torch.empty_like(joined).index_copy_(0, order, joined)
 
-    def advance(self, news: Sequence[tuple[Class, list[Tensor]]], verdict: Tensor | None) -> None:
+    def advance(self, news: Sequence[tuple[Family, list[Tensor]]], verdict: Tensor | None) -> None:
         """Put into the states what they hold after the step."""
-        classes = [one for one, _ in news]
+        families = [one for one, _ in news]
         for key, before, parts in zip(self.keys, self.before, zip(*(values for _, values in news))):
-            column = self._in_order(classes, parts)
+            column = self._in_order(families, parts)
             if verdict is not None:
                 column = torch.where(verdict[2] != 0, before, column)
             column = column.to(before.dtype).squeeze(1)

@@ -25,7 +25,7 @@ BLOCK = 128
 """Rows per program."""
 
 
-class Class(NamedTuple):
+class Family(NamedTuple):
     """Parameters whose groups have the same options, but for the learning rate: one evaluation serves them."""
 
     groups: list[dict[str, Any]]
@@ -38,7 +38,7 @@ class Class(NamedTuple):
     """The constants of what comes after the step."""
 
     @classmethod
-    def of(cls, groups: list[dict[str, Any]], members: Tensor) -> Class:
+    def of(cls, groups: list[dict[str, Any]], members: Tensor) -> Family:
         one = cls(groups, members, *(Upload(members.device) for _ in range(4)))
         one.rates.prepare(np.empty((len(groups), 1)))  # eager steps may send none
         return one
@@ -73,9 +73,9 @@ def _dtypes(bucket: Bucket) -> list[set[torch.dtype]]:
 
 
 class Recording:
-    """What a formula is told of one class at one step."""
+    """What a formula is told of one family at one step."""
 
-    def __init__(self, one: Class, dtypes: Sequence[torch.dtype]):
+    def __init__(self, one: Family, dtypes: Sequence[torch.dtype]):
         self.states = [Recorded("state", (), dtype) for dtype in dtypes]
         self.options: list[Recorded] = []
         self.dtypes: list[torch.dtype] = []
@@ -137,13 +137,13 @@ class Programs:
         addresses = [[_address(m.place.space.numbers[key], m.place.index) for key in keys] for m in bucket.members]
         self.states = torch.tensor(addresses, dtype=torch.int64, device="cpu").to(bucket.device)
         self.recordings: dict[int, Recording] = {}
-        """Of the latest step, by class."""
+        """Of the latest step, by family."""
 
     def look(self) -> None:
         self.recordings.clear()
 
-    def cohort(self, one: Class, group: dict[str, Any]) -> Cohort:
-        """A class's numbers, for formulas: ``group`` has its options but for the learning rate."""
+    def cohort(self, one: Family, group: dict[str, Any]) -> Cohort:
+        """A family's numbers, for formulas: ``group`` has its options but for the learning rate."""
         recording = self.recordings[id(one)] = Recording(one, self.dtypes)
         for key, value in group.items():
             group[key] = recording.option(value)
@@ -152,7 +152,7 @@ class Programs:
         counts, *scalars = recording.states
         return Cohort(0, group, counts.double(), tuple(scalars))
 
-    def table(self, rows: Sequence[tuple[Class, list[Any]]]) -> Tensor:
+    def table(self, rows: Sequence[tuple[Family, list[Any]]]) -> Tensor:
         """The rows of these values, some of which are recorded."""
         size = sum(len(one.members) for one, _ in rows), len(rows[0][1])
         table = torch.empty(size, dtype=self.dtype, device=self.states.device)
@@ -160,12 +160,12 @@ class Programs:
             self._launch(numbers.write_rows, table, one, one.constants, values)
         return table
 
-    def advance(self, news: Sequence[tuple[Class, list[Any]]], verdict: Tensor | None) -> None:
+    def advance(self, news: Sequence[tuple[Family, list[Any]]], verdict: Tensor | None) -> None:
         """Put into the states what they hold after the step."""
         for one, values in news:
             self._launch(numbers.advance, verdict, one, one.later, values)
 
-    def _launch(self, kernel: Any, first: Tensor | None, one: Class, constants: Upload, values: list[Any]) -> None:
+    def _launch(self, kernel: Any, first: Tensor | None, one: Family, constants: Upload, values: list[Any]) -> None:
         recording = self.recordings[id(one)]
         made = program([*recording.states, *recording.options], values)
         operations = tuple(getattr(numbers, x.upper()).value if isinstance(x, str) else x for x in made.operations)

@@ -175,7 +175,7 @@ def test_rates_that_the_kernel_does_not_read(dtypes, device, no_launches):  # no
 
 
 def test_graphs_keep_what_they_read(device, monkeypatch, needs_triton):
-    """Also when eager steps have come to other classes of groups."""
+    """Also when eager steps have come to other families."""
     params = [torch.nn.Parameter(torch.ones(3, device=device)) for _ in range(2)]
     opt = fusedopt.AdamW([{"params": [p]} for p in params], capturable=True, backend="triton")
     for p in params:
@@ -183,7 +183,7 @@ def test_graphs_keep_what_they_read(device, monkeypatch, needs_triton):
     opt.step()
     with capture(monkeypatch, opt._engine.executors) as graph:
         opt.step()
-    (one,) = opt._engine.executors[0].rows.classes
+    (one,) = opt._engine.executors[0].rows.families
     read = [weakref.ref(x) for x in (one.members, *(pair[1] for pair in (one.later.frozen + one.options.frozen)))]
     if hasattr(graph, "calls"):
         graph.calls.clear()  # a true graph keeps nothing alive

@@ -132,8 +132,8 @@ def memories(optimizer):
     """What the host keeps for the graphs' replays."""
     for one in optimizer._engine.captured:
         for executor in one.executors:
-            for _, classes in executor.rows.graphs:
-                for frozen in classes:
+            for _, families in executor.rows.graphs:
+                for frozen in families:
                     yield from (x for x in (frozen.constants, frozen.rates) if x is not None)
 
 
