@@ -75,8 +75,9 @@ class Skips:
         return new
 
     def leave_out(self) -> None:
-        """Of what was skipped until now nothing is to be taken back. Waits for the device."""
-        if self.unattended and self.device is not None:
+        """Of what was skipped until now nothing is to be taken back, unless the host is still to hear of steps that it
+        counted. Waits for the device."""
+        if self.unattended and self.device is not None and not self.unheard:
             self.known = int(self.device[3])
 
     def count_in(self, verdict: Any, sign: int = 1) -> None:
