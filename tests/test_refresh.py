@@ -3,9 +3,9 @@
 import pytest
 import torch
 from cases import give_gradients, interpreter_noise, model
+from graph_runs import Plain, Run, assert_equal, watch
 from options import STATEFUL
 from pairs import assert_same
-from test_graphs import Plain, Run, assert_equal, watch
 
 import fusedopt
 
