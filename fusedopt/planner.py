@@ -53,6 +53,8 @@ class Planner:
         """Whether this step shall leave zeros in place of the gradients."""
         self.lent = False
         """Whether states live as long as ``optimizer.state`` holds them, and no longer."""
+        self.stepping = False
+        """Whether a step is under way, in which a rule may ask for ``optimizer.state``."""
 
     def with_gradients(self, optimizer: Any, act: Callable[[Any, list[Tensor | None]], None]) -> bool:
         """Do something with the gradients of this step, or return False if there are none."""
@@ -60,6 +62,13 @@ class Planner:
             raise self.left.with_traceback(None)
         if self.lent:
             self.take_back(optimizer)
+        self.stepping = True
+        try:
+            return self._with_gradients(optimizer, act)
+        finally:
+            self.stepping = False
+
+    def _with_gradients(self, optimizer: Any, act: Callable[[Any, list[Tensor | None]], None]) -> bool:
         known = self.plan is not None and self.plan.knows(optimizer)
         params = self.plan.params if known else list(chain.from_iterable(map(get_params, optimizer.param_groups)))
         grads = list(map(get_grad, params))
@@ -87,7 +96,7 @@ class Planner:
         finally:
             for executor in self.executors:
                 executor.release()
-        return self.with_gradients(optimizer, act)
+        return self._with_gradients(optimizer, act)
 
     def _do_without_kernels(self, optimizer: Any, failure: KernelFailed) -> None:
         """Let torch take this step, in which nothing was changed yet, and all later ones on that device. The error is
@@ -122,7 +131,7 @@ class Planner:
         self.follow(optimizer, plan)
         self.unlisted = plan
         if self.roster is not None and not self.roster.lists(plan):
-            self.roster = None  # it would keep parameters that were taken out of the groups
+            self.roster = None  # it would keep parameters that were taken out of the groups, and states in other forms
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -161,7 +170,7 @@ class Planner:
     def lend(self) -> None:
         """Hold states no longer than ``optimizer.state`` does, until the next step."""
         plans = self._plans()
-        if self.lent or not plans or not all(plan.lends for plan in plans):
+        if self.lent or self.stepping or not plans or not all(plan.lends for plan in plans):
             return
         self.lent = True
         for holder in (*plans, self.roster):
@@ -181,6 +190,7 @@ class Planner:
             space.take_back()
         there = [place.take_back(optimizer._states.get(p)) for p, place in self.places.items()]
         if not all(there):
+            self.synchronize(optimizer)
             self.forget()
             return
         for plan in self._plans():

@@ -250,12 +250,12 @@ class Roster:
             listed.hold_states()
 
     def lists(self, plan: Plan) -> bool:
-        """Whether it is about the parameter groups that this plan is for."""
-        return self.whole.groups.same(plan.groups)
+        """Whether it is about the parameter groups and the settings that this plan is for."""
+        return self.whole.groups.same(plan.groups) and self.whole.settings == plan.settings
 
     def _serves(self, optimizer: Any, later: Roster) -> bool:
         """Whether what was found out then, was found out on the same terms."""
-        return self.lists(later.whole) and self.threads == later.threads and self.whole.settings == later.whole.settings
+        return self.lists(later.whole) and self.threads == later.threads
 
     def _others(self, optimizer: Any, plan: Plan) -> Iterator[tuple[Bucket, Member, int]]:
         """The parameters that the plan does not have, if their states are settled where they were."""

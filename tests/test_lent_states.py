@@ -45,10 +45,15 @@ def parameters(device, settings):
     return [torch.nn.Parameter(torch.randn(s, generator=generator).to(device, dtype)) for s in shapes]
 
 
-def step(made, number):
+def give(made, number, without=None):
     generator = torch.Generator().manual_seed(number)
-    for p in made.param_groups[0]["params"]:
-        p.grad = torch.randn(p.shape, generator=generator).to(p)
+    for k, p in enumerate(made.param_groups[0]["params"]):
+        g = torch.randn(p.shape, generator=generator).to(p)
+        p.grad = None if k == without else g
+
+
+def step(made, number, without=None):
+    give(made, number, without)
     made.step()
 
 
@@ -120,11 +125,7 @@ def test_other_sets_of_gradients(device):
     made, still = (fusedopt.AdamW(parameters(device, {}), lr=LR, backend="triton") for _ in range(2))
     for number in range(6):
         for one in (made, still):
-            generator = torch.Generator().manual_seed(number)
-            for k, p in enumerate(one.param_groups[0]["params"]):
-                g = torch.randn(p.shape, generator=generator).to(p)
-                p.grad = None if k == number % 3 else g
-            one.step()
+            step(one, number, without=number % 3)
         if number == 4:
             memory = buffers(made)
             for state in made.state.values():
@@ -134,6 +135,51 @@ def test_other_sets_of_gradients(device):
             assert all(x.expired() for x in memory)
             for p, state in made.state.items():
                 state.update({key: state[key].to(p.device) for key in state.keys() - {"step"}})
+    assert all_equal(made, still)
+
+
+def test_forms_that_change_behind_other_sets(device):
+    """What was planned for sets of parameters has keys of states that are there no more."""
+    settings = {"master": "split"}
+    made, still = (fusedopt.AdamW(parameters(device, settings), lr=LR, backend="triton", **settings) for _ in range(2))
+    for number in range(5):
+        for one in (made, still):
+            one.master = "split" if number < 3 else None
+            step(one, number, without=0 if number == 1 else None)
+        made.state  # noqa: B018
+    assert all_equal(made, still)
+
+
+def test_rules_that_ask_for_states(device):
+    """Nothing is lent within a step."""
+
+    class Asks(fusedopt.AdamW):
+        def rule(self, group):
+            assert isinstance(self.state, dict)
+            return super().rule(group)
+
+    made, still = (kind(parameters(device, {}), lr=LR, backend="triton") for kind in (Asks, fusedopt.AdamW))
+    for number in range(STEPS):
+        for one in (made, still):
+            one.param_groups[0]["amsgrad"] = number > 1
+            step(one, number, without=number % 2)
+    assert all_equal(made, still)
+
+
+@WAYS
+def test_moved_between_clip_and_step(move, device):
+    """Momentum that no step has written yet is not taken for a first gradient."""
+    made, still = (
+        fusedopt.SGD(parameters(device, {}), lr=LR, momentum=0.9, dampening=0.5, backend="triton") for _ in range(2)
+    )
+    for one in (made, still):
+        give(one, 0)
+        one.clip_grad_norm_(0.5)
+    for state in made.state.values():
+        move(state, "momentum_buffer")
+        state["momentum_buffer"].data = state["momentum_buffer"].data.to(device)
+    made.step()
+    still.step()
     assert all_equal(made, still)
 
 
