@@ -64,24 +64,18 @@ class Planner:
             self.take_back(optimizer)
         self.stepping = True
         try:
-            return self._with_gradients(optimizer, act)
-        finally:
-            self.stepping = False
-
-    def _with_gradients(self, optimizer: Any, act: Callable[[Any, list[Tensor | None]], None]) -> bool:
-        known = self.plan is not None and self.plan.knows(optimizer)
-        params = self.plan.params if known else list(chain.from_iterable(map(get_params, optimizer.param_groups)))
-        grads = list(map(get_grad, params))
-        parts = local_grads(params, grads) if self.distributed else grads
-        if not known or not self.plan.holds(parts):
-            if not self.distributed and any_distributed(params):
-                self.distributed = True
-                parts = local_grads(params, grads)
-            if not self._select(optimizer, params, parts):
-                self._build(optimizer, parts)
-        if not self.executors and not self.plan.reduction.communicates:
-            return False
-        try:
+            known = self.plan is not None and self.plan.knows(optimizer)
+            params = self.plan.params if known else list(chain.from_iterable(map(get_params, optimizer.param_groups)))
+            grads = list(map(get_grad, params))
+            parts = local_grads(params, grads) if self.distributed else grads
+            if not known or not self.plan.holds(parts):
+                if not self.distributed and any_distributed(params):
+                    self.distributed = True
+                    parts = local_grads(params, grads)
+                if not self._select(optimizer, params, parts):
+                    self._build(optimizer, parts)
+            if not self.executors and not self.plan.reduction.communicates:
+                return False
             try:
                 for executor in self.executors:
                     executor.take(parts, self.plan.as_planned, self.owes_zeros)
@@ -94,9 +88,10 @@ class Planner:
         except KernelFailed as failure:
             self._do_without_kernels(optimizer, failure)
         finally:
+            self.stepping = False
             for executor in self.executors:
                 executor.release()
-        return self._with_gradients(optimizer, act)
+        return self.with_gradients(optimizer, act)
 
     def _do_without_kernels(self, optimizer: Any, failure: KernelFailed) -> None:
         """Let torch take this step, in which nothing was changed yet, and all later ones on that device. The error is

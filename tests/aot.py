@@ -133,7 +133,7 @@ def all_facts(target, dtype):
         before = set(gpu.compiled())
         step_once(case, address, dtype, **settings)
         for kernel in set(gpu.compiled()) - before:
-            more = {"means": without <= i < end, "tracked": "track" in settings}
+            more = {"case": case, "means": without <= i < end, "tracked": "track" in settings}
             if more["tracked"] and kernel.metadata.name.endswith("_adam"):
                 more |= {"per_thread": per_thread(kernel), "sums_per_thread": per_thread(kernel, "LANES")}
             yield facts(kernel) | {"address": address, "dtype": dtype} | more

@@ -234,9 +234,10 @@ def test_means_kernel(target, report):
         for address in extents.compiled_addresses(target, dtype, report["extent"])
     )
     for kernel in kernels:
-        # Whether u agrees with g depends on all states; the excess of Adam's g over v on v alone.
-        states = {"means_amsgrad": 3, "means_adam": 1}[kernel["name"]]
-        loads = 2 * states if kernel["dtype"] == "mixed" else states + 1
+        # Whether u agrees with g depends on all states; the excess of Adam's g over v on v alone; LAMB's norms on both
+        # states and the parameter.
+        states, params = {"amsgrad": (3, 0), "adam limited": (1, 0), "adam adapted": (2, 1)}[kernel["case"]]
+        loads = 2 * states if kernel["dtype"] == "mixed" else states + 1 + params
         if target in NVIDIA:
             wide = "v2.b64" if kernel["dtype"] == "float64" else "v4.b32"
             assert count(kernel, rf"{LOAD}\.{wide}") == loads, label(kernel)
