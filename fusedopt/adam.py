@@ -65,6 +65,15 @@ def _fused(params, grads, states, steps, group, scale):
     )  # fmt: skip
 
 
+def hyper(group, t, bias_correction=True):
+    """The weights of g and g^2, eps, and what makes m_hat of m and sqrt(v_hat) of sqrt(v)."""
+    beta1, beta2 = map(number, group["betas"])
+    eps = divisible(group["eps"])
+    if not bias_correction:
+        return 1 - beta1, 1 - beta2, eps, 1.0, 1.0
+    return 1 - beta1, 1 - beta2, eps, 1 / (1 - beta1**t), (1 - beta2**t) ** -0.5
+
+
 STATES = ("exp_avg", "exp_avg_sq")
 MAX_STATES = (*STATES, "max_exp_avg_sq")
 SQUARES = MAX_STATES[1:]
@@ -99,11 +108,7 @@ class Adam(FusedOptimizer, torch.optim.Adam):
         return rule if settings.bias_correction else UNCORRECTED[rule.name]
 
     def hyper(self, group, t):
-        beta1, beta2 = map(number, group["betas"])
-        eps = divisible(group["eps"])
-        if not self._settings.bias_correction:
-            return 1 - beta1, 1 - beta2, eps, 1.0, 1.0
-        return 1 - beta1, 1 - beta2, eps, 1 / (1 - beta1**t), (1 - beta2**t) ** -0.5
+        return hyper(group, t, self._settings.bias_correction)
 
     def decoupled(self, group):
         return group["decoupled_weight_decay"]

@@ -17,12 +17,11 @@ from typing import Any
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from .adam import ADAM
+from .adam import ADAM, hyper
 from .arguments import check_betas, check_nonnegative
 from .capture import CapturableSettings
-from .columns import number
 from .optimizer import FusedOptimizer
-from .rule import Stage, divisible
+from .rule import Stage
 
 
 class LAMB(FusedOptimizer):
@@ -57,8 +56,7 @@ class LAMB(FusedOptimizer):
         return RULE
 
     def hyper(self, group, t):
-        beta1, beta2 = map(number, group["betas"])
-        return 1 - beta1, 1 - beta2, divisible(group["eps"]), 1 / (1 - beta1**t), (1 - beta2**t) ** -0.5
+        return hyper(group, t)
 
     def decoupled(self, group):
         return True

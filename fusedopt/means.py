@@ -74,7 +74,7 @@ class Chunks:
 
 def sums(blocks: Iterable[Sequence[Tensor]]) -> list[Tensor]:
     """The sum of each term over a tensor, given for each of its blocks one after the other."""
-    # torch adds a block pairwise, which is right to the last bits of the dtype in an eighth of float64's time.
+    # torch adds a block pairwise, which is right to the last bits of the dtype in a fraction of float64's time.
     return [sum(parts) for parts in zip(*([x.sum().double() for x in block] for block in blocks))]
 
 

@@ -86,15 +86,12 @@ class FusedOptimizer(Formula, SettingAttributes, TorchStep, torch.optim.Optimize
 
     @state.setter
     def state(self, state: defaultdict[Tensor, dict[str, Any]]) -> None:
-        self._states = state
+        self.__dict__["state"] = state  # where torch's __setstate__ puts it
 
     @property
     def _states(self) -> defaultdict[Tensor, dict[str, Any]]:
+        """The same for ourselves, who move nothing."""
         return self.__dict__["state"]
-
-    @_states.setter
-    def _states(self, state: defaultdict[Tensor, dict[str, Any]]) -> None:
-        self.__dict__["state"] = state  # where torch's __setstate__ puts it
 
     profile_hook_step = staticmethod(profile_hook_step)
 

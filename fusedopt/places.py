@@ -74,13 +74,15 @@ class Place:
         return part is not None and part is self.views.get(key) and part.data_ptr() == self.addresses[key]
 
     def lend(self) -> None:
-        """Hold the views of the state no longer, but for the numbers."""
+        """Hold the views of the state no longer, nor the buffers below them, but for the numbers."""
+        self.space.lend(self.keys)
         for key in self.keys:
             if key in self.views and key not in self.space.numbers:
                 self.lent[key] = _whereabouts(self.views.pop(key))
 
     def take_back(self, state: Any) -> bool:
         """Hold those again that the state still has, where they were. Whether it has all."""
+        self.space.take_back()
         state = state if isinstance(state, dict) else {}
         for key, there in self.lent.items():
             part = local(state.get(key))

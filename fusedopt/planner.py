@@ -14,7 +14,6 @@ from torch import Tensor
 from . import capture, clipping
 from .backends import KernelFailed
 from .executors import make_executor
-from .flat import Space
 from .groups import get_params
 from .metrics import Tracker
 from .places import Place
@@ -171,18 +170,14 @@ class Planner:
         for holder in (*plans, self.roster):
             if holder is not None:
                 holder.lend()
-        roles: dict[int, tuple[Space, set[str]]] = {}
         for place in self.places.values():
             place.lend()
-            roles.setdefault(id(place.space), (place.space, set()))[1].update(place.keys)
-        for space, keys in roles.values():
-            space.lend(keys)
 
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def take_back(self, optimizer: Any) -> None:
         """Hold states again. Where one is elsewhere, planning begins anew."""
         self.lent = False
-        for space in {id(place.space): place.space for place in self.places.values()}.values():
-            space.take_back()
         there = [place.take_back(optimizer._states.get(p)) for p, place in self.places.items()]
         if not all(there):
             self.synchronize(optimizer)

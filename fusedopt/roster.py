@@ -246,6 +246,7 @@ class Roster:
             listed.parts = []
 
     def take_back(self) -> None:
+        """Hold those again that the places hold."""
         for listed in self.listed:
             listed.hold_states()
 
