@@ -89,31 +89,42 @@ def _adam(params, grads, moments, squares, group, scale):
 
 def fused_momentum(params, grads, states, t, group, scale, rates):
     weight, eps, mu = hyper(group)
-    for p, g, v, b, lr in blocks(group, scale, params, grads, *states, rates=rates):
+    before, within = _parted(scale, group)
+    for p, g, v, b, lr in blocks(group, before, params, grads, *states, rates=rates):
         # As its parameter, with lr = -1 and decay mu - 1, b becomes mu b + u.
-        step_normalized(b, g, g, v, weight, 1.0, eps, lr=-1.0, decay=mu - 1)
+        step_uncorrected(
+            [b], [g], [g], [v], lr=-1.0, beta1=0.0, beta2=1 - weight, eps=eps,
+            weight_decay=mu - 1, decoupled=True, scale=within,
+        )  # fmt: skip
         p.sub_(b, alpha=lr)
 
 
 def fused_centered(params, grads, states, t, group, scale, rates):
     h = hyper(group)
-    for p, g, v, a, lr in blocks(group, scale, params, grads, *states, rates=rates):
-        step_normalized(p, _writable(g), a, _half_moved(g, v, a, h), -1.0, 1.0, h[1], lr)
+    before, within = _parted(scale, group)
+    for p, g, v, a, lr in blocks(group, before, params, grads, *states, rates=rates):
+        step_normalized(p, _writable(g), a, _half_moved(g, v, a, h, within), -1.0, 1.0, h[1], lr)
 
 
 def fused_centered_momentum(params, grads, states, t, group, scale, rates):
     h = hyper(group)
-    for p, g, v, b, a, lr in blocks(group, scale, params, grads, *states, rates=rates):
-        half = _half_moved(g, v, a, h)
+    before, within = _parted(scale, group)
+    for p, g, v, b, a, lr in blocks(group, before, params, grads, *states, rates=rates):
+        half = _half_moved(g, v, a, h, within)
         step_normalized(b, _writable(g), a, half, -1.0, 1.0, h[1], lr=-1.0, decay=h[2] - 1)
         p.sub_(b, alpha=lr)
 
 
-def _half_moved(g, v, a, h):
+def _parted(scale, group):
+    """The scale for what comes before the kernel, and for the kernel, which clips in the same pass."""
+    return (None, scale) if is_plain(group, None) else (scale, None)
+
+
+def _half_moved(g, v, a, h, scale):
     """Half of v after both averages have moved: the kernel itself makes 2 (v / 2) - a^2 of it."""
     half = scratch("half", v)
     # One call of Adam. What becomes of its parameter does not matter.
-    step_uncorrected([half], [g], [a], [v], lr=0.0, beta1=1 - h[0], beta2=1 - h[0], eps=h[1])
+    step_uncorrected([half], [g], [a], [v], lr=0.0, beta1=1 - h[0], beta2=1 - h[0], eps=h[1], scale=scale)
     return torch.mul(v, HALF, out=half)
 
 
