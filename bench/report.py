@@ -10,17 +10,17 @@ from __future__ import annotations
 import argparse
 import pathlib
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
-from growth import GROWTH, UNMEASURED, growth_page, host_table, step_table
+from growth import GROWTH, HOST, STEPS, UNMEASURED, growth_page, host_table, step_table
 from history import HISTORY, Row, latest, origin, read
 from shapes import TITLES
 
 README = HISTORY.parent.parent / "README.md"
 PAGE = HISTORY.parent.parent / "docs" / "distributed.md"
 BEGIN = "<!-- made by bench/report.py from bench/history.csv: do not edit -->"
-STEPS = "<!-- many tensors: made by bench/report.py from the rows of bench/scale.py: do not edit -->"
-HOST = "<!-- host: made by bench/report.py from the rows of bench/host.py: do not edit -->"
+TENSORS = "<!-- many tensors: made by bench/report.py from the rows of bench/scale.py: do not edit -->"
+HOSTS = "<!-- host: made by bench/report.py from the rows of bench/host.py: do not edit -->"
 RANKS = "<!-- many ranks: made by bench/report.py from the rows of bench/scale.py and ranks.py: do not edit -->"
 END = "<!-- end -->"
 
@@ -30,25 +30,20 @@ MANY = 6
 """Checks of one kind, above which a summary only counts those that passed."""
 
 
-def steps(rows: Iterable[Row]) -> list[Row]:
-    """The latest rows of whole steps."""
-    return [row for row in latest(rows) if row.part == "step"]
-
-
 def machines(rows: Iterable[Row]) -> dict[str, list[Row]]:
-    """By what a table should not mix: machine and number of threads."""
+    """By what a table should not mix, machine and number of threads, in the order of these."""
     found: dict[str, list[Row]] = {}
     for row in rows:
         threads = "" if row.device == "cuda" else f", {row.threads} thread{'s' * (row.threads > 1)}"
         found.setdefault(f"{row.machine}{threads}", []).append(row)
-    return found
+    return dict(sorted(found.items()))
 
 
 def ratio_table(rows: list[Row]) -> str:
     """Optimizers that torch has by models, float32: our time over that of torch's best, without and with clipping."""
     ours = [r for r in rows if r.implementation == "fusedopt" and r.dtype == "float32" and not r.amp]
     models = [model for model in TITLES if any(row.model == model for row in ours)]
-    labels = list(dict.fromkeys(row.optimizer for row in ours))
+    labels = sorted({row.optimizer for row in ours})
     cells = {(row.optimizer, row.model, row.clip): row for row in ours}
     lines = [f"| optimizer | {' | '.join(TITLES[model] for model in models)} |", "|---|" + "---|" * len(models)]
     for label in labels:
@@ -60,6 +55,12 @@ def ratio_table(rows: list[Row]) -> str:
             continue  # torch has no such optimizer
         lines.append(f"| {label} | {' | '.join(pairs)} |")
     return "\n".join(lines)
+
+
+def titled_ratios(rows: list[Row]) -> str:
+    """The same below what was measured where."""
+    ((machine, found),) = machines(rows).items()
+    return f"{machine}; {origin(found)}:\n\n{ratio_table(found)}"
 
 
 def _ratio(row: Row | None) -> str:
@@ -112,25 +113,28 @@ def _number(value: float | None) -> str:
     return "" if value is None else f"{value:.4g}" if abs(value) < 1e4 else f"{value:.0f}"
 
 
-def readme_section(rows: list[Row]) -> str:
-    """What stands between the markers in README: a table of ratios per machine."""
-    parts = []
-    for machine, found in machines(steps(rows)).items():
-        parts.append(f"{machine}; {origin(found)}:\n\n{ratio_table(found)}")
-    return "\n\n".join(parts)
+def newest(rows: Iterable[Row]) -> list[Row]:
+    """Those of the machine that was measured last, of CPUs and of GPUs."""
+    rows = list(rows)
+    machine = {row.device: row.machine for row in sorted(rows, key=lambda row: row.date)}
+    return [row for row in rows if row.machine == machine[row.device]]
 
 
-def per_machine(table: Callable[[list[Row]], str]) -> Callable[[list[Row]], str]:
-    """The same table for every machine that has rows for it."""
+def measured_last(table: Callable[[list[Row]], str], parts: Sequence[str]) -> Callable[[list[Row]], str]:
+    """The table of some parts of the history, on those machines only."""
 
     def tables(rows: list[Row]) -> str:
-        made = map(table, machines(latest(rows)).values())
-        return "\n\n".join(text for text in made if text != UNMEASURED) or UNMEASURED
+        found = machines(newest(row for row in latest(rows) if row.part in parts))
+        return "\n\n".join(map(table, found.values())) or UNMEASURED
 
     return tables
 
 
-SECTIONS = {BEGIN: readme_section, STEPS: per_machine(step_table), HOST: per_machine(host_table)}
+SECTIONS = {
+    BEGIN: measured_last(titled_ratios, ["step"]),
+    TENSORS: measured_last(step_table, STEPS),
+    HOSTS: measured_last(host_table, HOST),
+}
 """What README takes from the rows, by the marker before it."""
 
 PAGE_SECTIONS = {RANKS: growth_page}
@@ -160,6 +164,8 @@ def results(rows: list[Row]) -> str:
         growing = [row for row in found if row.part in GROWTH]
         checks = [row for row in found if row not in timed and row not in growing]
         pages.append(f"## {machine}\n\n{origin(found)}")
+        if steps := [row for row in timed if row.part == "step"]:
+            pages.append(f"float32, over torch's best, without / with clipping:\n\n{ratio_table(steps)}")
         if timed:
             pages.append(full_table(timed))
         if growing:
@@ -235,7 +241,7 @@ def main() -> int:
         same = all(page.read_text() == with_sections(page.read_text(), rows, of) for page, of in texts.items())
         print(f"the tables are {'' if same else 'not '}what the rows say{'' if same else ': run this'}")
         return 0 if same and not problems else 1
-    print(readme_section(rows))
+    print(SECTIONS[BEGIN](rows))
     write(options.history, options.readme, options.page, options.out)
     return 0
 

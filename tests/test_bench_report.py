@@ -72,14 +72,19 @@ PAGES = {"README.md": report.SECTIONS, "page.md": report.PAGE_SECTIONS}
 
 class TestReport:
     def test_machines_have_tables_of_their_own(self):
+        """README those of the machine that was measured last, results.md all."""
         rows = [
-            a_row(machine=machine, part=part, model="300 tensors", host_us=time)
-            for machine, time in (("one", 11.0), ("another", 22.0))
-            for part in growth.HOST
+            a_row(machine=machine, part=part, model=model, host_us=time, ratio=time, date=date)
+            for machine, time, date in (("one", 11.0, "2026-11-22"), ("another", 22.0, "2026-11-21"))
+            for part, model in (*((part, "300 tensors") for part in growth.HOST), ("step", "gpt2"))
         ]
-        first, second = report.SECTIONS[report.HOST](rows).split("\n\nanother, one thread")
-        assert "one, one thread" in first and "| 11 (11) /" in first and "22" not in first
-        assert "| 22 (22) /" in second and "11 (11)" not in second
+        for marker, cell in ((report.HOSTS, "| 11 (11) /"), (report.BEGIN, "| 11.00 / –")):
+            made = report.SECTIONS[marker](rows)
+            assert "one, " in made and cell in made
+            assert "another" not in made and "22" not in made.replace("2026-11-22", "")
+        second, first = report.results(rows).split("## one, 1 thread")
+        assert "| 11 (11) /" in first and "| 11.00 / –" in first and "22.00" not in first
+        assert "| 22 (22) /" in second and "| 22.00 / –" in second and "11.00" not in second
 
     @pytest.fixture(autouse=True)
     def needs_matplotlib(self):
