@@ -127,4 +127,3 @@ def load(optimizer: Any, averages: Mapping[int, Tensor]) -> None:
     }
     optimizer._ema.clear()
     optimizer._ema.update(loaded)
-    optimizer._engine.forget()

@@ -99,6 +99,7 @@ class Plan:
         self.counts = Counts(counting, stepped)
         self.groups = Groups(optimizer, joins=any(bucket.backend.name == "torch" for bucket in self.buckets))
         self._note_states(optimizer)
+        self.averages = list(optimizer._ema.values())
         self.lasts = math.inf
         """For how many more steps the plan may serve."""
         self._note_buckets()
@@ -130,12 +131,19 @@ class Plan:
         return plan
 
     def knows(self, optimizer: Any) -> bool:
-        """Whether settings, groups, parameters and states are those that it was made of. Runs at every step, as
-        ``holds`` does after it."""
+        """Whether settings, groups, parameters, states and averages are those that it was made of. Runs at every step,
+        as ``holds`` does after it."""
         groups, states = optimizer.param_groups, list(optimizer._states.values())
-        return optimizer._settings.layout == self.settings and (
-            (same_tensors((groups, states), (self.groups.latest, self.contents)) and same(groups, self.groups.groups))
-            or (self.groups.hold(optimizer) and self._states_hold(states))
+        return (
+            optimizer._settings.layout == self.settings
+            and same(optimizer._ema.values(), self.averages)
+            and (
+                (
+                    same_tensors((groups, states), (self.groups.latest, self.contents))
+                    and same(groups, self.groups.groups)
+                )
+                or (self.groups.hold(optimizer) and self._states_hold(states))
+            )
         )
 
     def holds(self, grads: list[Tensor | None]) -> bool:

@@ -75,8 +75,8 @@ def enable_gradient_release(model: torch.nn.Module, optimizer: FusedOptimizer) -
         raise ValueError("the optimizer has none of the model's parameters that need gradients")
     params = [p for group in groups for p in group["params"]]
     draws = dict(zip(params, accumulate((-(-p.numel() // 8) for p in params), initial=0)))
-    singles = [(p, Single(optimizer, k, p, draws[p])) for k, p in found]
-    hooks = [p.register_post_accumulate_grad_hook(_stepper(optimizer, p, single)) for p, single in singles]
+    singles = [Single(optimizer, k, p, draws[p]) for k, p in found]
+    hooks = [single.param.register_post_accumulate_grad_hook(_stepper(optimizer, single)) for single in singles]
     hooks.append(model.register_forward_pre_hook(_refuse_late_wrappers))
     optimizer._engine.released = True
     optimizer._engine.forget()
@@ -84,17 +84,19 @@ def enable_gradient_release(model: torch.nn.Module, optimizer: FusedOptimizer) -
     return GradientRelease(optimizer, hooks)
 
 
-def _stepper(optimizer: FusedOptimizer, p: Tensor, single: Single) -> Callable[[Tensor], None]:
+def _stepper(optimizer: FusedOptimizer, single: Single) -> Callable[[Tensor], None]:
     engine = Engine()
 
     def step(param: Tensor) -> None:
+        if not single.param_groups:
+            return
         if optimizer._engine.averaged:
             raise RuntimeError(
                 "backward() inside `with optimizer.ema_parameters()`, where parameters hold their averages: gradient "
                 "release would update these"
             )
         _refuse_settings(optimizer)
-        _refuse_parts([p], single)
+        _refuse_parts([param], single)
         try:
             with torch.no_grad():
                 engine.step(single)
@@ -156,17 +158,23 @@ class Single:
         self.group_number = group_number
         self.param = p
         self._first_draw = first_draw
-        self._groups = [ChainMap({"params": [p]}, {})]
+        self._groups = [self._view(optimizer.param_groups[group_number])]
         self._states = SingleEntry(lambda: optimizer._states, p)
         self._ema = SingleEntry(lambda: optimizer._ema, p)
 
     @property
     def param_groups(self) -> list[ChainMap]:
-        """A view of the parameter's group, where schedulers write. Loading a checkpoint puts another group there."""
-        group = self.optimizer.param_groups[self.group_number]
-        if self._groups[0].maps[1] is not group:
-            self._groups = [ChainMap({"params": [self.param]}, group)]
+        """A view of the parameter's group, where schedulers write. Loading a checkpoint puts another group there, and
+        groups may be taken out."""
+        groups, k = self.optimizer.param_groups, self.group_number
+        if not (self._groups and k < len(groups) and groups[k] is self._groups[0].maps[1]):
+            having = [k for k, group in enumerate(groups) if any(p is self.param for p in group["params"])]
+            self._groups = [self._view(groups[k]) for k in having]
+            self.group_number = having[0] if having else 0
         return self._groups
+
+    def _view(self, group: dict[str, Any]) -> ChainMap:
+        return ChainMap({"params": [self.param]}, group)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.optimizer, name)

@@ -115,6 +115,36 @@ def test_checkpoints(device):
     close(net.parameters(), other.parameters(), 1e-12)
 
 
+def test_groups_that_are_taken_out(device):
+    """Their parameters keep gradients and values, also when they come back for ``step()``."""
+    (net, other), optimizer, oracle = pair_of("AdamW", device)
+    fusedopt.enable_gradient_release(net, optimizer)
+    for number in range(6):
+        if number in (2, 4):
+            for each in (optimizer, oracle):
+                each.param_groups.append(each.param_groups.pop(0)) if number == 2 else each.param_groups.pop(0)
+        train(net, optimizer, number)
+        train(other, oracle, number)
+    assert net.c.bias.grad is not None and net.c.weight.grad is None
+    close(net.parameters(), other.parameters(), 1e-12)
+
+
+@pytest.mark.parametrize("name", ["SGD", "Adam"])
+def test_loaded_averages_go_on(name, device):
+    found = []
+    for releases in (False, True):
+        (net, _), _, _ = pair_of(name, device)
+        optimizer = fusedopt.registry[name](net.parameters(), lr=LR, ema_decay=0.8)
+        if releases:
+            fusedopt.enable_gradient_release(net, optimizer)
+        for number in range(4):
+            train(net, optimizer, number)
+            if number == 1:
+                optimizer.load_ema_state_dict({k: 0 * x for k, x in optimizer.ema_state_dict().items() if k})
+        found.append(optimizer.ema_parameters())
+    close(*found, 1e-12)
+
+
 def test_random_bits_are_those_of_a_step(device):
     """Each parameter has bits of its own."""
     found = []
