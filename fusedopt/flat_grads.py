@@ -24,6 +24,7 @@ class Given(NamedTuple):
     """A parameter's place in a buffer, and what both were like when it was given."""
 
     view: Tensor
+    buffer: Tensor
     address: int
     of: tuple
 
@@ -115,12 +116,11 @@ class FlatGrads:
 
     def _bring(self, params: list[Tensor]) -> None:
         kept = {p: self.given[p] for p in params if p in self.given and self.given[p].fits(p)}
-        if not kept:
-            self.buffers.clear()  # all have moved, to another device, say
         missing = [p for p in params if p not in kept and not p.is_meta and not _is_lent(p.grad)]
         for _, alike in groupby(sorted(missing, key=_buffer), key=_buffer):
             kept |= self._place(list(alike))
         self.given = {p: kept[p] for p in params if p in kept}
+        self.buffers = list({id(given.buffer): given.buffer for given in self.given.values()}.values())
         for p in params:
             if _is_lent(p.grad):
                 p.grad.detach().zero_()
@@ -130,9 +130,8 @@ class FlatGrads:
     def _place(self, params: list[Tensor]) -> dict[Tensor, Given]:
         space = Space(params, packed=0)
         space.allocate("grad", params[0].dtype)
-        self.buffers.append(space.buffers["grad"])
         views = [space.claim("grad", index) for index in range(len(params))]
-        return {p: Given(view, view.data_ptr(), _kind(p)) for p, view in zip(params, views)}
+        return {p: Given(view, space.buffers["grad"], view.data_ptr(), _kind(p)) for p, view in zip(params, views)}
 
 
 def _params(optimizer: Any) -> list[Tensor]:

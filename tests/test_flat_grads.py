@@ -122,6 +122,18 @@ def test_frozen_parameters_stay_where_they_are(flat):
         assert all(torch.allclose(p, q, rtol=1e-5, atol=1e-7) for p, q in zip(layers.parameters(), twin.parameters()))
 
 
+def test_buffers_do_not_pile_up():
+    """Where some parameters are frozen and thawed again and again."""
+    layers = network()
+    optimizer = fusedopt.AdamW(layers.parameters(), flat_grads=True)
+    sizes = []
+    for number in range(8):
+        layers[0].requires_grad_(number % 2 == 0)
+        optimizer.zero_grad()
+        sizes.append(sum(buffer.nbytes for buffer in optimizer._flat_grads.buffers))
+    assert max(sizes) <= 2 * sizes[0]
+
+
 def test_parameters_on_the_meta_device():
     """Made there, gradients get their places once the parameters have memory."""
     layers = network(device="meta")
