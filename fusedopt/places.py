@@ -63,6 +63,13 @@ class Place:
             self.space.allocate_numbers(key, dtype)
         return self.keep(key, self.space.claim(key, self.index))
 
+    def memory(self, key: str) -> Tensor:
+        """What the view ``key`` shows, for who keeps other tensors of that memory: they must not keep the view's own
+        storage alive, or nobody would notice that the view was given another (``Space.storages``)."""
+        view = self.views[key]
+        inside = self.space.view(key, self.index) if key in self.space.buffers else view
+        return inside if inside.data_ptr() == view.data_ptr() else view
+
     def keep(self, key: str, view: Tensor) -> Tensor:
         self.views[key] = view
         self.addresses[key] = view.data_ptr()

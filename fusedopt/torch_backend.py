@@ -20,6 +20,7 @@ from .cohorts import Cohort, StepNumbers, alike
 from .flat import contiguous, memory_order
 from .gather import Gather, Staging, Ways, each_once, find_ways, in_layout_of, neighbours, picker
 from .options import ASIDE, NOT_READ
+from .places import Place
 from .runs import Run
 from .settings import Settings
 from .skips import Skips
@@ -105,7 +106,7 @@ class Executor:
         run.params += [contiguous(m.param) for m in alone]
         run.sizes += [[m.param.numel()] for m in alone]
         for tensors, key in zip(lists, self.keys):
-            tensors += [contiguous(m.place.views[key]) for m in alone]
+            tensors += [self._memory(m.place, key) for m in alone]
         firsts = [*(row[0] for row in rows), *alone]
         for _, some in groupby(firsts, key=lambda m: m.cohort):
             some = list(some)
@@ -116,6 +117,11 @@ class Executor:
                 long = len(flat[0]) > self.blocks.size
                 run.blocks.append(list(zip(*(x.split(self.blocks.size) for x in flat))) if long else [flat])
         return run
+
+    def _memory(self, place: Place, key: str) -> Tensor:
+        """A state as the update takes it."""
+        view = place.views[key]
+        return view if self.bucket.fused and view.is_contiguous() else contiguous(place.memory(key))
 
     def take(self, grads: Sequence[Tensor | None], as_planned: bool, owes_zeros: bool) -> None:
         """Take this step's gradients, the direct ones in their parameters' layout. ``as_planned``: whether they are

@@ -73,7 +73,8 @@ class Executor(torch_backend.Executor):
         return Run(cohort, [], [], [], [], members, blocks, members, sizes)
 
     def _blocks(self, member: Member) -> list[Block]:
-        tensors = {"": self.copied.get(member.param, member.param), **member.place.views}
+        place = member.place
+        tensors = {"": self.copied.get(member.param, member.param), **{key: place.memory(key) for key in place.views}}
         roles, size = [], self.blocks.size
         for role, form in self.bucket.stored.roles:
             parts = [memory_order(tensors[part_key(role, part)]) for part in form.parts]

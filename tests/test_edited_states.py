@@ -15,7 +15,7 @@ from cases import (
 )
 from options import LR, STATEFUL
 from oracles import oracle_class
-from pairs import Pair, close
+from pairs import SCALARS, Pair, close
 from thinning import every_pair_but
 
 import fusedopt
@@ -75,6 +75,19 @@ def test_state_edited_from_outside(name, edit, flatten, backend, device):
             pair.check()
             pair.step(2)
             pair.check()
+
+
+@every_optimizer
+def test_values_in_other_memory(name, device):
+    """``value.data = ...`` on large parameters, a transposed one among them; step counts stay."""
+    pair = Pair(name, None, "direct", device=device)
+    pair.step(2)
+    for optimizer in (pair.opt, pair.oracle):
+        for state in optimizer.state.values():
+            for key in state.keys() - SCALARS - {"step"}:
+                state[key].data = 0.5 * state[key]
+    pair.step(2)
+    pair.check()
 
 
 @every_optimizer
