@@ -59,6 +59,8 @@ class EmaParameters(list):
         if not averages and optimizer.ema_decay is None:
             raise RuntimeError("no averages are kept: make the optimizer with ema_decay=0.999, say, or set it")
         self.optimizer = optimizer
+        self.trained: list[tuple[Tensor, Tensor]] = []
+        """What was in the parameters, as long as they hold the averages."""
         params = [p for group in optimizer.param_groups for p in group["params"]]
         super().__init__(averages.get(p, p.detach()) for p in params)
 
@@ -72,25 +74,32 @@ class EmaParameters(list):
                 "the averages cannot be put into the pieces of FullyShardedDataParallel's flat parameters and back: it "
                 "may go on with weights that an earlier forward pass has gathered; use fully_shard (FSDP2)"
             )
-        with torch.no_grad():
-            self.trained = [(p, p.clone()) for p in averages]
-            engine.averaged = True
-            try:
+        try:
+            with torch.no_grad():
+                self.trained = [(p, p.clone()) for p in averages]
+                engine.averaged = True
                 for p, average in averages.items():
                     p.copy_(average)
-                gather_anew(averages)
-            except BaseException:  # without a body to leave nobody would put them back
-                self.__exit__()
-                raise
+            gather_anew(averages)
+        except BaseException:  # without a body to leave nobody would put them back
+            self.__exit__()
+            raise
         return self
 
     def __exit__(self, *exception: Any) -> None:
+        try:
+            self._put_back()
+        except BaseException:  # an interrupt on the way, after which nobody has what was trained
+            self._put_back()
+            raise
+
+    def _put_back(self) -> None:
         with torch.no_grad():
             for p, value in self.trained:
                 p.copy_(value)
         gather_anew(p for p, _ in self.trained)
-        self.trained = []
         self.optimizer._engine.averaged = False
+        self.trained = []
 
 
 def state_dict(optimizer: Any) -> dict[int, Tensor]:

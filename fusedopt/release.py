@@ -34,6 +34,8 @@ class GradientRelease:
 
     def remove(self) -> None:
         """From now on ``optimizer.step()`` updates the parameters again."""
+        if not self.hooks:
+            return
         for hook in self.hooks:
             hook.remove()
         self.hooks.clear()

@@ -11,6 +11,7 @@ from pairs import Pair, assert_same, close, same_bits, snapshot
 from thinning import every_pair_but
 
 import fusedopt
+from fusedopt import ema
 
 DECAY = 0.8
 
@@ -195,6 +196,30 @@ def test_bad_input(device):
     params[1].grad = params[1].grad.to_sparse()
     with pytest.raises(RuntimeError, match="ema_decay cannot be combined with a sparse gradient"):
         optimizer.step()
+
+
+@pytest.mark.parametrize("way", ["in", "out"])
+def test_an_interrupt_on_the_way_leaves_what_was_trained(way, monkeypatch):
+    """As Ctrl-C behind an evaluation: the averages are no place to go on training from."""
+    params = model("tiny")
+    optimizer = fusedopt.Adam(params, ema_decay=DECAY)
+    for number in (4, 5):
+        give_gradients(params, number)
+        optimizer.step()
+    trained, calls = [p.detach().clone() for p in params], []
+
+    def interrupted(params):
+        calls.append(params)
+        if len(calls) == ("in", "out").index(way) + 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(ema, "gather_anew", interrupted)
+    with pytest.raises(KeyboardInterrupt), optimizer.ema_parameters():
+        pass
+    assert all(map(same_bits, params, trained))
+    with optimizer.ema_parameters() as averages:
+        assert all(map(same_bits, params, averages))
+    assert all(map(same_bits, params, trained))
 
 
 def test_what_fails_on_the_way_in_leaves_the_parameters():

@@ -210,6 +210,9 @@ def test_other_misuse(device):
         scaler.step(optimizer)
     release.remove()
     fusedopt.enable_gradient_release(net, optimizer)
+    release.remove()
+    with pytest.raises(RuntimeError, match="enabled already"):
+        fusedopt.enable_gradient_release(net, optimizer)
     embedding = torch.nn.Embedding(5, 2, sparse=True, device=device)
     optimizer = fusedopt.SGD(embedding.parameters())
     fusedopt.enable_gradient_release(embedding, optimizer)
