@@ -48,7 +48,8 @@ def enable_gradient_release(model: torch.nn.Module, optimizer: FusedOptimizer) -
 
     ``optimizer.step()`` and ``zero_grad()`` find nothing left to do and may stay in the training loop; step hooks then
     run around nothing. Schedulers, checkpoints, component-wise clipping and averages work as ever. Not with gradient
-    accumulation: every backward pass is a step.
+    accumulation: every backward pass is a step. Each ``torch.utils.checkpoint`` with ``use_reentrant=True`` is one too:
+    a parameter that stands in two of them would take two steps, so give them ``use_reentrant=False``.
 
     Args:
         model: the module that is called; its parameters are released if the optimizer has them.
@@ -105,6 +106,7 @@ def _stepper(optimizer: FusedOptimizer, single: Single) -> Callable[[Tensor], No
         except NotFusable as reason:
             raise RuntimeError(f"gradient release cannot be combined with {reason}") from None
         param.grad = None
+        optimizer._opt_called = True  # what schedulers ask, to warn of those that are stepped first
 
     return step
 

@@ -86,6 +86,16 @@ def all_parameters(optimizer):
     return [(p,) for group in optimizer.param_groups for p in group["params"]]
 
 
+def test_schedulers_know_of_steps(device, recwarn):
+    """Where nobody calls ``step()``, which would find nothing to do."""
+    (net, _), optimizer, _ = pair_of("Adam", device)
+    fusedopt.enable_gradient_release(net, optimizer)
+    scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
+    loss_of(net, 0).backward()
+    scheduler.step()
+    assert not [str(warning.message) for warning in recwarn if "lr_scheduler" in str(warning.message)]
+
+
 def test_gradients_are_freed(device):
     (net, _), optimizer, _ = pair_of("Adam", device)
     fusedopt.enable_gradient_release(net, optimizer)
