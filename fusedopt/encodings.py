@@ -28,13 +28,14 @@ def found(role: str, state: dict[str, Any], p: Tensor) -> tuple[Form, list[Tenso
 
 
 def _found_master(state: dict[str, Any], p: Tensor) -> tuple[Form, list[Tensor]] | None:
+    p = p.detach()
     for make in MASTERS.values():
         form = make(p.dtype)
         for part in form.parts[1:]:
             value = state.get(part.suffix)
             if isinstance(value, Tensor) and value.dtype is part.dtype and value.shape == p.shape:
                 same_layout = p.stride() == value.stride() and is_dense(p)
-                return form, [p.detach() if same_layout else torch.empty_like(value, dtype=p.dtype).copy_(p), value]
+                return form, [p if same_layout else torch.empty_like(value, dtype=p.dtype).copy_(p), value]
     return None
 
 

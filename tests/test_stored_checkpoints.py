@@ -134,6 +134,14 @@ def test_state_dict_is_torchs_own_where_nothing_is_stored_otherwise():
         assert all(shown["state"][k][key] is x for k, p in enumerate(params) for key, x in optimizer.state[p].items())
 
 
+def test_a_parameter_with_gaps_is_shown_without_its_graph():
+    """Which nobody could copy."""
+    p = torch.nn.Parameter(torch.ones(6, 8, dtype=torch.bfloat16)[:, ::2])
+    optimizer = fusedopt.AdamW([p], master="kahan")
+    run([p], optimizer, 1)
+    assert not any(value.requires_grad for value in optimizer.state_dict()["state"][0].values())
+
+
 def test_hooks_see_what_state_dict_shows():
     params, optimizer = made(master="split", state_dtype="8bit")
     run(params, optimizer, 1)
