@@ -231,6 +231,7 @@ class Plan:
         step at most."""
         if not by:
             return
+        lasts, self.lasts = self.lasts, 0  # behind an interrupt a new plan reads from the states what was counted
         for bucket in self.counted:
             for cohort in bucket.cohorts:
                 cohort.t += by
@@ -239,6 +240,7 @@ class Plan:
         for stored in self.scalars:
             stored.write()
         self.counts.advance(by)
+        self.lasts = lasts
 
     def drop_unwritten(self, optimizer: Any) -> None:
         """Remove the states of parameters whose every step was skipped, where torch keeps no step count: a momentum

@@ -14,6 +14,8 @@ from pairs import Pair, assert_same, raised, snapshot
 from thinning import every_pair
 
 import fusedopt
+from fusedopt.cohorts import StoredScalars
+from fusedopt.counts import Counts
 from fusedopt.engine import Engine
 
 ACTIVE = [
@@ -218,6 +220,29 @@ def test_an_interrupt_before_the_update_loses_nothing(name, settings, begins):
         optimizer.step()
         assert_same(snapshot(optimizer), snapshot(expected))
         assert all(map(torch.equal, optimizer._ema.values(), expected._ema.values()))
+
+
+@pytest.mark.parametrize(("name", "cls", "method"), [("NAdam", StoredScalars, "write"), ("Adam", Counts, "advance")])
+def test_behind_an_interrupt_the_states_say_what_was_counted(name, cls, method, monkeypatch):
+    def interrupted(*_):
+        raise Interrupt
+
+    params = model("small")
+    optimizer = fusedopt.registry[name](params, lr=LR)
+    for number in range(4):
+        give_gradients(params, 4 + number)
+        if number < 3:
+            optimizer.step()
+    with monkeypatch.context() as patch:
+        patch.setattr(cls, method, interrupted)
+        with pytest.raises(Interrupt):
+            optimizer.step()
+    others, other = copy.deepcopy((params, optimizer))
+    for number in range(2):
+        for each, stepped in ((params, optimizer), (others, other)):
+            give_gradients(each, 9 + number)
+            stepped.step()
+    assert_same(snapshot(optimizer), snapshot(other))
 
 
 def test_triton_without_a_gpu_or_the_interpreter(monkeypatch, device):
