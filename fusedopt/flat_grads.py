@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from . import upload
 from .flat import Space
@@ -70,7 +71,8 @@ class FlatGrads:
     @torch._disable_dynamo
     def zero(self, optimizer: Any) -> None:
         """Zero all gradients, after giving a place to those that have none. Frozen parameters lose theirs: with zeros,
-        momentum and weight decay would go on moving them. Those on the meta device get a place once they are elsewhere.
+        momentum and weight decay would go on moving them. Those on the meta device and of lazy modules get a place
+        once they have memory.
 
         Raises:
             RuntimeError: as ``check``.
@@ -116,7 +118,7 @@ class FlatGrads:
 
     def _bring(self, params: list[Tensor]) -> None:
         kept = {p: self.given[p] for p in params if p in self.given and self.given[p].fits(p)}
-        missing = [p for p in params if p not in kept and not p.is_meta and not _is_lent(p.grad)]
+        missing = [p for p in params if p not in kept and _has_memory(p) and not _is_lent(p.grad)]
         for _, alike in groupby(sorted(missing, key=_buffer), key=_buffer):
             kept |= self._place(list(alike))
         self.given = {p: kept[p] for p in params if p in kept}
@@ -129,7 +131,7 @@ class FlatGrads:
 
     def _place(self, params: list[Tensor]) -> dict[Tensor, Given]:
         space = Space(params, packed=0)
-        space.allocate("grad", params[0].dtype)
+        space.allocate("grad", _dtype(params[0]))
         views = [space.claim("grad", index) for index in range(len(params))]
         return {p: Given(view, space.buffers["grad"], view.data_ptr(), _kind(p)) for p, view in zip(params, views)}
 
@@ -138,12 +140,21 @@ def _params(optimizer: Any) -> list[Tensor]:
     return [p for group in optimizer.param_groups for p in group["params"]]
 
 
+def _has_memory(p: Tensor) -> bool:
+    return not (p.is_meta or is_lazy(p))
+
+
+def _dtype(p: Tensor) -> torch.dtype:
+    """Of its gradient: its own, unless another was asked for."""
+    return p.grad_dtype or p.dtype
+
+
 def _buffer(p: Tensor) -> tuple[str, str]:
-    return str(p.device), str(p.dtype)
+    return str(p.device), str(_dtype(p))
 
 
 def _kind(p: Tensor) -> tuple:
-    return p.device, p.dtype, p.shape, p.stride()
+    return p.device, _dtype(p), p.shape, p.stride()
 
 
 def _is_lent(grad: Tensor | None) -> bool:

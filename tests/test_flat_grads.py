@@ -147,6 +147,31 @@ def test_parameters_on_the_meta_device():
     assert [buffer.data_ptr() <= place < buffer.data_ptr() + buffer.nbytes for place in addresses(layers)] == [True] * 4
 
 
+def test_lazy_modules():
+    layers = torch.nn.Sequential(torch.nn.LazyLinear(4), torch.nn.Linear(4, 2))
+    optimizer = fusedopt.AdamW(layers.parameters(), flat_grads=True)
+    for _ in range(2):
+        optimizer.zero_grad()
+        layers(torch.ones(2, 3)).sum().backward()
+        optimizer.step()
+    assert len(optimizer._flat_grads.given) == 4
+
+
+def test_gradients_of_another_dtype():
+    """``p.grad_dtype``, to accumulate in float32 what 16 bits would round."""
+    p = torch.nn.Parameter(torch.ones(4, dtype=torch.bfloat16))
+    optimizer = fusedopt.SGD([p], lr=1.0, flat_grads=True)
+    optimizer.zero_grad()
+    assert p.grad.dtype == torch.bfloat16
+    p.grad, p.grad_dtype = None, torch.float32
+    optimizer.zero_grad()
+    for part in (1.0, 2**-9):
+        (p * part).sum().backward()
+    assert torch.equal(p.grad, torch.full((4,), 1 + 2**-9))
+    optimizer.step()
+    assert torch.equal(p, torch.full((4,), -(2**-9), dtype=torch.bfloat16))
+
+
 def test_a_part_of_a_larger_buffer_is_left_there():
     bucket = torch.ones(10)
     p = torch.nn.Parameter(torch.ones(4))
