@@ -242,14 +242,20 @@ class Plan:
         self.counts.advance(by)
         self.lasts = lasts
 
-    def drop_unwritten(self, optimizer: Any) -> None:
-        """Remove the states of parameters whose every step was skipped, where torch keeps no step count: a momentum
-        buffer exists only once it was written, and its absence means the first step."""
-        for bucket in self.counted:
-            for member in bucket.members:
-                if bucket.cohorts[member.cohort].t == 0:
-                    for key in bucket.stored.state_keys:
-                        optimizer._states[member.owner].pop(key, None)
+    def drop_unwritten(self, optimizer: Any) -> bool:
+        """Remove the states of parameters that have not taken a step yet, where torch keeps no step count: a momentum
+        buffer exists only once it was written, and its absence means the first step. Returns whether there were any."""
+        unwritten = [
+            (member.owner, key)
+            for bucket in self.counted
+            for cohort in bucket.cohorts
+            if cohort.t == 0
+            for member in cohort.members
+            for key in bucket.stored.state_keys
+        ]
+        for owner, key in unwritten:
+            optimizer._states[owner].pop(key, None)
+        return bool(unwritten)
 
 
 def _views(optimizer: Any, bucket: Bucket) -> Iterator[tuple[Callable[[dict], Tensor], list[dict], list[Tensor]]]:

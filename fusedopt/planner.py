@@ -105,7 +105,6 @@ class Planner:
         )
         optimizer._kernel_failures[failure.device] = str(failure)
         self.synchronize(optimizer)
-        self.drop_unwritten(optimizer)
         self.forget()
 
     @torch.inference_mode(False)  # states made in inference mode could not be written to outside it
@@ -197,8 +196,7 @@ class Planner:
         """Wait for what the device has not told yet, so that ``optimizer.state`` is exact."""
         if self.plan is not None:
             self.hear(optimizer, wait=True)
-        if self.plan is not None and self.deferred is not None:
-            self.drop_unwritten(optimizer)
+        self.drop_unwritten(optimizer)
 
     def hear(self, optimizer: Any, wait: bool) -> None:
         """Take back the steps that turned out to be skipped."""
@@ -208,9 +206,8 @@ class Planner:
             self.drop_unwritten(optimizer)
 
     def drop_unwritten(self, optimizer: Any) -> None:
-        """Drop the states that no step has written yet, where no step count says so."""
-        if not optimizer.counts_steps:
-            self.plan.drop_unwritten(optimizer)
+        """Drop the states that no step has written yet, where no step count says so, and the plan that has them."""
+        if self.plan is not None and not optimizer.counts_steps and self.plan.drop_unwritten(optimizer):
             self.plan = None
 
     def forget(self) -> None:

@@ -238,6 +238,23 @@ def test_a_checkpoint_between_clipping_and_the_first_step(backend, device):
     assert torch.equal(p.detach(), -torch.ones_like(p))  # no dampening of the first
 
 
+def test_a_first_step_that_is_left_out_leaves_no_buffer(backend, device):
+    """Neither in a checkpoint nor for the next plan: what comes then still is the first step."""
+    for again in ("loaded", "planned anew"):
+        (p,) = params = [torch.nn.Parameter(torch.zeros(3, device=device))]
+        optimizer = fusedopt.SGD(params, lr=1.0, momentum=0.9, dampening=0.5, backend=backend)
+        p.grad = torch.ones_like(p)
+        optimizer.clip_grad_norm_(10.0)
+        optimizer.zero_grad()
+        if again == "loaded":
+            optimizer.load_state_dict(optimizer.state_dict())
+        else:
+            optimizer.max_grad_value = 2.0
+        p.grad = torch.ones_like(p)
+        optimizer.step()
+        assert torch.equal(p.detach(), -torch.ones_like(p))  # no dampening of the first
+
+
 def test_a_step_that_is_left_out(backend, device):
     """As torch's scaler leaves it out: gradients that backward then adds to are judged anew."""
     (p,) = params = [torch.nn.Parameter(torch.zeros(4, device=device))]
