@@ -104,19 +104,21 @@ class TorchStep:
             raise RuntimeError(
                 f"{', '.join(active)} cannot be combined with {reason}; leave the setting out, or {reason.remedy}"
             ) from None
-        scaling = self._engine.scaling
-        if scaling is not None:
-            if scaling.found_inf is None:
-                scaling.found_inf = scaling.unscale()
-            if scaling.found_inf.item():
-                return
-        if self.step_of_torch is None:
+        step = self.step_of_torch
+        if step is None:
             raise RuntimeError(
                 f"{type(self).__name__} cannot be combined with {reason}: torch.optim has no step to leave it to; "
                 f"{reason.remedy}"
             ) from None
         self._engine.left = reason
-        self.step_of_torch()
+        scaling = self._engine.scaling
+        if scaling is not None:
+            if scaling.found_inf is None:
+                scaling.found_inf = scaling.unscale()
+            if scaling.found_inf.item():
+                self._engine.skips.count += 1
+                return
+        step()
 
     @property
     def step_of_torch(self) -> Callable[[], Any] | None:

@@ -127,6 +127,17 @@ def test_sparse_gradients_are_unscaled_by_torch(device):
         assert ours.state_dict() == theirs.state_dict()
         assert torch.equal(*params)
     assert params[0][1, 0] == 0
+    assert optimizers[0].skipped_steps == 1
+
+
+def test_what_torch_has_no_step_for_is_refused_before_it_is_unscaled(device):
+    p = torch.nn.Parameter(torch.ones(3, dtype=torch.complex64, device=device))
+    scaler, _ = scalers(device)
+    scaler.scale(torch.zeros((), device=device))
+    p.grad = torch.full_like(p, 8.0)
+    with pytest.raises(RuntimeError, match="Lion cannot be combined with a complex parameter"):
+        scaler.step(fusedopt.Lion([p]))
+    assert torch.equal(p.grad, torch.full_like(p, 8.0))
 
 
 def test_float16_gradients(device):
