@@ -74,10 +74,6 @@ class Engine(Planner):
 
     def clip(self, optimizer: Any, max_norm: float) -> Tensor:
         """Judge the gradients now, and leave it to the next step to clip them. Returns their norm."""
-        if self.released:
-            raise RuntimeError(
-                "clip_grad_norm_() needs all gradients together, and gradient release frees each at once"
-            )
 
         def judge(optimizer: Any, grads: list[Tensor | None]) -> None:
             terms = clipping.terms(optimizer, self.scaling)

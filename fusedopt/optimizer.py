@@ -220,6 +220,10 @@ class FusedOptimizer(Formula, SettingAttributes, TorchStep, torch.optim.Optimize
         max_norm, norm_type = float(max_norm), float(norm_type)
         if not max_norm >= 0:
             raise ValueError(f"Invalid max_norm: {max_norm}; give a number that is not negative")
+        if self._engine.released:
+            raise RuntimeError(
+                "clip_grad_norm_() needs all gradients together, and gradient release frees each at once"
+            )
         try:
             if norm_type != 2:
                 raise NotFusable(f"norm_type={norm_type}")

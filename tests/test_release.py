@@ -212,8 +212,9 @@ def test_other_misuse(device):
     release = fusedopt.enable_gradient_release(net, optimizer)
     with pytest.raises(RuntimeError, match="enabled already"):
         fusedopt.enable_gradient_release(net, optimizer)
-    with pytest.raises(RuntimeError, match="needs all gradients together"):
-        optimizer.clip_grad_norm_(1.0)
+    for norm_type in (2.0, 1.0):
+        with pytest.raises(RuntimeError, match="needs all gradients together"):
+            optimizer.clip_grad_norm_(1.0, norm_type)
     scaler = fusedopt.GradScaler(device.type, init_scale=2.0)
     scaler.scale(loss_of(net, 0))
     with pytest.raises(RuntimeError, match="cannot be combined with a GradScaler"):
