@@ -11,10 +11,11 @@ all_reduce, also one that has no gradient at all. The same holds for means over 
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Iterable, Sequence
+from itertools import chain
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -24,6 +25,9 @@ from .shards import any_distributed, is_distributed, refuse_partial
 
 ProcessGroups = tuple[Any, ...]
 """The process groups over which a tensor's elements are spread, in the order of its mesh's dimensions."""
+
+AllReduce = tuple[Any, Tensor | None]
+"""A process group, and which rows it adds up: see ``all_reduces_over``."""
 
 
 class Reduction:
@@ -41,25 +45,19 @@ class Reduction:
         self._spread: dict[Any, ProcessGroups] = {}
         distributed = [p for p in params if is_distributed(p)] if any_distributed(params) else []
         meshes = list({id(p.device_mesh): p.device_mesh for p in distributed}.values())
-        spreads = (self.spread(p) if is_distributed(p) else () for p in params)
-        self.keys: list[ProcessGroups] = list(dict.fromkeys(spreads))
+        self.keys: list[ProcessGroups] = list(dict.fromkeys(map(self.spread, params)))
         """The different spreads; none for what lies on this rank alone, or on every rank."""
         self.clip_groups = _groups_of(clip_group)
         for group in self.clip_groups:
             _check_disjoint(group, meshes, clip_group)
         self.device = _device(params, meshes, self.clip_groups)
-        self.stages = [(group, self._members(group)) for group in dict.fromkeys(g for key in self.keys for g in key)]
-        """The groups, and which sums each of them adds up: their positions, or None for all."""
+        # Behind the sums of squares stands found_inf, which all groups add up.
+        self.all_reduces = all_reduces_over([*self.keys, tuple(chain.from_iterable(self.keys))], self.device)
         self.flat_parameter = not self.clip_groups and any(hasattr(p, "_fsdp_flattened") for p in params)
 
     @property
     def communicates(self) -> bool:
-        return bool(self.stages or self.clip_groups)
-
-    def _members(self, group: Any) -> Tensor | None:
-        members = [i for i, key in enumerate(self.keys) if group in key]
-        # The last sum is found_inf's.
-        return None if len(members) == len(self.keys) else torch.tensor([*members, len(self.keys)], device=self.device)
+        return bool(self.all_reduces or self.clip_groups)
 
     def check(self) -> None:
         """Refuse to take a part of the norm for the whole."""
@@ -72,7 +70,9 @@ class Reduction:
             )
 
     def spread(self, p: Any) -> ProcessGroups:
-        """The groups over which a DTensor's elements are spread."""
+        """The groups over which a DTensor's elements are spread; none for other tensors."""
+        if not is_distributed(p):
+            return ()
         mesh, placements = p._spec.mesh, p._spec.placements
         found = self._spread.get((mesh, placements))
         if found is None:
@@ -90,7 +90,7 @@ class Reduction:
         """
         found = squares.new_zeros(1) if found_inf is None else found_inf.to(squares, non_blocking=True).reshape(1)
         sums = torch.cat([squares, found])
-        add_over_ranks(sums, self.stages)
+        add_over_ranks(sums, self.all_reduces)
         total = torch.stack([sums[:-1].sum(), sums[-1]])
         for group in self.clip_groups:
             dist.all_reduce(total, group=group)
@@ -110,23 +110,13 @@ class MeansOverRanks:
     """
 
     def __init__(self, params: Sequence[Tensor], reduction: Reduction, count: int):
-        spreads = {id(p): reduction.spread(p) for p in params if is_distributed(p) and reduction.spread(p)}
+        spreads = {id(p): spread for p in params if (spread := reduction.spread(p))}
         self.rows = {key: row for row, key in enumerate(spreads)}
-        self.known: dict[int, Tensor] = {}
-        """The rows of each executor: a plan's executors are as old as the plan."""
+        self.known: WeakKeyDictionary[Any, Tensor] = WeakKeyDictionary()
+        """The rows of each executor."""
         self.shape = len(spreads), count
         self.device = reduction.device
-        self.stages = []
-        for group in dict.fromkeys(g for spread in spreads.values() for g in spread):
-            rows = [row for row, spread in enumerate(spreads.values()) if group in spread]
-            everything = len(rows) == len(spreads)
-            self.stages.append((group, None if everything else torch.tensor(rows, device=self.device)))
-
-    def for_other_executors(self) -> MeansOverRanks:
-        """The same for another plan of these parameters."""
-        other = copy.copy(self)
-        other.known = {}
-        return other
+        self.all_reduces = all_reduces_over(list(spreads.values()), self.device)
 
     def means(self, executors: Sequence[Any], *step: Any) -> dict[int, Tensor]:
         """The means for the executors of buckets that are spread, by their ids: float64 [members, terms].
@@ -140,24 +130,32 @@ class MeansOverRanks:
         for executor in spread:
             shares = executor.shares_of_means(*step)
             sums[self._rows_of(executor), : shares.shape[1]] = shares.to(self.device, non_blocking=True)
-        add_over_ranks(sums, self.stages)
+        add_over_ranks(sums, self.all_reduces)
         return {id(e): sums[self._rows_of(e)].to(e.bucket.device, non_blocking=True) for e in spread}
 
     def _rows_of(self, executor: Any) -> Tensor:
-        if id(executor) not in self.known:
+        if executor not in self.known:
             rows = [self.rows[id(m.owner)] for m in executor.ordered]
-            self.known[id(executor)] = torch.tensor(rows, device=self.device)
-        return self.known[id(executor)]
+            self.known[executor] = torch.tensor(rows, device=self.device)
+        return self.known[executor]
 
 
-def add_over_ranks(sums: Tensor, stages: Iterable[tuple[Any, Tensor | None]]) -> None:
-    """Add sums of this rank up over process groups, one group after the other, in place. ``stages``: each group, and
-    which rows of ``sums`` it adds up, None for all."""
-    for group, members in stages:
-        part = sums if members is None else sums[members]
+def all_reduces_over(spreads: Sequence[ProcessGroups], device: torch.device) -> list[AllReduce]:
+    """How rows that are spread over these groups are added up: each group, and which rows it adds, None for all."""
+    found = []
+    for group in dict.fromkeys(chain.from_iterable(spreads)):
+        rows = [row for row, spread in enumerate(spreads) if group in spread]
+        found.append((group, None if len(rows) == len(spreads) else torch.tensor(rows, device=device)))
+    return found
+
+
+def add_over_ranks(sums: Tensor, all_reduces: Iterable[AllReduce]) -> None:
+    """Add this rank's rows of ``sums`` up over process groups, one group after the other, in place."""
+    for group, rows in all_reduces:
+        part = sums if rows is None else sums[rows]
         dist.all_reduce(part, group=group)
-        if members is not None:
-            sums[members] = part
+        if rows is not None:
+            sums[rows] = part
 
 
 def warn_of_replaced_parameters() -> None:

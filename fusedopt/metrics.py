@@ -15,8 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .distributed import Reduction, add_over_ranks
-from .shards import is_distributed, local
+from .distributed import Reduction, add_over_ranks, all_reduces_over
+from .shards import local
 
 SUMS = 3
 """Columns: the squares of the gradient, of the update, of the parameter."""
@@ -53,12 +53,7 @@ class Tracker:
         self.rows = [torch.tensor(executor.tally.positions, device=self.device) for executor in executors]
         self.added: tuple[Tensor, Tensor] | None = None
         """By parameter and in all, over all ranks: in memory that stays, since a CUDA graph writes there too."""
-        spreads = [reduction.spread(p) if is_distributed(p) else () for p in params]
-        self.stages = [
-            (group, torch.tensor([k for k, groups in enumerate(spreads) if group in groups], device=reduction.device))
-            for group, _ in reduction.stages
-        ]
-        """The process groups, and the parameters that are spread over each."""
+        self.all_reduces = all_reduces_over(list(map(reduction.spread, params)), reduction.device)
 
     def finish(self) -> None:
         """The end of a step: add up over ranks."""
@@ -92,7 +87,7 @@ class Tracker:
 
     def _over_ranks(self, here: Tensor) -> tuple[Tensor, Tensor]:
         found = here.to(self.reduction.device)
-        add_over_ranks(found, self.stages)
+        add_over_ranks(found, self.all_reduces)
         total = found.sum(0)
         # Of other ranks' parameters only the total concerns this one.
         for group in self.reduction.clip_groups:

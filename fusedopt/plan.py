@@ -71,7 +71,7 @@ class Plan:
         self.reduction = Reduction(self.params, optimizer._settings.clip_group)
         if optimizer._settings.needs_norm or optimizer._settings.track is not None:
             self.reduction.check()
-        joined = means.needed(optimizer) if self.reduction.stages else 0
+        joined = means.needed(optimizer) if self.reduction.all_reduces else 0
         self.joined_means = MeansOverRanks(self.params, self.reduction, joined) if joined else None
         """What joins the ranks' parts of means over whole parameters, where means are needed."""
         newcomers = survey(optimizer, rules, grads, self.reduction, places)
@@ -125,7 +125,6 @@ class Plan:
         """The plan for another set of gradients. ``found``: the attributes that depend on the set."""
         plan = copy.copy(self)
         vars(plan).update(found)
-        plan.joined_means = None if self.joined_means is None else self.joined_means.for_other_executors()
         plan.as_planned = True
         plan._note_buckets()
         return plan
