@@ -130,22 +130,21 @@ class Executor:
 
     def step(self, update: Callable[..., Update], verdict: Verdict, skips: Skips, found: Tensor | None = None) -> None:
         """Launch the update; ``found`` are the means, where ranks have joined theirs."""
-        forms = self.forms()
         if self.tables.tiles.count == 0:
+            self.owes_zeros = False
             if self.bucket.capturable:
                 self.rows.look()
             return
+        forms = self.forms()
         self._launch(update, verdict, skips, found, forms)
-        self.finish()
+        self.finish(forms)
 
     def foresee(self, update: Callable[..., Update], verdict: Verdict, skips: Skips) -> None:
         """Go through the launches of ``step``, which ``launch`` leaves to be compiled."""
-        owes_zeros = self.owes_zeros
         if self.tables.tiles.count:
             self._launch(update, verdict, skips, None, self.forms())
         if self.bucket.capturable:
             self.rows.foresee(update.optimizer, verdict.device)
-        self.owes_zeros = owes_zeros
         if self.units is not None:
             self.units.forget()
 
@@ -175,10 +174,8 @@ class Executor:
     def forms(self) -> Any:
         """The forms that this step's kernel stores in."""
         # Zeros belong in the gradients themselves, not in copies of them.
-        if not (self.owes_zeros and all(g is m.owner.grad for g, m in zip(self.grads, self.bucket.members))):
-            return self.tables.forms
-        self.owes_zeros = False
-        return self.tables.zeroing_forms
+        zeroes = self.owes_zeros and all(g is m.owner.grad for g, m in zip(self.grads, self.bucket.members))
+        return self.tables.zeroing_forms if zeroes else self.tables.forms
 
     def limits(self) -> Any:
         """The limits of the units, if gradients are clipped by units."""
@@ -258,7 +255,10 @@ class Executor:
         )  # fmt: skip
         return chunks.means
 
-    def finish(self) -> None:
+    def finish(self, forms: Any) -> None:
+        """What is left to do behind the launch of an update that stores in these forms."""
+        if forms is self.tables.zeroing_forms:
+            self.owes_zeros = False
         for member, copy in self.copied:
             member.param.copy_(copy)
         # In-place writes that autograd does not see by itself.

@@ -67,14 +67,13 @@ class Cooperative:
             refused = any(words in str(cause).lower() for words in REFUSALS)
             if not refused and not (isinstance(error, KernelFailed) and settings.backend is None):
                 raise
-            executor.owes_zeros = forms is not tables.forms
             self.refusal = f"the driver refuses a cooperative launch ({cause})" if refused else str(error)
             if settings.launches == 1:
                 raise RuntimeError(IMPOSSIBLE.format(self.refusal)) from cause
             if not refused:
                 warnings.warn(f"{error}: norm and update take two launches on {device}", stacklevel=2)
             return None
-        executor.finish()
+        executor.finish(forms)
         return terms.left_to(verdict)
 
 
