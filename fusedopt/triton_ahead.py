@@ -18,15 +18,15 @@ from triton import AsyncCompileMode
 from . import triton_norm
 from .backends import interpreting
 from .clipping import UNJUDGED, Terms, Verdict
+from .cohorts import StepNumbers
 from .distributed import Reduction
-from .rule import Update
 from .skips import Skips
 from .upload import capturing, on
 
 
 def compile_ahead(
     executors: Sequence[Any],
-    update: Callable[..., Update],
+    update: StepNumbers,
     judged: Verdict | None,
     terms: Terms,
     skips: Skips,

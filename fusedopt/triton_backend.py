@@ -6,7 +6,7 @@ Only this module and its parts, ``triton_*.py``, import ``fusedopt.kernels``.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -17,13 +17,14 @@ from triton.runtime.jit import JITFunction
 
 from .buckets import Bucket, Member
 from .clipping import Terms, Verdict
+from .cohorts import StepNumbers
 from .flat import is_dense
 from .gather import picker
 from .kernels import means, rules, tracked
 from .kernels import step as step_kernel
 from .launch import Launches
 from .means import Chunks, stages_of
-from .rule import Rule, Update
+from .rule import Rule
 from .settings import Settings
 from .skips import Skips
 from .triton_ahead import compile_ahead
@@ -110,7 +111,7 @@ class Executor:
         """The members in the order of means over them."""
         return self.bucket.members
 
-    def shares_of_means(self, update: Callable[..., Update], verdict: Verdict, skips: Skips) -> Tensor:
+    def shares_of_means(self, update: StepNumbers, verdict: Verdict, skips: Skips) -> Tensor:
         """What this rank's parts add to the means over whole parameters: float64 [members, terms]."""
         size = {"dtype": torch.float64, "device": self.bucket.device}
         if self.tables.tiles.count == 0:
@@ -128,7 +129,7 @@ class Executor:
         sizes = [m.param.numel() / max(m.owner.numel(), 1) for m in self.ordered]
         return torch.tensor(sizes, dtype=torch.float64, device="cpu").to(self.bucket.device)
 
-    def step(self, update: Callable[..., Update], verdict: Verdict, skips: Skips, found: Tensor | None = None) -> None:
+    def step(self, update: StepNumbers, verdict: Verdict, skips: Skips, found: Tensor | None = None) -> None:
         """Launch the update; ``found`` are the means, where ranks have joined theirs."""
         if self.tables.tiles.count == 0:
             self.owes_zeros = False
@@ -139,7 +140,7 @@ class Executor:
         self._launch(update, verdict, skips, found, forms)
         self.finish(forms)
 
-    def foresee(self, update: Callable[..., Update], verdict: Verdict, skips: Skips) -> None:
+    def foresee(self, update: StepNumbers, verdict: Verdict, skips: Skips) -> None:
         """Go through the launches of ``step``, which ``launch`` leaves to be compiled."""
         if self.tables.tiles.count:
             self._launch(update, verdict, skips, None, self.forms())
@@ -148,9 +149,7 @@ class Executor:
         if self.units is not None:
             self.units.forget()
 
-    def _launch(
-        self, update: Callable[..., Update], verdict: Verdict, skips: Skips, found: Tensor | None, forms: Any
-    ) -> None:
+    def _launch(self, update: StepNumbers, verdict: Verdict, skips: Skips, found: Tensor | None, forms: Any) -> None:
         chains, shared, heeding = self._prepare_after(update, verdict, skips)
         if not chains.terms:
             found = None
@@ -192,7 +191,7 @@ class Executor:
             LANES=self.tables.tuning.block // self.tables.vector, **shared,
         )  # fmt: skip
 
-    def step_cooperatively(self, update: Callable[..., Update], terms: Terms, skips: Skips) -> Verdict | None:
+    def step_cooperatively(self, update: StepNumbers, terms: Terms, skips: Skips) -> Verdict | None:
         """Launch norm, verdict and update as one cooperative kernel. None if there is nothing to update, where the
         verdict is one launch by itself, or if the driver refuses, which it will do at every step; RuntimeError if
         nothing else will do."""
@@ -219,7 +218,7 @@ class Executor:
     def prefers_one_launch(self) -> bool:
         return self.tables.tuning.launches == 1
 
-    def prepare(self, update: Callable[..., Update], variants: int) -> tuple[Chains, dict[str, Any]]:
+    def prepare(self, update: StepNumbers, variants: int) -> tuple[Chains, dict[str, Any]]:
         """Write this step's rows; what the update kernels have in common."""
         chains = self.rows.write(update, variants)
         for member, copy in self.copied:
@@ -235,7 +234,7 @@ class Executor:
         return chains, shared
 
     def _prepare_after(
-        self, update: Callable[..., Update], verdict: Verdict, skips: Skips
+        self, update: StepNumbers, verdict: Verdict, skips: Skips
     ) -> tuple[Chains, dict[str, Any], tuple]:
         """``prepare``, and the arguments by which a kernel heeds the verdict that was passed before it."""
         known, variants = self.variants(skips) if verdict.device is not None else (0, 1)

@@ -17,12 +17,11 @@ from torch import Tensor
 
 from . import refresh, upload
 from .buckets import Bucket
-from .cohorts import Cohort
+from .cohorts import Cohort, StepNumbers
 from .columns import is_column
 from .launch import Launches
 from .options import ASIDE, RATE, Options
 from .refresh import FrozenFamily
-from .rule import Update
 from .triton_programs import Family, Programs, can_record, is_on
 from .triton_rows import Chains, Rows, structure
 
@@ -49,7 +48,7 @@ class Columns:
         self.read_by_graphs: list[Any] = []
         """Whose memory they read, which must outlive what eager steps have in its place by then."""
 
-    def write(self, update: Callable[[Cohort], Update], variants: int = 1) -> Chains:
+    def write(self, update: StepNumbers, variants: int = 1) -> Chains:
         """Make the rows of the next step, of which there is one variant: the device knows which steps were skipped."""
         self.look()
         updates = self._evaluate(update)

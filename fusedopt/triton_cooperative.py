@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
 from typing import Any
 
 from . import occupancy, triton_norm
 from .backends import KernelFailed, interpreting
 from .clipping import IMPOSSIBLE, Terms, Verdict
+from .cohorts import StepNumbers
 from .kernels.clipped import clipped_step
-from .rule import Update
 from .skips import Skips
 from .triton_norm import on_device
 
@@ -27,7 +26,7 @@ class Cooperative:
         self.programs: dict[Any, int] = {}
         """The grid of each variant of the kernel."""
 
-    def step(self, executor: Any, update: Callable[..., Update], terms: Terms, skips: Skips) -> Verdict | None:
+    def step(self, executor: Any, update: StepNumbers, terms: Terms, skips: Skips) -> Verdict | None:
         """Launch it for a bucket's ``triton_backend.Executor``. None if the driver refuses, or the kernel fails and no
         backend was asked for; RuntimeError if nothing else will do."""
         device, settings, tables = executor.bucket.device, executor.settings, executor.tables

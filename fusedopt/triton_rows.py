@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from operator import or_
 from typing import Any, NamedTuple
 
@@ -76,7 +76,7 @@ class Rows:
         """The rows, on the device."""
         return self.upload.device_copy
 
-    def write(self, update: Callable[..., Update], variants: int) -> Chains:
+    def write(self, update: StepNumbers, variants: int) -> Chains:
         """Tell the device the numbers of this step, for 0 .. ``variants`` - 1 skipped steps that the host has not heard
         of."""
         written = self._by_options(update, variants) if self.joins else None
@@ -97,7 +97,7 @@ class Rows:
         refresh.check_stages(chains, found)
         return [(memory, rows.astype(self.dtype))]
 
-    def _by_cohort(self, update: Callable[..., Update], variants: int) -> tuple[Chains, np.ndarray]:
+    def _by_cohort(self, update: StepNumbers, variants: int) -> tuple[Chains, np.ndarray]:
         numbered = [(cohort, skipped) for cohort in self.bucket.cohorts for skipped in range(variants)]
         updates = [update(cohort, skipped) for cohort, skipped in numbered]
         chains, arguments = self._of_stages(updates)
@@ -106,7 +106,7 @@ class Rows:
             rows = np.column_stack([rows, [cohort.t + 1 - skipped for cohort, skipped in numbered]])
         return chains, rows
 
-    def _by_options(self, update: Callable[..., Update], variants: int) -> tuple[Chains, np.ndarray] | None:
+    def _by_options(self, update: StepNumbers, variants: int) -> tuple[Chains, np.ndarray] | None:
         """The same by one evaluation for all cohorts whose groups differ in nothing but the learning rate, as a column
         of numbers. None where there are too few such."""
         cohorts = self.bucket.cohorts
