@@ -7,7 +7,6 @@ then, and what the step of a graph used must outlive the plan that it belonged t
 from __future__ import annotations
 
 import dataclasses
-import functools
 import warnings
 from collections.abc import Iterable
 from typing import Any
@@ -36,10 +35,6 @@ class CapturableSettings(Settings):
         """(bool): what it is for torch.optim.AdamW: step counts stay on the GPU, a learning rate given as a tensor
         there is read by the step itself, and a CUDA graph may hold the step.""",
     )
-
-    @functools.cached_property
-    def layout(self) -> tuple:
-        return *super().layout, self.capturable
 
 
 @dataclasses.dataclass(kw_only=True)

@@ -152,7 +152,7 @@ class Roster:
         self.threads = torch.get_num_threads()
         found = {_kind(bucket): (bucket, list(bucket.members)) for bucket in plan.buckets}
         addresses = dict(zip(compress(range(len(plan.params)), plan.present), map(Tensor.data_ptr, plan.active)))
-        if earlier is not None and earlier._serves(optimizer, self):
+        if earlier is not None and earlier.lists(plan) and earlier.threads == self.threads:
             for bucket, member, address in earlier._others(optimizer, plan):
                 found.setdefault(_kind(bucket), (bucket, []))[1].append(member)
                 addresses[member.position] = address
@@ -251,12 +251,8 @@ class Roster:
             listed.hold_states()
 
     def lists(self, plan: Plan) -> bool:
-        """Whether it is about the parameter groups and the settings that this plan is for."""
+        """Whether it was made for the parameter groups and the settings that this plan is for."""
         return self.whole.groups.same(plan.groups) and self.whole.settings == plan.settings
-
-    def _serves(self, optimizer: Any, later: Roster) -> bool:
-        """Whether what was found out then, was found out on the same terms."""
-        return self.lists(later.whole) and self.threads == later.threads
 
     def _others(self, optimizer: Any, plan: Plan) -> Iterator[tuple[Bucket, Member, int]]:
         """The parameters that the plan does not have, if their states are settled where they were."""

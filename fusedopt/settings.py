@@ -208,17 +208,11 @@ class Settings:
     def layout(self) -> tuple:
         """What decides where tensors are put, and by which formula they are updated: a plan holds as long as it stays
         the same."""
-        where = (
-            self.flatten,
-            self.backend,
-            self.looks_inside,
-            self.needs_norm,
-            self.ema_decay is None,
-            self.cautious,
-            self.clip_group,
-        )
+        whole = self.flatten, self.backend, self.cautious, self.clip_group, self.master, self.state_dtype
+        # Of these only whether they are set: their numbers may change from step to step.
+        is_set = self.ema_decay is None, self.track is None, self.adaptive_grad_clip is None
         formula = [getattr(self, name) for name in self.fields() if name not in Settings.fields()]
-        return *where, self.master, self.state_dtype, self.track is None, self.adaptive_grad_clip is None, *formula
+        return *whole, *is_set, self.looks_inside, self.needs_norm, *formula
 
     def active(self) -> list[str]:
         """The names of the settings that ask for more than torch.optim does."""
