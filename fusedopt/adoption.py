@@ -159,7 +159,7 @@ def count_aside(optimizer: Any, p: Tensor, place: Place, stored: Storage, taken:
     """Make the place count steps where torch does not, so that the device knows a first step from others. Goes before
     the states. Returns what has to be written."""
     state = optimizer._states.get(p, {})
-    if "step" in place.views and all(place.holds(key, state.get(key)) for key in stored.state_keys):
+    if "step" in place.views and all(place.holds(key, state.get(key)) for key in stored.kept_keys):
         return []
     return [(place.open_number("step", torch.float32), float(taken))]
 

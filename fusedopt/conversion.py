@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import _get_scalar_dtype
 
-from .encodings import converted, decode, decode_master, encode, encode_master, found, is_rounded, wide
+from .encodings import converted, decode, decode_master, encode, encode_master, found, is_rounded
 from .flat import strides_of_state
-from .forms import Form
+from .forms import Form, wide
 from .rule import Rule
 from .shards import alike, gather_anew, is_distributed, kind, like, local
 from .storage import MASTER_KEYS, part_key, storage
@@ -173,8 +173,8 @@ def master_state_dict(optimizer: Any) -> dict[int | str, Tensor]:
 def _master(optimizer: Any, p: Tensor) -> Tensor:
     there = found("", {key: local(x) for key, x in optimizer._states.get(p, {}).items()}, local(p))
     if there is None:
-        return p.detach().to(wide(p), copy=True)
-    return like(p, decode(*there, wide(p)))
+        return p.detach().to(wide(p.dtype), copy=True)
+    return like(p, decode(*there, wide(p.dtype)))
 
 
 @torch.no_grad()
@@ -189,7 +189,7 @@ def load_master_state_dict(optimizer: Any, masters: Mapping[int | str, Tensor]) 
     for key, group, p in params:
         part, value = local(p), local(masters[key])
         stored = storage(p, optimizer.rule(group), optimizer._settings, optimizer._states.get(p, {}))
-        value = value.to(part.device, wide(part))
+        value = value.to(part.device, wide(part.dtype))
         values = encode(stored.param, value, strides_of_state(part))
         part.copy_(values[0])
         for key in MASTER_KEYS:  # another form's parts, if ``master`` was changed since they were stored
@@ -204,7 +204,7 @@ def load_master_state_dict(optimizer: Any, masters: Mapping[int | str, Tensor]) 
             state |= dict(zip(optimizer.rule(group).scalars, initial))
             for role, form in stored.kept:
                 initial = partial(optimizer.initial_value, group, role)
-                made = [torch.full(part.size(), initial(), dtype=wide(part), device=part.device)]
+                made = [torch.full(part.size(), initial(), dtype=wide(part.dtype), device=part.device)]
                 state |= {
                     k: held.tensor
                     for k, held in _named(role, form, p, encode(form, *made, strides_of_state(part))).items()

@@ -16,14 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .forms import wide
 from .shards import gather_anew, kind, local, on_one_mesh
 
 ROLE = "ema"
 """The averages' key in the parameters' places. It is no key of ``optimizer.state``, where torch has none."""
-
-
-def dtype_of(p: Tensor) -> torch.dtype:
-    return torch.promote_types(p.dtype, torch.float32)
 
 
 def adopt(
@@ -33,7 +30,7 @@ def adopt(
     value = averages.get(p)
     if place.holds(ROLE, value):
         return [], {}
-    view = place.open(ROLE, dtype_of(p))
+    view = place.open(ROLE, wide(p.dtype))
     return [(local(view), local(p).detach() if value is None else local(value))], {p: view}
 
 
@@ -110,7 +107,7 @@ def state_dict(optimizer: Any) -> dict[int, Tensor]:
         return begun
     # So that there is something to load into before the first step.
     return begun | {
-        k: p.detach().to(dtype_of(p), copy=True) for k, p in enumerate(params) if k not in begun and p.requires_grad
+        k: p.detach().to(wide(p.dtype), copy=True) for k, p in enumerate(params) if k not in begun and p.requires_grad
     }
 
 
@@ -131,7 +128,7 @@ def load(optimizer: Any, averages: Mapping[int, Tensor]) -> None:
         if not on_one_mesh(value, params[k]):
             raise ValueError(f"the average of parameter {k} is a {kind(value)}, the parameter a {kind(params[k])}")
     loaded = {
-        params[k]: torch.empty_like(params[k], dtype=dtype_of(params[k])).copy_(value.detach())
+        params[k]: torch.empty_like(params[k], dtype=wide(params[k].dtype)).copy_(value.detach())
         for k, value in averages.items()
     }
     optimizer._ema.clear()

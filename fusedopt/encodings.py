@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import forms
 from .flat import is_dense, memory_order
-from .forms import Form, nearest
+from .forms import Form, nearest, wide
 from .storage import MASTER_KEYS, MASTERS, NARROW, part_key
 
 
@@ -37,11 +37,6 @@ def _found_master(state: dict[str, Any], p: Tensor) -> tuple[Form, list[Tensor]]
                 same_layout = p.stride() == value.stride() and is_dense(p)
                 return form, [p if same_layout else torch.empty_like(value, dtype=p.dtype).copy_(p), value]
     return None
-
-
-def wide(p: Tensor) -> torch.dtype:
-    """The dtype in which the parameter is computed."""
-    return torch.promote_types(p.dtype, torch.float32)
 
 
 def decode(form: Form, parts: list[Tensor], dtype: torch.dtype) -> Tensor:
@@ -106,7 +101,7 @@ def converted(
         return there[1] if role else there[1][1:]
     if role == "":
         return encode_master(form, None if there is None else decode_master(*there), p, strides)
-    values = None if there is None else there[1][0] if there[0].plain else decode(*there, wide(p))
+    values = None if there is None else there[1][0] if there[0].plain else decode(*there, wide(p.dtype))
     if values is None:
         return beginning(role, form, p, strides, initial)
     return [values.detach()] if form.plain or form.draws else encode(form, values.detach(), strides)
@@ -120,7 +115,7 @@ def beginning(
         return [initial()]
     if role == "":
         return encode_master(form, None, p, strides)
-    return encode(form, torch.full(p.size(), initial(), dtype=wide(p), device=p.device), strides)
+    return encode(form, torch.full(p.size(), initial(), dtype=wide(p.dtype), device=p.device), strides)
 
 
 def begins_alike(role: str, form: Form) -> bool:

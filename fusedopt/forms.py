@@ -23,6 +23,11 @@ QUANTIZED = 256
 """Elements that share one scale."""
 
 
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of arithmetic with parameters of that dtype."""
+    return torch.promote_types(dtype, torch.float32)
+
+
 class Part(NamedTuple):
     """One tensor of a form."""
 

@@ -250,7 +250,7 @@ class Plan:
             for cohort in bucket.cohorts
             if cohort.t == 0
             for member in cohort.members
-            for key in bucket.stored.state_keys
+            for key in bucket.stored.kept_keys
         ]
         for owner, key in unwritten:
             optimizer._states[owner].pop(key, None)

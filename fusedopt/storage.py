@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import ema, forms
-from .forms import Form, Part, nearest, stochastic
+from .forms import Form, Part, nearest, stochastic, wide
 from .rule import Rule
 from .settings import Settings
 
@@ -61,8 +61,8 @@ class Storage(NamedTuple):
         return _kept_parts(self)
 
     @property
-    def state_keys(self) -> list[str]:
-        """The keys of everything but the parameter's own parts."""
+    def kept_keys(self) -> list[str]:
+        """The keys of all parts of what is kept; not those of the parameter's own."""
         return [part_key(role, part) for role, form in self.kept for part in form.parts]
 
 
@@ -87,7 +87,7 @@ def part_key(role: str, part: Part) -> str:
 
 
 MASTERS = {
-    "stochastic": lambda dtype: stochastic(dtype),
+    "stochastic": stochastic,
     "kahan": lambda dtype: Form("kahan", (Part("", dtype), Part("compensation", dtype))),
     "split": lambda dtype: Form("split", (Part("", dtype), Part("master_low", torch.int16))),
     "split8": lambda dtype: Form("split8", (Part("", dtype), Part("master_low", torch.int8))),
@@ -126,7 +126,7 @@ def storage(p: Tensor, rule: Rule, settings: Settings, state: dict[str, Any]) ->
     return Storage(
         param_form(p, settings.master),
         tuple((key, _state_form(p, key, rule, settings.state_dtype, state.get(key))) for key in rule.keys),
-        () if settings.ema_decay is None else ((ema.ROLE, nearest(ema.dtype_of(p))),),
+        () if settings.ema_decay is None else ((ema.ROLE, nearest(wide(p.dtype))),),
     )
 
 

@@ -13,6 +13,7 @@ from . import means
 from .blocks import WHOLE, for_threads
 from .buckets import Bucket
 from .flat import memory_order
+from .forms import wide
 from .rule import Stage, Update
 from .runs import Run
 from .settings import Settings
@@ -29,7 +30,7 @@ class Blocks:
 
     def __init__(self, bucket: Bucket, settings: Settings):
         self.rule = bucket.rule
-        self.compute_dtype = torch.promote_types(bucket.dtype, torch.float32)
+        self.compute_dtype = wide(bucket.dtype)
         self.fused_step = fused_step(bucket, settings)
         """What torch's fused kernels make of a block of 16-bit tensors."""
         dtypes = {form.parts[0].dtype for _, form in bucket.stored.roles}

@@ -19,6 +19,7 @@ from .buckets import Bucket, Member
 from .clipping import Terms, Verdict
 from .cohorts import StepNumbers
 from .flat import is_dense
+from .forms import wide
 from .gather import picker
 from .kernels import means, rules, tracked
 from .kernels import step as step_kernel
@@ -66,7 +67,7 @@ class Executor:
         self.norms = Norm(self.tables, bucket.device, self.launch)
         self.constants: dict[int, Mapping[str, Any]] = {}
         """The constants of kernels, by the width of a row."""
-        self.compute_dtype = torch.promote_types(bucket.dtype, torch.float32)
+        self.compute_dtype = wide(bucket.dtype)
         self.rows: Columns | Rows
         if bucket.capturable:
             self.rows = Columns(bucket, self.compute_dtype, self.launch)

@@ -39,7 +39,7 @@ def values(made, p):
     state = made.state[p]
     names = ["", *(key for key, form in made._engine.plan.buckets[0].stored.kept)]
     there = {name: encodings.found(name, state, p) or (forms.nearest(p.dtype), [p.detach()]) for name in names}
-    wide = encodings.wide(p)
+    wide = forms.wide(p.dtype)
     return {name: encodings.decode(*x, wide).double() for name, x in there.items()}
 
 
