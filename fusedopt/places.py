@@ -171,7 +171,7 @@ def flatten(places: list[Place], params: list[Tensor], wanted: bool) -> bool:
             view.copy_(p.detach())
             p.data = view
             place.flattened = p.data_ptr()
-    return len({id(place.space) for place in places}) == 1 and all(place.flattened is not None for place in places)
+    return len({place.space for place in places}) == 1 and all(place.flattened is not None for place in places)
 
 
 def is_shared(value: Any) -> bool:

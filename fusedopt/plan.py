@@ -93,7 +93,7 @@ class Plan:
         self.as_planned = True
         """Whether this step's gradients are laid out as those that the plan was built from."""
         members = [member for bucket in self.buckets for member in bucket.members]
-        self.spaces = list({id(m.place.space): m.place.space for m in members}.values())
+        self.spaces = list(dict.fromkeys(m.place.space for m in members))
         counting = [space for space in self.spaces if not space.capturable]
         stepped = _stepped(counting, [m for b in self.buckets if not b.capturable for m in b.members])
         self.counts = Counts(counting, stepped)
@@ -269,12 +269,12 @@ def _views(optimizer: Any, bucket: Bucket) -> Iterator[tuple[Callable[[dict], Te
 
 def _stepped(spaces: list[Space], members: list[Member]) -> list[Tensor]:
     """For each space that counts steps: 1 for each of its tensors that takes this step, else 0."""
-    indices: dict[int, list[int]] = {id(space): [] for space in spaces}
+    indices: dict[Space, list[int]] = {space: [] for space in spaces}
     for m in members:
-        indices[id(m.place.space)].append(m.place.index)
+        indices[m.place.space].append(m.place.index)
     found = []
     for space in spaces:
         if "step" in space.numbers:
             stepped = torch.zeros_like(space.numbers["step"])
-            found.append(stepped.index_fill_(0, torch.tensor(indices[id(space)], device="cpu"), 1))
+            found.append(stepped.index_fill_(0, torch.tensor(indices[space], device="cpu"), 1))
     return found

@@ -190,7 +190,7 @@ class Planner:
     def _plans(self) -> list[Plan]:
         """All that are kept."""
         plans = self.plan, self.unlisted, None if self.roster is None else self.roster.whole
-        return list({id(plan): plan for plan in plans if plan is not None}.values())
+        return list(dict.fromkeys(plan for plan in plans if plan is not None))
 
     def synchronize(self, optimizer: Any) -> None:
         """Wait for what the device has not told yet, so that ``optimizer.state`` is exact."""

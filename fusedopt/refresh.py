@@ -51,7 +51,7 @@ def refresh(optimizer: Any, graphs: Sequence[Captured]) -> None:
     for graph in graphs:
         with _of_latest(graph is latest):
             _check_settings(optimizer, graph.settings)
-    for executor in {id(executor): executor for graph in graphs for executor in graph.executors}.values():
+    for executor in dict.fromkeys(executor for graph in graphs for executor in graph.executors):
         rows = executor.rows
         for frozen in rows.graphs:
             with _of_latest(executor in latest.executors and frozen is rows.graphs[-1]):

@@ -27,6 +27,7 @@ from .buckets import Bucket, Member, sharing_memory
 from .cohorts import Cohort, Scalar
 from .counts import Counts
 from .ema import ROLE
+from .flat import Space
 from .gather import picker
 from .groups import get_params
 from .identity import same
@@ -46,7 +47,7 @@ class Listed:
 
     def __init__(self, optimizer: Any, bucket: Bucket, members: list[Member]):
         places = [m.place for m in members]
-        self.spaces = {id(place.space): place.space for place in places}
+        self.spaces = list(dict.fromkeys(place.space for place in places))
         flat = len(self.spaces) == 1 and all(place.flattened is not None for place in places)
         self.bucket = dataclasses.replace(bucket, flat=flat, passing=True, cohorts=[], members=members)
         self.distributed = is_distributed(members[0].owner)
@@ -67,7 +68,7 @@ class Listed:
         self.at: np.ndarray | None = None
         """Where their step counts are among all, if the host counts them."""
         self.scalars = () if bucket.capturable else bucket.rule.scalars
-        starts = itertools.accumulate((len(space.sizes) for space in self.spaces.values()), initial=0)
+        starts = itertools.accumulate((len(space.sizes) for space in self.spaces), initial=0)
         self.at_scalars = self._indices(dict(zip(self.spaces, starts))) if self.scalars else None
         """Where their scalars are among those of all these spaces."""
         self.scalar_dtypes = [places[0].space.numbers[key].dtype for key in self.scalars]
@@ -76,14 +77,14 @@ class Listed:
         """Those that the places hold now."""
         self.parts = [[m.place.views[key] for m in self.bucket.members] for key in self.keys]
 
-    def find(self, starts: dict[int, int]) -> None:
+    def find(self, starts: dict[Space, int]) -> None:
         """Note where the members' step counts are, given where those of each space begin."""
         if "step" in self.keys and not self.bucket.capturable:
             self.at = self._indices(starts)
 
-    def _indices(self, starts: dict[int, int]) -> np.ndarray:
+    def _indices(self, starts: dict[Space, int]) -> np.ndarray:
         places = [m.place for m in self.bucket.members]
-        return np.array([starts[id(place.space)] + place.index for place in places])
+        return np.array([starts[place.space] + place.index for place in places])
 
     def views(self, here: list[bool]) -> list[tuple[Callable[[dict], Tensor], list[dict], list[Tensor]]] | None:
         """For each state of those that are here, what a plan keeps of it; None if one is not the tensor that it was, or
@@ -134,7 +135,7 @@ class Listed:
 
     def _read_scalars(self) -> Iterator[np.ndarray]:
         for key in self.scalars:
-            everywhere = torch.cat([space.numbers[key] for space in self.spaces.values()])
+            everywhere = torch.cat([space.numbers[key] for space in self.spaces])
             yield everywhere.double().numpy()[self.at_scalars]
 
 
@@ -169,13 +170,13 @@ class Roster:
         """In the place of gradients that are missing, to compare layouts."""
         self.layouts = Layouts(self.parts)
         self.grad_layouts = Layouts(self.stand_ins)
-        self.spaces = list({key: space for listed in self.listed for key, space in listed.spaces.items()}.values())
+        self.spaces = list(dict.fromkeys(space for listed in self.listed for space in listed.spaces))
         counting = [space for space in self.spaces if "step" in space.numbers and not space.capturable]
         self.steps = [space.numbers["step"] for space in counting]
         """The step counts of all tensors in these."""
         self.ends = np.cumsum([0, *map(len, self.steps)])
         for listed in self.listed:
-            listed.find(dict(zip(map(id, counting), self.ends.tolist())))
+            listed.find(dict(zip(counting, self.ends.tolist())))
 
     @classmethod
     def of(cls, optimizer: Any, plan: Plan, earlier: Roster | None) -> Roster | None:

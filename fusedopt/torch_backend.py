@@ -50,12 +50,12 @@ class Executor:
         self.gather = Gather(gathered, "grad", bucket.grad_dtype, [m.position for m in gathered])
         staged = [m for m in joined if m.place.flattened is None]
         self.staging = Staging(staged, bucket.dtype)
-        spaces = {id(m.place.space): m.place.space for m in gathered}.values()
+        spaces = dict.fromkeys(m.place.space for m in gathered)
         self.scratch = [space.packed_copies("grad", bucket.grad_dtype) for space in spaces]
         for buffer in self.scratch:
             buffer.zero_()  # gradients of parameters that have none at this step
-        in_copies = set(map(id, staged))
-        self.in_place = [m.param for m in bucket.members if id(m) not in in_copies]
+        in_copies = set(staged)
+        self.in_place = [m.param for m in bucket.members if m not in in_copies]
         self.runs = [self._run(family[0], some) for family, some in zip(families, ways_of)]
         self.direct = [m for run in self.runs for m in run.direct]
         self.pick = picker([m.position for m in self.direct])

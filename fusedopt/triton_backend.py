@@ -50,14 +50,13 @@ class Executor:
         self.kernel = rule_kernel(bucket.rule)
         members = self.pinned = bucket.members
         # A parameter with gaps in memory is updated in a dense copy.
-        self.copied = [(m, m.place.without_gaps()) for m in members if not is_dense(m.param)]
-        copies = {id(m): copy for m, copy in self.copied}
-        self.params = [copies.get(id(m), m.param) for m in members]
+        self.copied = {m: m.place.without_gaps() for m in members if not is_dense(m.param)}
+        self.params = [self.copied.get(m, m.param) for m in members]
         self.strides = list(map(Tensor.stride, self.params))
         self.pick = picker([m.position for m in members])
         self.in_layout = False
         """Whether gradients that are laid out as at the first step have their parameters' layout."""
-        self.in_place = [m.param for m in members if id(m) not in copies]
+        self.in_place = [m.param for m in members if m not in self.copied]
         self.grads: list[Tensor] = []
         self.owes_zeros = False
         """Whether zeros shall take the gradients' place, and do not yet."""
@@ -222,7 +221,7 @@ class Executor:
     def prepare(self, update: StepNumbers, variants: int) -> tuple[Chains, dict[str, Any]]:
         """Write this step's rows; what the update kernels have in common."""
         chains = self.rows.write(update, variants)
-        for member, copy in self.copied:
+        for member, copy in self.copied.items():
             copy.copy_(member.param)
         shared = self.constants.get(chains.width)
         if shared is None:
@@ -259,7 +258,7 @@ class Executor:
         """What is left to do behind the launch of an update that stores in these forms."""
         if forms is self.tables.zeroing_forms:
             self.owes_zeros = False
-        for member, copy in self.copied:
+        for member, copy in self.copied.items():
             member.param.copy_(copy)
         # In-place writes that autograd does not see by itself.
         torch.autograd.graph.increment_version(self.in_place)

@@ -159,11 +159,11 @@ class Operations:
         self.dtype = dtype
         self.keys = ("step", *bucket.rule.scalars)
         places = [m.place for m in bucket.members]
-        self.spaces = list({id(place.space): place.space for place in places}.values())
+        self.spaces = list(dict.fromkeys(place.space for place in places))
         # Where each row's numbers are, among those of all spaces one after the other.
         starts = np.cumsum([0, *(len(space.sizes) for space in self.spaces)]).tolist()
-        first = {id(space): start for space, start in zip(self.spaces, starts)}
-        self.at = torch.tensor([first[id(place.space)] + place.index for place in places], device=bucket.device)
+        first = dict(zip(self.spaces, starts))
+        self.at = torch.tensor([first[place.space] + place.index for place in places], device=bucket.device)
         self.own = [
             (space, *_indices([k for k, place in enumerate(places) if place.space is space], places, bucket.device))
             for space in self.spaces

@@ -68,7 +68,7 @@ def can_record(bucket: Bucket) -> bool:
 
 
 def _dtypes(bucket: Bucket) -> list[set[torch.dtype]]:
-    spaces = {id(m.place.space): m.place.space for m in bucket.members}.values()
+    spaces = {m.place.space for m in bucket.members}
     return [{space.numbers[key].dtype for space in spaces} for key in ("step", *bucket.rule.scalars)]
 
 

@@ -116,7 +116,7 @@ def test_what_a_graph_uses_outlives_the_plan(device, monkeypatch):
     used = [
         weakref.ref(executor.norms.slots[1]),
         weakref.ref(executor.tables.tiles.table),
-        weakref.ref(executor.copied[0][1]),
+        weakref.ref(*executor.copied.values()),
     ]
     # What the CPU's graph holds for itself, and a true one does not.
     (graph.calls if isinstance(graph, Graph) else []).clear()
