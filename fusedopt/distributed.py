@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .shards import any_distributed, is_distributed, refuse_partial
+from .shards import any_distributed, is_distributed, is_piece, refuse_partial
 
 ProcessGroups = tuple[Any, ...]
 """The process groups over which a tensor's elements are spread, in the order of its mesh's dimensions."""
@@ -53,7 +53,7 @@ class Reduction:
         self.device = _device(params, meshes, self.clip_groups)
         # Behind the sums of squares stands found_inf, which all groups add up.
         self.all_reduces = all_reduces_over([*self.keys, tuple(chain.from_iterable(self.keys))], self.device)
-        self.flat_parameter = not self.clip_groups and any(hasattr(p, "_fsdp_flattened") for p in params)
+        self.flat_parameter = not self.clip_groups and any(map(is_piece, params))
 
     @property
     def communicates(self) -> bool:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .forms import wide
-from .shards import gather_anew, kind, local, on_one_mesh
+from .shards import gather_anew, is_piece, kind, local, on_one_mesh
 
 ROLE = "ema"
 """The averages' key in the parameters' places. It is no key of ``optimizer.state``, where torch has none."""
@@ -66,7 +66,7 @@ class EmaParameters(list):
         if engine.averaged:
             raise RuntimeError("the parameters are their averages already: leave the other `with` first")
         averages = self.optimizer._ema
-        if any(hasattr(p, "_fsdp_flattened") for p in averages):
+        if any(map(is_piece, averages)):
             raise RuntimeError(
                 "the averages cannot be put into the pieces of FullyShardedDataParallel's flat parameters and back: it "
                 "may go on with weights that an earlier forward pass has gathered; use fully_shard (FSDP2)"

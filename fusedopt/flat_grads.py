@@ -18,7 +18,7 @@ from torch.nn.parameter import is_lazy
 
 from . import upload
 from .flat import Space
-from .shards import is_distributed
+from .shards import is_distributed, is_piece
 
 
 class Given(NamedTuple):
@@ -44,7 +44,7 @@ class FlatGrads:
 
     def check(self, optimizer: Any) -> None:
         """RuntimeError for distributed parameters, whose gradients belong to their engine."""
-        if any(is_distributed(p) or hasattr(p, "_fsdp_flattened") for p in _params(optimizer)):
+        if any(is_distributed(p) or is_piece(p) for p in _params(optimizer)):
             raise RuntimeError(
                 "flat_grads=True cannot keep the gradients of distributed parameters, which belong to their engine: "
                 "leave it out"

@@ -15,7 +15,7 @@ from .cohorts import Scalar
 from .flat import Space, is_dense
 from .rule import Rule
 from .settings import Settings
-from .shards import local
+from .shards import PLAIN, is_piece, local
 from .storage import Part
 
 
@@ -181,9 +181,7 @@ def is_shared(value: Any) -> bool:
 
 def owns_memory(p: Tensor) -> bool:
     """Whether ``p`` is a plain dense tensor whose storage holds nothing else and is nobody else's."""
-    if type(p) not in (Tensor, torch.nn.Parameter) or hasattr(p, "_fsdp_flattened") or not is_dense(p):
-        return False
-    if is_shared(p):
+    if type(p) not in PLAIN or is_piece(p) or is_shared(p) or not is_dense(p):
         return False
     storage = p.untyped_storage()
     # Memory of NumPy or of a file cannot be resized. Two uses: p and this handle.

@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from . import means
 from .engine import Engine
 from .optimizer import FusedOptimizer
-from .shards import is_distributed
+from .shards import is_distributed, is_piece
 from .torch_step import NotFusable
 
 TOGETHER = ("max_grad_norm", "skip_nonfinite", "track", "flat_grads")
@@ -127,7 +127,7 @@ def _refuse_wrappers(model: torch.nn.Module) -> None:
                 "gradient release with DistributedDataParallel would update parameters before their gradients are "
                 "averaged, and the ranks would drift apart; use fully_shard, or call optimizer.step()"
             )
-    if any(getattr(p, "_fsdp_flattened", False) for p in model.parameters()):
+    if any(map(is_piece, model.parameters())):
         raise RuntimeError(
             "gradient release does not work with FullyShardedDataParallel, which reduces gradients after backward; "
             "use fully_shard (FSDP2), or call optimizer.step()"
@@ -147,7 +147,7 @@ def _refuse_late_wrappers(model: torch.nn.Module, arguments: Any) -> None:
     wrapper = DistributedDataParallel._get_active_ddp_module()
     if wrapper is not None:
         _refuse_wrappers(wrapper)
-    if any(getattr(p, "_fsdp_flattened", False) for p in model.parameters()):
+    if any(map(is_piece, model.parameters())):
         _refuse_wrappers(model)
 
 

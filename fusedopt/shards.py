@@ -35,6 +35,12 @@ def any_distributed(tensors: Sequence[Any]) -> bool:
     return any(kind not in PLAIN for kind in set(map(type, tensors))) and any(map(is_distributed, tensors))
 
 
+def is_piece(p: Any) -> bool:
+    """Whether it is this rank's piece of a flat parameter of FullyShardedDataParallel (FSDP1): a plain tensor, but for
+    torch's mark."""
+    return hasattr(p, "_fsdp_flattened")
+
+
 def local(tensor: Any) -> Any:
     """The part of a DTensor on this rank; anything else as it is."""
     return get_local(tensor) if is_distributed(tensor) else tensor

@@ -19,7 +19,7 @@ from .cohorts import Scalar
 from .distributed import ProcessGroups, Reduction
 from .places import Place, adoption_key, is_shared
 from .rule import Rule
-from .shards import alike, local
+from .shards import alike, is_piece, local
 from .storage import Storage, quantization_problem, storage, traits
 from .torch_step import COMPLEX, PLAIN_TENSORS, REMEDIES, NotFusable, reason_against
 from .units import refuse_shards
@@ -104,7 +104,7 @@ def survey(
             here = position, number, owner
             state, place = states.get(owner, {}), places.get(owner)
             spread = None if p is owner else reduction.spread(owner)
-            piece = hasattr(owner, "_fsdp_flattened")
+            piece = is_piece(owner)
             kind = type(p), p.device, type(g), g.device, g.dtype, g.layout, spread, piece, *traits(owner, rule, state)
             if kind not in kinds:
                 _check_kind(p, g, group, Where(*here))

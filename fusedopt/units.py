@@ -15,6 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .shards import is_piece
+
 PART = 16 * 1024
 """Elements of a unit that one program adds up, in tiles of 1024."""
 
@@ -49,7 +51,7 @@ def refuse_shards(owner: Any, where: Any) -> None:
     """RuntimeError where this rank holds but parts of a parameter's units."""
     # Not is_shard(0), which the _StridedShard of fully_shard with tensor parallelism denies.
     by_rows = owner.dim() > 1 and all(x.is_replicate() or x.dim == 0 for x in getattr(owner, "placements", ()))
-    if hasattr(owner, "_fsdp_flattened") or not by_rows:
+    if is_piece(owner) or not by_rows:
         raise RuntimeError(
             f"adaptive_grad_clip needs the norms of whole rows or, of scalars and vectors, of all, and this rank holds "
             f"only a part of {where}: parameters of two dimensions and more that are sharded by rows are possible; put "
