@@ -145,26 +145,20 @@ class Engine(Planner):
         """Pass the verdict on this step's gradients. Returns the executors that are still to update: all, or none where
         one launch does both."""
         terms = clipping.terms(optimizer, self.scaling)
-        waiting = self.executors
         is_deferred = self.deferred is not None and self.deferred.is_of(grads)
         verdict = None
         may_launch_once = self.prefers_one_launch or optimizer._settings.launches == 1
         if may_launch_once and self._takes_one_launch(optimizer, terms, is_deferred):
             verdict = self.executors[0].step_cooperatively(update, terms, self.skips)
-        if verdict is None and not self.began:
+        waiting = self.executors if verdict is None else []
+        if waiting and not self.began:
             judged = self.deferred.verdict if is_deferred else None
-            compile_ahead(self.executors, update, judged, terms, self.skips, self.plan.reduction)
-        if verdict is not None:
-            self.verdict, waiting = verdict, []
-        elif is_deferred:
-            self.verdict = self.deferred.verdict_of_step(terms, self.scaling)
-            if self.judge is clipping.judge:
-                # Who is given it may have passed to torch since.
-                self.verdict = self.verdict.heard()
-            self.skips.count_in(self.verdict)
-        else:
-            self.verdict = clipping.UNJUDGED if terms is clipping.NONE else self._judge(terms)
-        self.deferred = None
+            compile_ahead(waiting, update, judged, terms, self.skips, self.plan.reduction)
+        if verdict is None and is_deferred:
+            verdict = self._deferred_verdict(terms)
+        elif verdict is None:
+            verdict = clipping.UNJUDGED if terms is clipping.NONE else self._judge(terms)
+        self.verdict, self.deferred = verdict, None
         if self.tracker is not None:
             self.verdict = self.verdict._replace(loss_scale=terms.loss_scale)
         if self.scaling is not None:
@@ -187,6 +181,14 @@ class Engine(Planner):
             self.hear(optimizer, wait=False)
         elif self.verdict.may_skip:
             self.skips.unattended = True
+
+    def _deferred_verdict(self, terms: clipping.Terms) -> clipping.Verdict:
+        verdict = self.deferred.verdict_of_step(terms, self.scaling)
+        if self.judge is clipping.judge:
+            # The executors may have passed from our kernels to torch since.
+            verdict = verdict.heard()
+        self.skips.count_in(verdict)
+        return verdict
 
     def _judge(self, terms: clipping.Terms) -> clipping.Verdict:
         if not terms.any:
