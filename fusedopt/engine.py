@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from .executors import compile_ahead, judge_of, prefer_one_launch, problem_with_
 from .metrics import Metrics, Tracker
 from .plan import Plan
 from .planner import Planner
-from .refresh import Captured, captured
+from .refresh import Captured
 from .settings import CLIP
 from .upload import capturing
 
@@ -115,7 +116,7 @@ class Engine(Planner):
     def _run(self, optimizer: Any, grads: list[Tensor | None]) -> None:
         captures = self.plan.may_be_captured and capture.check(optimizer, self.plan)
         if captures:
-            self.captured.append(captured(self, optimizer))
+            self.captured.append(Captured(self.plan, self.executors, copy.copy(optimizer._settings)))
         update = StepNumbers(optimizer)
         waiting = self._decide(optimizer, grads, update)
         joined_means, found = self.plan.joined_means, {}

@@ -38,8 +38,8 @@ class Options:
         self.values: list[tuple] = []
         self.alike: list[int] = []
 
-    def among(self, group: dict[str, Any]) -> dict[str, Any]:
-        """The options of one group without those aside, which all groups that are alike have in common."""
+    def in_common(self, group: dict[str, Any]) -> dict[str, Any]:
+        """A group's options without those aside: what it has in common with all groups that are alike."""
         kind = Shared if self.aside == ASIDE else dict
         return kind({key: value for key, value in group.items() if key not in self.aside})
 

@@ -121,7 +121,7 @@ class Plan:
     def _distributed_states(self) -> Iterator[Any]:
         return (value for *_, views in self.views for value in views if is_distributed(value))
 
-    def among(self, **found: Any) -> Plan:
+    def for_set(self, **found: Any) -> Plan:
         """The plan for another set of gradients. ``found``: the attributes that depend on the set."""
         plan = copy.copy(self)
         vars(plan).update(found)

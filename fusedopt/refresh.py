@@ -8,7 +8,6 @@ of the graph's operations: an option that goes into these cannot change without 
 from __future__ import annotations
 
 import contextlib
-import copy
 import warnings
 from collections.abc import Callable, Iterator, Sequence, Set
 from typing import Any, NamedTuple
@@ -35,10 +34,6 @@ class Captured(NamedTuple):
     executors: Sequence[Any]
     settings: Any
     """A copy, as they were."""
-
-
-def captured(engine: Any, optimizer: Any) -> Captured:
-    return Captured(engine.plan, engine.executors, copy.copy(optimizer._settings))
 
 
 def refresh(optimizer: Any, graphs: Sequence[Captured]) -> None:
@@ -112,7 +107,7 @@ class FrozenFamily(NamedTuple):
     @classmethod
     def of(cls, groups: list[dict[str, Any]], aside: Set[str], rates: Tensor | None, constants: Tensor) -> FrozenFamily:
         live = None if rates is not None or "lr" not in groups[0] else [group["lr"] for group in groups]
-        return cls(groups, aside, _on_host(Options(groups, aside).among(groups[0])), live, rates, constants)
+        return cls(groups, aside, _on_host(Options(groups, aside).in_common(groups[0])), live, rates, constants)
 
     def updates(self, optimizer: Any, columns: Callable[[Update], list]) -> tuple[Update, list]:
         """The update as it is now, and what is to be written."""
@@ -122,7 +117,7 @@ class FrozenFamily(NamedTuple):
         options = Options(self.groups, self.aside)
         if set(options.first_alike()) != {0}:
             raise RuntimeError(f"groups had the same options when a CUDA graph was captured, and differ now{AGAIN}")
-        now = _on_host(options.among(self.groups[0]))
+        now = _on_host(options.in_common(self.groups[0]))
         (_, before), (update, after) = (_evaluated(optimizer, each, columns) for each in (self.options, now))
         for old, new in zip(before, after, strict=True):
             if isinstance(old, Tensor) != isinstance(new, Tensor) or (isinstance(old, Tensor) and not _same(old, new)):

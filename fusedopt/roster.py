@@ -106,9 +106,9 @@ class Listed:
             found.append((get, states, values))
         return found
 
-    def among(self, here: list[bool], counts: np.ndarray, stepped: np.ndarray) -> Bucket:
-        """The bucket of a step. Its members form cohorts by their groups, step counts and scalars; ``stepped`` notes
-        who they are."""
+    def bucket_of(self, here: list[bool], counts: np.ndarray, stepped: np.ndarray) -> Bucket:
+        """The bucket of a step, of those that are here. They form cohorts by their groups, step counts and scalars;
+        ``stepped`` notes who they are."""
         members, mask = list(compress(self.bucket.members, here)), np.array(here)
         numbers = self.numbers[mask]
         if self.at is not None:
@@ -200,9 +200,9 @@ class Roster:
             return None
         counts = np.concatenate([numbers.numpy() for numbers in self.steps]) if self.steps else np.zeros(0)
         stepped = np.zeros_like(counts)
-        buckets = [listed.among(mask, counts, stepped) for listed, mask in some]
+        buckets = [listed.bucket_of(mask, counts, stepped) for listed, mask in some]
         by_space = np.split(stepped, self.ends[1:-1]) if self.steps else ()
-        return self.whole.among(
+        return self.whole.for_set(
             present=present,
             buckets=buckets,
             views=[column for columns in views for column in columns],

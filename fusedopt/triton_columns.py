@@ -110,7 +110,7 @@ class Columns:
 
     def _tell(self) -> None:
         self.way.look()
-        self.evaluated = [(one, self.way.cohort(one, self.options.among(one.groups[0]))) for one in self.families]
+        self.evaluated = [(one, self.way.cohort(one, self.options.in_common(one.groups[0]))) for one in self.families]
 
     def advance(self, optimizer: Any, verdict: Tensor | None) -> None:
         """Count the step that was written, and move the rule's scalars along; not where the verdict on the device skips

@@ -11,7 +11,7 @@ from .clipping import IMPOSSIBLE, Terms, Verdict
 from .cohorts import StepNumbers
 from .kernels.clipped import clipped_step
 from .skips import Skips
-from .triton_norm import on_device
+from .triton_norm import judging_arguments
 
 REFUSALS = "cooperative", "not supported"
 """What drivers say of a cooperative launch that they cannot make; nothing has been launched then."""
@@ -34,7 +34,7 @@ class Cooperative:
         known, variants = executor.variants(skips)
         chains, shared = executor.prepare(update, variants)
         slots, _, barrier = executor.norms.workspace(1)
-        judging, constants, variant = on_device(device, terms)
+        judging, constants, variant = judging_arguments(device, terms)
         tiles = tables.norm_tiles
         lanes, places = 0, None
         if settings.track is not None:

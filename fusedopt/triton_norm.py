@@ -51,7 +51,7 @@ class Norm:
 
     def add_squares(self, slots: Tensor, first_slot: int, ticket: Tensor | None, verdict: Tensor, terms: Terms) -> None:
         """Launch the norm kernel over this bucket; with a ticket its last program passes the verdict."""
-        judging, constants, variant = on_device(self.device, terms)
+        judging, constants, variant = judging_arguments(self.device, terms)
         tables, tiles, tuning = self.tables, self.tables.norm_tiles, self.tables.tuning
         self.launch(
             norm.sum_of_squares, (ticket is None, variant), min(tiles.count, SLOTS),
@@ -63,7 +63,7 @@ class Norm:
 
     def judge(self, slots: Tensor, verdict: Tensor, terms: Terms) -> None:
         """Pass the verdict on what the slots hold, in a launch of its own."""
-        judging, constants, variant = on_device(self.device, terms)
+        judging, constants, variant = judging_arguments(self.device, terms)
         self.launch(
             norm.judge, variant, 1, slots, slots.numel(), verdict, *judging,
             **constants, SLOTS=SLOTS, enable_fp_fusion=False,
@@ -122,7 +122,7 @@ def _squares_by_spread(executors: Sequence[Any], terms: Terms, verdict: Tensor, 
     return slots.view(len(keys), -1).sum(1)
 
 
-def on_device(device: torch.device, terms: Terms) -> tuple[tuple, Mapping[str, bool], tuple]:
+def judging_arguments(device: torch.device, terms: Terms) -> tuple[tuple, Mapping[str, bool], tuple]:
     """The kernels' last arguments, the constants that go with them, and which variant of a kernel they are."""
     scale, scale_aligned = scaler_argument(terms.loss_scale, device)
     found_inf, found_inf_aligned = scaler_argument(terms.found_inf, device)

@@ -119,7 +119,7 @@ class Rows:
         try:
             for (_, t), alike in kinds.items():
                 rates = torch.tensor([float(c.group["lr"]) for c in alike], dtype=torch.float64, device="cpu")
-                group = self.options.among(alike[0].group)
+                group = self.options.in_common(alike[0].group)
                 group["lr"] = rates.unsqueeze(1)
                 all_of_them = Cohort(0, group, t)
                 evaluated += [(alike, skipped, update(all_of_them, skipped)) for skipped in range(variants)]
