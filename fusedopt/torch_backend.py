@@ -65,7 +65,7 @@ class Executor:
         self.in_layout = False
         """Whether gradients that are laid out as at the first step have their parameters' layout."""
         self.strides = [m.place.strides for m in self.direct]
-        reordered = [m for way in ways for m in way.listed + way.direct if not m.param.is_contiguous()]
+        permuted = [m for way in ways for m in way.listed + way.direct if not m.param.is_contiguous()]
         self.reordered = [
             (k, m.param.numel()) for k, m in enumerate(self.direct) if bucket.fused and not m.param.is_contiguous()
         ]
@@ -74,7 +74,7 @@ class Executor:
         """Whether this step's gradients were looked at, and clipped by units."""
         self.owes_zeros = False
         """Whether zeros shall take the gradients' place, and do not yet: kernels leave them, we do not."""
-        self.pinned = joined + reordered if bucket.fused and not bucket.averages else bucket.members
+        self.pinned = joined + permuted if bucket.fused and not bucket.averages else bucket.members
         """Those whose memory must stay where it is: what is only ever taken from the parameter itself may be moved."""
         self.tally = None if settings.track is None else Tally(self.runs, self.blocks.size, bucket.device)
         self.blocks.tally = self.tally
@@ -87,7 +87,8 @@ class Executor:
         lists = [[] for _ in self.keys]
         count = len(self.bucket.rule.states)
         rows = [row for way in ways for row in neighbours(way.joined)]
-        listed, direct = ([m for way in ways for m in way[k]] for k in (1, 2))
+        listed = [m for way in ways for m in way.listed]
+        direct = [m for way in ways for m in way.direct]
         run = Run(cohort, [], lists[:count], lists[count:], [], direct)
         for row in rows:
             first, last, space = row[0], row[-1], row[0].place.space
