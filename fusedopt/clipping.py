@@ -19,14 +19,14 @@ IMPOSSIBLE = "launches=1 is not possible here: {}; use launches='auto' or 2"
 
 
 class Verdict(NamedTuple):
-    """What one step does with its gradients. Either the host knows it, or ``device`` holds it as
-    float64 [norm, factor, skip, skipped steps so far] and nobody waits for it. ``norm`` is None where
-    no setting needs one, and NaN where only the device knows it."""
+    """What one step does with its gradients. Either the host knows it, or a device does, and nobody waits for it: then
+    ``tensor`` is float64 [norm, factor, skip, skipped steps so far] there, and ``factor`` and ``skip`` are at their
+    defaults. ``norm`` is None where no setting needs one, and NaN where only the device knows it."""
 
     norm: float | None = None
     factor: float = 1.0
     skip: bool = False
-    device: Tensor | None = None
+    tensor: Tensor | None = None
     loss_scale: Tensor | None = None
     """What the gradients are still multiplied by, where somebody wants their norms."""
     may_skip: bool = False
@@ -36,35 +36,35 @@ class Verdict(NamedTuple):
         """The norm as a new tensor, where it is known."""
         if self.norm is None:
             return None
-        if self.device is not None:
-            return self.device[0].to(dtype, copy=True)
+        if self.tensor is not None:
+            return self.tensor[0].to(dtype, copy=True)
         return torch.tensor(self.norm, dtype=dtype, device="cpu")
 
     def found_inf(self, device: torch.device) -> Tensor:
         """Whether the step is skipped, as GradScaler.update() takes it: a new float32 scalar."""
-        if self.device is not None:
-            return self.device[2].to(device, torch.float32, copy=True)
+        if self.tensor is not None:
+            return self.tensor[2].to(device, torch.float32, copy=True)
         return torch.full((), float(self.skip), dtype=torch.float32, device=device)
 
     def or_skip(self, found_inf: Tensor) -> Verdict:
         """The same, but skipping the step also if ``found_inf`` is not 0."""
-        if self.device is None:
+        if self.tensor is None:
             return self._replace(skip=self.skip or found_inf.item() != 0)
-        skip = self.device[2]
+        skip = self.tensor[2]
         skip.copy_(skip.logical_or(found_inf.to(skip.device)))
         return self._replace(may_skip=True)
 
     def heard(self) -> Verdict:
         """The same where the host knows it, which for a verdict of a device it waits for."""
-        if self.device is None:
+        if self.tensor is None:
             return self
-        norm, factor, skip, _ = self.device.tolist()
+        norm, factor, skip, _ = self.tensor.tolist()
         return Verdict(None if self.norm is None else norm, factor, skip != 0, loss_scale=self.loss_scale)
 
     def on(self, device: torch.device) -> Tensor | None:
         """The verdict for kernels on ``device``; None if there is nothing to multiply or skip."""
-        if self.device is not None or (self.factor == 1 and not self.skip):
-            return self.device
+        if self.tensor is not None or (self.factor == 1 and not self.skip):
+            return self.tensor
         numbers = [self.norm or 0.0, self.factor, float(self.skip), 0.0]
         return torch.tensor(numbers, dtype=torch.float64, device="cpu").to(device)
 
@@ -98,10 +98,10 @@ class Terms(NamedTuple):
     def needs_norm(self) -> bool:
         return self.clip is not None or self.skip_nonfinite
 
-    def left_to(self, device: Tensor) -> Verdict:
-        """The verdict that a device passes by these terms, and keeps in ``device``."""
+    def left_to(self, tensor: Tensor) -> Verdict:
+        """The verdict that a device passes by these terms, and keeps in ``tensor``."""
         may_skip = self.skip_nonfinite or self.found_inf is not None
-        return Verdict(norm=math.nan if self.needs_norm else None, device=device, may_skip=may_skip)
+        return Verdict(norm=math.nan if self.needs_norm else None, tensor=tensor, may_skip=may_skip)
 
     @property
     def joins_ranks(self) -> bool:

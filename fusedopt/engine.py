@@ -169,14 +169,14 @@ class Engine(Planner):
 
     def _count(self, optimizer: Any, captures: bool) -> None:
         """Count the step that was taken, as far as the host knows."""
-        if self.verdict.device is not None and self.plan.scalars:
+        if self.verdict.tensor is not None and self.plan.scalars:
             # What the latest step makes of the scalars depends on whether the one before it was skipped.
             self.hear(optimizer, wait=True)
         self.plan.advance(optimizer, 1)
         for executor in self.executors:
             if executor.bucket.capturable:
                 executor.advance(optimizer, self.verdict)
-        if self.verdict.device is not None and self.plan.counted and not captures:
+        if self.verdict.tensor is not None and self.plan.counted and not captures:
             if self.verdict.may_skip:
                 self.skips.listen()
             self.hear(optimizer, wait=False)

@@ -28,7 +28,8 @@ class Skips:
 
     def __init__(self) -> None:
         self.count = 0
-        self.device: Tensor | None = None
+        self.tensor: Tensor | None = None
+        """The device's verdict: see ``clipping.Verdict``."""
         self.known = 0
         self.unheard: deque[tuple[torch.cuda.Event | None, Tensor]] = deque()
         self.free: list[tuple[torch.cuda.Event, Tensor]] = []
@@ -37,28 +38,28 @@ class Skips:
 
     def verdict(self, device: torch.device) -> Tensor:
         """The device's verdict, with the count that it carries on from step to step."""
-        if self.device is None or self.device.device != device:
+        if self.tensor is None or self.tensor.device != device:
             self.count = int(self.total())  # the model has moved
             self.unheard.clear()
             with torch.inference_mode(False):  # a step outside it writes there too
-                self.device = torch.zeros(4, dtype=torch.float64, device=device)
+                self.tensor = torch.zeros(4, dtype=torch.float64, device=device)
             self.known = 0
-        return self.device
+        return self.tensor
 
     def listen(self) -> None:
         """Ask for the count as it is after the step just launched."""
-        if self.device is None:
+        if self.tensor is None:
             return
-        if not self.device.is_cuda:
-            self.unheard.append((None, self.device[3:].clone()))
+        if not self.tensor.is_cuda:
+            self.unheard.append((None, self.tensor[3:].clone()))
             return
         if not self.free:
             with torch.inference_mode(False):
                 copy = torch.empty(1, dtype=torch.float64, device="cpu", pin_memory=True)
             self.free.append((torch.cuda.Event(), copy))
         event, copy = self.free.pop()
-        with on(self.device.device):
-            copy.copy_(self.device[3:], non_blocking=True)
+        with on(self.tensor.device):
+            copy.copy_(self.tensor[3:], non_blocking=True)
             event.record()
         self.unheard.append((event, copy))
 
@@ -77,15 +78,15 @@ class Skips:
     def leave_out(self) -> None:
         """Of what was skipped until now nothing is to be taken back, unless the host is still to hear of steps that it
         counted. Waits for the device."""
-        if self.unattended and self.device is not None and not self.unheard:
-            self.known = int(self.device[3])
+        if self.unattended and self.tensor is not None and not self.unheard:
+            self.known = int(self.tensor[3])
 
     def count_in(self, verdict: Any, sign: int = 1) -> None:
         """Count the step that a ``clipping.Verdict`` skips, or with -1 take it back."""
-        if verdict.device is None:
+        if verdict.tensor is None:
             self.count += sign * verdict.skip
         else:
-            verdict.device[3].add_(verdict.device[2], alpha=sign)
+            verdict.tensor[3].add_(verdict.tensor[2], alpha=sign)
 
     @property
     def variants(self) -> int:
@@ -93,6 +94,6 @@ class Skips:
         return len(self.unheard) + 1
 
     def total(self) -> Tensor:
-        if self.device is None:
+        if self.tensor is None:
             return torch.tensor(self.count, device="cpu")
-        return self.device[3].to(torch.int64) + self.count
+        return self.tensor[3].to(torch.int64) + self.count

@@ -145,7 +145,7 @@ class Executor:
         if self.tables.tiles.count:
             self._launch(update, verdict, skips, None, self.forms())
         if self.bucket.capturable:
-            self.rows.foresee(update.optimizer, verdict.device)
+            self.rows.foresee(update.optimizer, verdict.tensor)
         if self.units is not None:
             self.units.forget()
 
@@ -199,7 +199,7 @@ class Executor:
 
     def advance(self, optimizer: Any, verdict: Verdict) -> None:
         """Let the device count the step, unless the verdict skips it: after ``step``, for what is capturable."""
-        self.rows.advance(optimizer, verdict.device)
+        self.rows.advance(optimizer, verdict.tensor)
 
     def variants(self, skips: Skips) -> tuple[int, int]:
         """Of how many skipped steps the rows know, and how many rows there are for further ones."""
@@ -237,7 +237,7 @@ class Executor:
         self, update: StepNumbers, verdict: Verdict, skips: Skips
     ) -> tuple[Chains, dict[str, Any], tuple]:
         """``prepare``, and the arguments by which a kernel heeds the verdict that was passed before it."""
-        known, variants = self.variants(skips) if verdict.device is not None else (0, 1)
+        known, variants = self.variants(skips) if verdict.tensor is not None else (0, 1)
         return *self.prepare(update, variants), (verdict.on(self.bucket.device), known, variants)
 
     def _means(self, chains: Chains, shared: dict[str, Any], *heeding: Any) -> Tensor:

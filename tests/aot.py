@@ -208,7 +208,7 @@ def compiles(case, address, **more):
             made.max_grad_value = (None, (1, 16, 0.3 * (t + 1))[t % 3])
             # As if every second step had been skipped, and the host had not yet heard of some.
             if t:
-                made._engine.skips.device[3] += t % 2
+                made._engine.skips.tensor[3] += t % 2
             with mock.patch.object(Skips, "variants", 1 + t // 3):
                 made.step()
     return collections.Counter(kernel.metadata.name for kernel in gpu.compiled())

@@ -23,7 +23,7 @@ def norm_of(grads, **settings):
     set_gradients(params, grads)
     made = optimizer("sgd", params, **({"max_grad_norm": 1.0} | settings))
     made.step()
-    exact = made._engine.verdict.device[0].item()
+    exact = made._engine.verdict.tensor[0].item()
     assert made.grad_norm.dtype == torch.promote_types(grads[0].dtype, torch.float32)
     assert made.grad_norm.item() == torch.tensor(exact, dtype=made.grad_norm.dtype).item()
     return exact
@@ -118,4 +118,4 @@ def test_the_ticket_and_the_table_survive_many_steps(device):
         grads = tensors([5000], device, seed=t, scale=10.0**t)
         set_gradients(params, grads)
         made.step()
-        assert made._engine.verdict.device[0].item() == pytest.approx(norm_by_numpy(grads), rel=1e-12)
+        assert made._engine.verdict.tensor[0].item() == pytest.approx(norm_by_numpy(grads), rel=1e-12)

@@ -110,7 +110,7 @@ class LateSkips(Skips):
         if not wait:
             return 0
         self.launched = 0
-        new = int(self.device[3]) - self.known
+        new = int(self.tensor[3]) - self.known
         self.known += new
         return new
 
