@@ -23,6 +23,7 @@ from .arguments import check_rates
 from .rule import Rule
 from .shards import alike, kind, local
 from .storage import MASTER_KEYS, NARROW, quantization_problem
+from .torch_step import base_in_torch
 
 ANOTHER = "was it saved by another optimizer, or cut off?"
 
@@ -115,8 +116,7 @@ def _load_on_trial(optimizer: Any, groups: list[dict], states: dict) -> None:
 @functools.cache
 def _trial_class(cls: type) -> type:
     """torch's class behind ``cls``, without the wrapping of its ``step`` that loading does otherwise."""
-    base = next(c for c in cls.__mro__ if c.__module__.startswith("torch."))
-    return type("Trial", (base,), {"_patch_step_function": lambda self: None})
+    return type("Trial", (base_in_torch(cls),), {"_patch_step_function": lambda self: None})
 
 
 def _options(optimizer: Any) -> list[str]:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from .optimizer import FusedOptimizer, registry
+from .torch_step import base_in_torch, unhooked
 
 
 def convert(optimizer: torch.optim.Optimizer, **settings: Any) -> FusedOptimizer:
@@ -63,7 +64,7 @@ def _classes(optimizer: Any) -> tuple[type, type[FusedOptimizer]]:
         )
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise TypeError(f"convert takes an optimizer of torch.optim, got {type(optimizer).__name__}")
-    fused = {_torch_class(cls): cls for cls in registry.values()}
+    fused = {base_in_torch(cls): cls for cls in registry.values()}
     fused.pop(torch.optim.Optimizer, None)  # the base of those that torch lacks
     for cls in type(optimizer).__mro__:
         if cls in fused:
@@ -72,29 +73,20 @@ def _classes(optimizer: Any) -> tuple[type, type[FusedOptimizer]]:
     raise TypeError(f"fusedopt has no {type(optimizer).__name__}; it can take over {known}")
 
 
-def _torch_class(cls: type) -> type:
-    return next(c for c in cls.__mro__ if c.__module__.startswith("torch."))
-
-
 def _check_step(optimizer: Any, torch_class: type) -> None:
     """The step must be torch's own: what else it did would be lost."""
     name, classes = type(optimizer).__name__, type(optimizer).__mro__
     # From the base on: with the first instance torch puts the step that a class inherits, with hooks, into it.
     for cls in reversed(classes[: classes.index(torch_class)]):
         step = vars(cls).get("step")
-        if (step is not None and _unhooked(step) is not _unhooked(torch_class.step)) or "_init_group" in vars(cls):
+        if (step is not None and unhooked(step) is not unhooked(torch_class.step)) or "_init_group" in vars(cls):
             raise TypeError(f"{name} cannot be converted: {cls.__name__} has a step of its own")
     own = vars(optimizer).get("step")
     if own is None:
         return
     # Schedulers wrap it, to see which of them comes first.
-    if not hasattr(own, "_wrapped_by_lr_sched") or _unhooked(own.__wrapped__) is not _unhooked(torch_class.step):
+    if not hasattr(own, "_wrapped_by_lr_sched") or unhooked(own.__wrapped__) is not unhooked(torch_class.step):
         raise TypeError(f"this {name} cannot be converted: its attribute 'step' was replaced")
-
-
-def _unhooked(step: Callable) -> Callable:
-    """The function inside the wrapper that runs hooks, which torch puts around it with the first instance."""
-    return step.__wrapped__ if getattr(step, "hooked", False) else step
 
 
 def _check_names(optimizer: Any, torch_class: type, fused: type[FusedOptimizer]) -> None:
@@ -128,7 +120,7 @@ def _converted(cls: type, torch_class: type, fused: type[FusedOptimizer]) -> typ
         return fused
     namespace = {
         # Its own ``step`` may be torch's within the wrapper for hooks.
-        "step": _unhooked(fused.step),
+        "step": unhooked(fused.step),
         "__reduce_ex__": _reduce,
         "__module__": cls.__module__,
         "__qualname__": cls.__qualname__,

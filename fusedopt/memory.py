@@ -12,9 +12,8 @@ from torch import Tensor
 
 from . import setting_checks
 from .optimizer import FusedOptimizer
-from .setting_checks import MASTERS
 from .sgd import SGD
-from .storage import NARROW, storage
+from .storage import MASTERS, NARROW, storage
 
 STATE_DTYPES = (None, torch.float32, torch.bfloat16, "8bit")
 

@@ -9,8 +9,6 @@ from typing import Any
 
 import torch
 
-MASTERS = ("stochastic", "kahan", "split", "split8", "fp32")
-
 
 def number(name: str, value: Any) -> float:
     if isinstance(value, torch.Tensor):

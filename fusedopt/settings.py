@@ -17,7 +17,7 @@ from collections.abc import Callable, Collection
 from typing import Any
 
 from . import setting_checks
-from .setting_checks import MASTERS, flag, one_of
+from .setting_checks import flag, one_of
 
 CLIP = (1e-6, 1.0)
 """epsilon and the largest factor of g <- g min(largest, S / (norm + epsilon)), as torch.nn.utils.clip_grad_norm_ has
@@ -115,7 +115,7 @@ class Settings:
     )
     master: str | None = setting(
         None,
-        one_of(*MASTERS, None),
+        one_of("stochastic", "kahan", "split", "split8", "fp32", None),
         """("stochastic" | "kahan" | "split" | "split8" | "fp32" | None): how bfloat16 and float16 parameters keep
         what rounding would take from them. None rounds to the nearest; "stochastic" up or down at random, right in
         the mean; "kahan" remembers what was rounded off in the parameter's dtype; "split" (bfloat16) the lower 16

@@ -65,6 +65,16 @@ def left_to_torch(optimizer: Any, devices: Iterable[torch.device]) -> NotFusable
     return None
 
 
+def base_in_torch(cls: type) -> type:
+    """The nearest class of torch's among its bases."""
+    return next(c for c in cls.__mro__ if c.__module__.startswith("torch."))
+
+
+def unhooked(step: Callable) -> Callable:
+    """The function inside the wrapper that runs hooks, which torch puts around it with the first instance."""
+    return step.__wrapped__ if getattr(step, "hooked", False) else step
+
+
 @functools.cache
 def own_init_group(cls: type) -> type | None:
     """The class of a user's, if there is one, that prepares states in its own way."""
@@ -123,8 +133,8 @@ class TorchStep:
     @property
     def step_of_torch(self) -> Callable[[], Any] | None:
         """torch's own step, if torch.optim has this class."""
-        step = super().step
-        if step.__func__ is torch.optim.Optimizer.step:
+        step = super().step.__func__
+        if step is torch.optim.Optimizer.step:
             return None
         # Not the hooked one, or every hook would run twice.
-        return functools.partial(step.__wrapped__ if getattr(step, "hooked", False) else step.__func__, self)
+        return functools.partial(unhooked(step), self)
