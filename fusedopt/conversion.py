@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from functools import partial
 from typing import Any
 
 import torch
@@ -112,14 +111,14 @@ def _held(optimizer: Any, rule: Rule, p: Tensor, entry: dict[str, Any]) -> dict[
     if stored.plain and stored.dtypes == {p.dtype} and not _is_stored(rule.keys, entry):
         return entry  # the tensors as in torch
     here = {key: local(x).to(part.device) if isinstance(x, Tensor) else x for key, x in entry.items()}
-    held = dict(entry)
+    kept, held = dict(entry), {}
     for role, form in stored.kept:
         if not isinstance(here.get(role), Tensor):
             continue
         values = converted(role, form, here, part, strides_of_state(part), float)
-        held.pop(f"{role}_scale", None)
+        kept.pop(f"{role}_scale", None)
         held |= _named(role, form, p, [x.to(y.dtype) for x, y in zip(values, form.parts)])
-    masters = {key: held.pop(key) for key in MASTER_KEYS if isinstance(held.get(key), Tensor)}
+    masters = {key: kept.pop(key) for key in MASTER_KEYS if isinstance(kept.get(key), Tensor)}
     if len(stored.param.parts) > 1 and masters:
         if MASTER in masters:
             master, form = here[MASTER].float(), stored.param
@@ -129,8 +128,8 @@ def _held(optimizer: Any, rule: Rule, p: Tensor, entry: dict[str, Any]) -> dict[
                 values = encode(form, master, strides_of_state(part))
             held |= _named("", form, p, values)
         else:
-            held |= {key: Held(value.to(part.device)) for key, value in masters.items()}
-    return held
+            held |= {key: value.to(part.device) for key, value in masters.items()}
+    return kept | {key: Held(x) for key, x in held.items()}
 
 
 def _is_stored(keys: tuple[str, ...], entry: Mapping[str, Any]) -> bool:
@@ -138,9 +137,10 @@ def _is_stored(keys: tuple[str, ...], entry: Mapping[str, Any]) -> bool:
     return any(key in entry for key in (*MASTER_KEYS, *(f"{key}_scale" for key in keys)))
 
 
-def _named(role: str, form: Form, p: Tensor, values: list[Tensor]) -> dict[str, Held]:
+def _named(role: str, form: Form, p: Tensor, values: list[Tensor]) -> dict[str, Tensor]:
+    """A role's parts by their keys in ``optimizer.state[p]``, the parameter itself left out."""
     named = {part_key(role, part): (x, part) for part, x in zip(form.parts, values)}
-    return {key: Held(like(p, x) if part.per == 1 else x) for key, (x, part) in named.items() if key}
+    return {key: like(p, x) if part.per == 1 else x for key, (x, part) in named.items() if key}
 
 
 def release(states: dict[Any, Any]) -> None:
@@ -203,13 +203,10 @@ def load_master_state_dict(optimizer: Any, masters: Mapping[int | str, Tensor]) 
             initial = map(torch.tensor, optimizer.initial_scalars(group))
             state |= dict(zip(optimizer.rule(group).scalars, initial))
             for role, form in stored.kept:
-                initial = partial(optimizer.initial_value, group, role)
-                made = [torch.full(part.size(), initial(), dtype=wide(part.dtype), device=part.device)]
-                state |= {
-                    k: held.tensor
-                    for k, held in _named(role, form, p, encode(form, *made, strides_of_state(part))).items()
-                }
-        state |= {k: held.tensor for k, held in _named("", stored.param, p, values).items()}
+                initial = optimizer.initial_value(group, role)
+                made = torch.full(part.size(), initial, dtype=wide(part.dtype), device=part.device)
+                state |= _named(role, form, p, encode(form, made, strides_of_state(part)))
+        state |= _named("", stored.param, p, values)
     gather_anew(p for _, _, p in params)
 
 
