@@ -5,6 +5,7 @@ A formula is called with ``Recorded`` in place of numbers. What it computes with
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -128,41 +129,32 @@ class Program(NamedTuple):
     outputs: tuple[int, ...]
     """Which values are asked for."""
     constants: list[float]
-    """Those asked for that are no more than a number stand first, in their order, with 0 in place of the others."""
+    """First one for each output: its number if it is no more than that, else 0. Then those that operations take."""
 
 
 def program(inputs: Sequence[Recorded], outputs: Sequence[Any]) -> Program:
     """The operations that make ``outputs``, some of which may be numbers, of ``inputs``. Which there are does not
     depend on the values of constants."""
-    constants = [0.0 if isinstance(x, Recorded) else float(x) for x in outputs]
     needed: list[Recorded] = []
     seen = set(map(id, inputs))
 
-    def look(x: Recorded) -> None:
-        if id(x) in seen:
-            return
-        seen.add(id(x))
-        for operand in x.operands:
-            if isinstance(operand, Recorded):
+    def look(x: Any) -> None:
+        if isinstance(x, Recorded) and id(x) not in seen:
+            seen.add(id(x))
+            for operand in x.operands:
                 look(operand)
-        needed.append(x)
+            needed.append(x)
 
     for x in outputs:
-        if isinstance(x, Recorded):
-            look(x)
-    operands: list[list] = []
-    for x in needed:
-        operands.append([])
-        for operand in x.operands:
-            if not isinstance(operand, Recorded):
-                constants.append(operand)
-                operand = len(inputs) + len(constants) - 1
-            operands[-1].append(operand)
+        look(x)
+    constants = [0.0 if isinstance(x, Recorded) else float(x) for x in outputs]
+    places_of_constants = itertools.count(len(inputs) + len(constants))
+    constants += [y for x in needed for y in x.operands if not isinstance(y, Recorded)]
     place = {id(x): k for k, x in enumerate(inputs)}
     operations: list = []
     end = len(inputs) + len(constants)
-    for x, taken in zip(needed, operands):
-        taken = [place[id(y)] if isinstance(y, Recorded) else y for y in taken]
+    for x in needed:
+        taken = [place[id(y)] if isinstance(y, Recorded) else next(places_of_constants) for y in x.operands]
         if x.name == "same":
             place[id(x)] = taken[0]
             continue
