@@ -13,7 +13,7 @@ from triton.runtime import driver
 
 from .backends import interpreting
 from .buckets import Bucket
-from .forms import QUANTIZED
+from .forms import QUANTIZED, Part
 from .kernels import address, rounding, tuning
 from .storage import part_key
 from .upload import Upload, on
@@ -48,15 +48,29 @@ class Tables:
 
     def __init__(self, bucket: Bucket, params: Sequence[Tensor]):
         """``params``: the members' parameters, or dense copies of them."""
-        members = bucket.members
         parts = {part_key(role, part): part for role, form in bucket.stored.roles for part in form.parts}
         forms = [rounding.FORMS[form.name] for _, form in bucket.stored.roles]
         self.forms = _of_roles(forms, bucket, partial(rounding.Forms, rounding.leave))
         self.zeroing_forms = self.forms._replace(grad=rounding.zero)
         """The same, with zeros left in place of the gradients."""
+        self._find_roles(bucket, parts)
+        self._write_records(bucket, params, parts)
+        self.upload = Upload(bucket.device)
+        self.addresses = b""
+        """The gradients', as the device knows them."""
+
+        self.tuning = tuned(bucket.device)
+        sizes = [p.numel() for p in params]
+        self.tiles = Tiles(sizes, self.tuning.block, bucket.device)
+        self.norm_block = self.tuning.norm_bytes // bucket.grad_dtype.itemsize
+        self.norm_tiles = Tiles(sizes, self.norm_block, bucket.device)
+        self._divide_among_threads(bucket, parts)
+
+    def _find_roles(self, bucket: Bucket, parts: dict[str, Part]) -> None:
+        """Where kernels find each part of each role: by addresses in the records, or by a position in flat buffers."""
         param, grad = address.PARAM.value, _role(address.GRAD.value, bucket.grad_dtype)
         if bucket.flat:
-            buffers = {"": members[0].place.space.buffers["param"], **members[0].place.space.buffers}
+            buffers = {"": bucket.members[0].place.space.buffers["param"], **bucket.members[0].place.space.buffers}
             found = {key: address.Base(buffers[key], tl.constexpr(part.per)) for key, part in parts.items()}
             self.address, self.fields = address.flat, param + 1
         else:
@@ -65,8 +79,11 @@ class Tables:
         by_role = [tuple(found[part_key(role, part)] for part in form.parts) for role, form in bucket.stored.roles]
         self.roles = _of_roles(by_role, bucket, partial(address.Tensors, grad))
 
+    def _write_records(self, bucket: Bucket, params: Sequence[Tensor], parts: dict[str, Part]) -> None:
+        """All but what changes with the gradients."""
+        members, param = bucket.members, address.PARAM.value
         self.records = np.zeros((len(members), self.fields), dtype=np.int64)
-        self.records[:, address.NUMEL.value] = sizes = [p.numel() for p in params]
+        self.records[:, address.NUMEL.value] = [p.numel() for p in params]
         # Where the device counts, every parameter has a row of its own.
         self.records[:, address.ROW.value] = range(len(members)) if bucket.capturable else [m.cohort for m in members]
         self.records[:, address.DRAW.value] = [m.first_draw for m in members]
@@ -80,29 +97,24 @@ class Tables:
             # A scale for many elements may lie anywhere.
             dense = [param + i for i, part in enumerate(parts.values()) if part.per == 1]
         self.in_line = np.bitwise_or.reduce(self.records[:, dense], axis=1) & 15 == 0
-        self.upload = Upload(bucket.device)
-        self.addresses = b""
-        """The gradients', as the device knows them."""
 
-        self.tuning = tuned(bucket.device)
-        self.tiles = Tiles(sizes, self.tuning.block, bucket.device)
-        self.norm_block = self.tuning.norm_bytes // bucket.grad_dtype.itemsize
-        self.norm_tiles = Tiles(sizes, self.norm_block, bucket.device)
+    def _divide_among_threads(self, bucket: Bucket, parts: dict[str, Part]) -> None:
+        """How many elements a thread takes, and how many warps a program has."""
         quantizes = bucket.stored.quantizes
         # Threads hold 16 bytes of the widest part, and a warp whole blocks of quantized ones.
         widths = [bucket.grad_dtype.itemsize, *(part.dtype.itemsize for part in parts.values() if part.per == 1)]
         width = 2 if quantizes else max(widths)
         self.vector = self.tuning.bytes_at_once // width
         """Elements that a thread takes at once."""
-        self.warp = threads = 32 if interpreting() else driver.active.get_current_target().warp_size
+        self.warp = 32 if interpreting() else driver.active.get_current_target().warp_size
         # Random bits serve eight elements, which must not be parted.
         self.draws = bucket.stored.draws
         mixes = not (quantizes or self.draws) and max(widths) == 4 > min(widths)
         self.granule = QUANTIZED if quantizes else self.vector if mixes else 8
         vectors = self.tuning.vectors_of_much if quantizes or mixes else 1
-        self.num_warps = max(1, self.tuning.block // (threads * self.vector * vectors))
+        self.num_warps = max(1, self.tuning.block // (self.warp * self.vector * vectors))
         self.max_registers = self.tuning.max_registers_of_much if quantizes else self.tuning.max_registers
-        self.wide_block = self.tuning.norm_warps * threads * self.vector
+        self.wide_block = self.tuning.norm_warps * self.warp * self.vector
         """The tile of an update with as many warps as the norm: it divides the norm's."""
 
     @cached_property
