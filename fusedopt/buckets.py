@@ -28,7 +28,8 @@ SMALL = 16384
 """Elements below which a CPU spends more on calling an operation than on the numbers."""
 
 FEW, FEW_LISTED = 2, 8
-"""Fewer small tensors than this are not worth gathering: where each takes several calls, where one call takes all."""
+"""Fewer small tensors than this are not worth gathering: where each takes several calls, and where one call takes a
+list of them."""
 
 
 @dataclasses.dataclass(slots=True, eq=False)
@@ -149,7 +150,7 @@ def _packed(key: Key, settings: Settings, entries: Sequence[Entry], overlapping:
         return [False] * len(entries)
     gathers = key.device.type == "cpu" and key.spread is None
     small = [gathers and _is_small(entry, overlapping) for entry in entries]
-    # One call serves a list already; a list costs more than its calls only where it is longer.
+    # Where one call serves a list of tensors, gathering pays for long lists only.
     enough = sum(small) >= (FEW_LISTED if fused and key.rule.list_threads else FEW)
     enough = enough and (not _is_listed(key, fused) or settings.flatten or settings.needs_norm)
     # What was gathered once stays so, or parameters that have no gradient at some steps would wander.

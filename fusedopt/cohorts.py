@@ -21,8 +21,8 @@ from .rule import Rule, Update
 
 
 class Scalar(NamedTuple):
-    """One number that torch keeps as a 0-dim tensor, rounded to that tensor's dtype; the tensor, if it is on a device
-    which nobody waits for."""
+    """A number that torch keeps for a parameter in a 0-dim tensor: rounded to that tensor's dtype, or the tensor itself
+    where it is on a device for which nobody waits."""
 
     value: float | Tensor
     dtype: torch.dtype

@@ -48,7 +48,8 @@ class Engine(Planner):
         check_rates(optimizer, optimizer.param_groups)
         if self.captured:
             self._leave_out_replays(optimizer)
-        # torch.distributed.checkpoint takes such a step to have states to load into: no average begins or moves.
+        # With learning rates of 0 torch.distributed.checkpoint takes a first step, only to have states that it can load
+        # into. It must neither begin nor move an average.
         averages = dict(optimizer._ema) if not self.began and ema.stand_still(optimizer) else None
         if not self.with_gradients(optimizer, self._run):
             self.verdict = clipping.Verdict(norm=0.0) if optimizer._settings.needs_norm else clipping.UNJUDGED
@@ -66,8 +67,8 @@ class Engine(Planner):
                 warn_of_replaced_parameters()
 
     def _leave_out_replays(self, optimizer: Any) -> None:
-        """Those that were skipped are in no count of the host's. It waits, where it counts this step and no graph is to
-        hold it."""
+        """Take what replays of graphs have skipped as known, before a step that the host counts itself: no count of
+        the host's has these steps. Waits for the device, so not while a graph is captured."""
         plan = self.plan
         if self.skips.unattended and plan is not None and plan.counted and not any(map(capturing, plan.devices)):
             self.hear(optimizer, wait=True)
@@ -121,7 +122,8 @@ class Engine(Planner):
         waiting = self._decide(optimizer, grads, update)
         joined_means, found = self.plan.joined_means, {}
         if joined_means is not None:
-            # Also for a step that is skipped: other ranks may leave it to their devices to skip it.
+            # Also where this rank knows that the step is skipped: others may leave that to their devices, and wait for
+            # its part.
             found = joined_means.means([] if self.verdict.skip else waiting, update, self.verdict, self.skips)
         if self.verdict.skip:
             self._update(waiting if self.tracker is not None else [], update, found)

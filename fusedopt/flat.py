@@ -73,6 +73,7 @@ class Space:
         self.size = -(-end // ALIGNMENT) * ALIGNMENT
         self.buffers: dict[str, Tensor] = {}
         self.per: dict[str, int] = {}
+        """How many elements share one number of a buffer."""
         self.numbers: dict[str, Tensor] = {}
         """What is one number per tensor: step counts and their like."""
         self.arrays: dict[str, np.ndarray] = {}
@@ -133,8 +134,8 @@ class Space:
         return buffer.as_strided(self.sizes[index], self.strides[index], self.offsets[index])
 
     def parts(self, buffer: Tensor, count: int) -> list[Tensor]:
-        """The first ``count`` tensors in a buffer of which they are all. Autograd does not take them for views, which
-        makes them small, and fast to make."""
+        """The first ``count`` tensors, in a buffer that has no others. Autograd does not know them as views, which
+        makes them smaller, and faster to make."""
         lengths = list(map(torch.Size.numel, self.sizes[:count]))
         starts = [*self.offsets[1:count], len(buffer)]
         gaps = [start - (offset + length) for start, offset, length in zip(starts, self.offsets, lengths)]

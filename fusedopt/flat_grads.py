@@ -2,8 +2,9 @@
 
 backward adds to a gradient that is there. So views of a buffer, put there once, collect what follows at addresses that
 never change: accumulation and CUDA graphs need no other, and one call zeroes all of them. With ``"zeroed"`` the step
-does it, in the kernel that has just read them. The first of these calls puts them there, not the constructor:
-``torch.distributed.checkpoint`` makes states to load into only where no parameter has a gradient.
+does it, in the kernel that has just read them. The views are put there by the first ``zero_grad()``, or the first such
+step, and not by the constructor: ``torch.distributed.checkpoint`` makes states to load into only where no parameter has
+a gradient.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ class FlatGrads:
         self.given: dict[Tensor, Given] = {}
         self.buffers: list[Tensor] = []
         self.versions: list[int] | None = None
-        """Of the gradients, where a step left zeros in all of them: nobody has written to one that still has it."""
+        """The gradients' versions after a step that left zeros in all of them: one that still has its own is zero."""
 
     def check(self, optimizer: Any) -> None:
         """RuntimeError for distributed parameters, whose gradients belong to their engine."""

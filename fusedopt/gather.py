@@ -27,7 +27,7 @@ class Ways(NamedTuple):
 
 
 def find_ways(bucket: Bucket, members: Sequence[Member], settings: Settings) -> Ways:
-    """``members`` are those that share all their numbers."""
+    """How some members of a bucket, which share all their numbers, come to their calls."""
     ways = Ways([], [], [])
     lists = bucket.listed or (bucket.passing and bucket.fused) or len(members) == 1
     alone = ways.listed if settings.needs_norm and not bucket.passing else ways.direct

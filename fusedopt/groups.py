@@ -29,7 +29,7 @@ class Groups:
         joins = joins and len(self.groups) > 1
         self.options = [Options(self.groups, aside) for aside in (NOT_READ, ASIDE)] if joins else []
         self.alike = list(map(Options.first_alike, self.options))
-        # A rule of a user's may follow from more than settings and groups, and is asked at every step.
+        # A user's ``rule()`` may depend on more than settings and groups: it is asked at every step.
         self.asks = not optimizer.rule.__module__.startswith("fusedopt.")
         self.latest = self._copies(self.groups)
 
@@ -43,8 +43,8 @@ class Groups:
         )
 
     def hold(self, optimizer: Any) -> bool:
-        """Whether the same plan serves them. Most steps change nothing in a group, or its learning rate, which no rule
-        of the package follows from."""
+        """Whether the same plan serves them. Most steps change nothing in a group, or only its learning rate, on which
+        no rule of the package depends."""
         groups = optimizer.param_groups
         if not same(groups, self.groups) or list(map(Options.first_alike, self.options)) != self.alike:
             return False

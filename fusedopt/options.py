@@ -20,15 +20,15 @@ ASIDE = RATE | {"initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum
 
 
 class Shared(dict):
-    """The options that some groups have in common. A formula that asks for what they need not have in common, as
-    ``initial_lr``, gets a KeyError and not that of the first group."""
+    """The options that some groups have in common. A formula that asks for a key in which groups may differ, such as
+    ``initial_lr``, gets a KeyError, and not the first group's value."""
 
     def get(self, key: str, default: Any = None) -> Any:
         return self[key] if key in ASIDE else super().get(key, default)
 
 
 class Options:
-    """The options of some groups but for those aside, looked at at every step."""
+    """The options of some groups without the keys ``aside``, and which groups agree in them, asked at every step."""
 
     def __init__(self, groups: Sequence[dict[str, Any]], aside: Set[str] = ASIDE):
         self.groups = groups

@@ -52,7 +52,7 @@ def without_collection() -> Iterator[None]:
     finally:
         if enabled:
             if gc.get_count()[0] > MANY and not gc.get_freeze_count():
-                # Two searches saved: all objects are counted among the oldest at once.
+                # Makes all objects old at once, for which Python would search the young ones twice more.
                 gc.freeze()
                 gc.unfreeze()
             gc.enable()

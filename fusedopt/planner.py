@@ -51,7 +51,7 @@ class Planner:
         self.owes_zeros = False
         """Whether this step shall leave zeros in place of the gradients."""
         self.lent = False
-        """Whether states live as long as ``optimizer.state`` holds them, and no longer."""
+        """Whether nothing here holds states, so that they live only as long as ``optimizer.state`` does."""
         self.stepping = False
         """Whether a step is under way, in which a rule may ask for ``optimizer.state``."""
 

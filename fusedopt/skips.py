@@ -76,8 +76,8 @@ class Skips:
         return new
 
     def leave_out(self) -> None:
-        """Of what was skipped until now nothing is to be taken back, unless the host is still to hear of steps that it
-        counted. Waits for the device."""
+        """Take all skips until now as known: they were of steps that the host did not count, and must not be taken back
+        from its counts. Not while it is still to hear of steps that it did count. Waits for the device."""
         if self.unattended and self.tensor is not None and not self.unheard:
             self.known = int(self.tensor[3])
 

@@ -40,7 +40,8 @@ class NotFusable(Exception):
         """What else can be done, where torch's own step is not possible."""
 
     def lasts(self, optimizer: Any) -> bool:
-        """Whether this is known to be the answer at this step too, as it was at an earlier one."""
+        """Whether this reason, found at an earlier step, is known to hold at this one, so that nothing has to be
+        planned."""
         p = self.complex_param
         if p is None or p.grad is None or not p.is_complex():
             return False
