@@ -15,8 +15,8 @@ WHOLE = 1 << 20
 """Elements of a tensor that is left whole, since it may lie in the last cache from the step before."""
 
 LAST_CACHE = 1 << 18, WHOLE
-"""Elements whose parameter, gradient, states and copies fit there, smaller blocks cost more calls; and of a tensor that
-is left whole."""
+"""Elements per block, so that its parameter, gradient, states and copies fit the last cache (smaller blocks would cost
+more calls); and elements of a tensor that is left whole."""
 
 SECOND_CACHE = 1 << 17, 1 << 18
 """The same for formulas that pass over a block many times."""

@@ -1,7 +1,7 @@
-"""torch's fused Adam for its relatives, which have no kernel of their own.
+"""torch's fused Adam at work for its relatives, for which torch has no kernel.
 
-What these spend their time on is the division by the root of an average of squares. The kernel does it in a third of
-the time of torch's separate calls, where it is told to leave alone what is not theirs.
+Most of their time goes into dividing by the root of an average of squares. The fused kernel does that in a third of the
+time of separate calls, and its arguments can be chosen so that it changes nothing else.
 """
 
 from __future__ import annotations

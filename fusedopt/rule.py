@@ -31,9 +31,9 @@ class Rule(NamedTuple):
     fused_dtypes: frozenset = frozenset((torch.float32, torch.float64))
     """Parameter dtypes in which that kernel is right."""
     fused_narrow: Callable | None = None
-    """The same for one 16-bit block, ``fused_narrow(p, g, states, t, group, scale, *scalars)``, each result rounded
-    once; or NotImplemented, with nothing done, if this step's cannot be. Then, and without it, ``fused`` gets float32
-    copies of the blocks of parameters in whose dtype it is not right."""
+    """The same for one block of 16-bit tensors: ``fused_narrow(p, g, states, t, group, scale, *scalars)`` rounds each
+    result once, or does nothing and returns NotImplemented where this step does not allow that. Then, and for rules
+    without it, ``fused`` gets float32 copies of the blocks if their dtype is not among ``fused_dtypes``."""
     takes_rates: bool = False
     """Whether ``fused`` takes one argument more behind ``scale``, a list of the parameters' learning rates, so that one
     call serves groups that differ in nothing else."""

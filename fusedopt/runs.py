@@ -28,9 +28,9 @@ class Run:
     blocks: list[list[tuple[Tensor, ...]]] = dataclasses.field(default_factory=list)
     """For each parameter, its blocks, its states' and its averages', by memory; none with a fused kernel."""
     members: list[Member] = dataclasses.field(default_factory=list)
-    """In the order of their elements in these."""
+    """In the order of their elements in ``params``."""
     sizes: list[list[int]] = dataclasses.field(default_factory=list)
-    """For each of these, the elements of the parameters that it is made of."""
+    """For each of ``params``, how many elements the parameters have of which it is made."""
     grads: list[Tensor] = dataclasses.field(default_factory=list)
     groups: list[tuple[dict[str, Any], int]] = dataclasses.field(default_factory=list)
     """The parameter groups of the parameters, and how many of them in a row belong to each."""

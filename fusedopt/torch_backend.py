@@ -1,8 +1,9 @@
 """The fallback: the same chain -> rule -> chain in plain torch, as few and as large calls as possible.
 
-Where torch has a fused CPU kernel for the rule, it is called once per cohort on cached lists; other
-rules run in blocks that stay in the cache (torch_blocks.py). Small tensors are gathered first: their gradients with one
-call into a scratch buffer, and their parameters too, unless ``flatten`` made these contiguous for good.
+Where torch has a fused CPU kernel for the rule, it is called on cached lists, once for all cohorts that share their
+numbers; other rules run in blocks that stay in the cache (torch_blocks.py). Small tensors are gathered first: their
+gradients with one call into a scratch buffer, and their parameters too, unless ``flatten`` made these contiguous for
+good.
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ class Executor:
         self.pick = picker([m.position for m in self.direct])
         ends = list(accumulate((len(run.direct) for run in self.runs), initial=0))
         self.parts = list(map(slice, ends, ends[1:]))
-        """Of these, those of each run."""
+        """Which of the direct members are those of each run."""
         self.in_layout = False
         """Whether gradients that are laid out as at the first step have their parameters' layout."""
         self.strides = [m.place.strides for m in self.direct]

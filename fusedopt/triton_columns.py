@@ -46,7 +46,7 @@ class Columns:
         self.graphs: list[tuple[Chains, list[FrozenFamily]]] = []
         """What CUDA graphs hold."""
         self.read_by_graphs: list[Any] = []
-        """Whose memory they read, which must outlive what eager steps have in its place by then."""
+        """What owns the memory that they read: kept here where later steps replace it."""
 
     def write(self, update: StepNumbers, variants: int = 1) -> Chains:
         """Make the rows of the next step, of which there is one variant: the device knows which steps were skipped."""
