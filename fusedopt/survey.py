@@ -101,22 +101,21 @@ def survey(
             first_draw, eights = eights, eights - (-owner.numel() // 8)
             if g is None:
                 continue
-            here = position, number, owner
+            where = Where(position, number, owner)
             state, place = states.get(owner, {}), places.get(owner)
             spread = None if p is owner else reduction.spread(owner)
             piece = is_piece(owner)
             kind = type(p), p.device, type(g), g.device, g.dtype, g.layout, spread, piece, *traits(owner, rule, state)
             if kind not in kinds:
-                _check_kind(p, g, group, Where(*here))
+                _check_kind(p, g, group, where)
             if g.shape != p.shape:
-                raise RuntimeError(f"the gradient of {Where(*here)} has shape {tuple(g.shape)}")
+                raise RuntimeError(f"the gradient of {where} has shape {tuple(g.shape)}")
             if adaptive and (spread or piece):
-                refuse_shards(owner, Where(*here))
+                refuse_shards(owner, where)
             settled = place is not None and place.is_settled(p, state, adoption)
             if state and not settled:
-                _check_state(owner, rule, state, Where(*here))
+                _check_state(owner, rule, state, where)
             if kind not in kinds:
-                where = Where(*here)
                 stored = storage(owner, rule, optimizer._settings, state)
                 if p.device not in choices:
                     choices[p.device] = backend_of(optimizer, p.device)
@@ -131,8 +130,8 @@ def survey(
             stored, scalars, entries = kinds[kind]
             taken = 0
             if state:
-                taken = _steps_taken(optimizer, rule, stored, state, read, Where(*here))
-                scalars = _scalars(optimizer, rule, group, state, read, Where(*here)) if rule.scalars else ()
+                taken = _steps_taken(optimizer, rule, stored, state, read, where)
+                scalars = _scalars(optimizer, rule, group, state, read, where) if rule.scalars else ()
             entries.append(Entry(owner, p, position, number, group, taken, scalars, first_draw, state, place, settled))
     return buckets
 
