@@ -34,6 +34,15 @@ class Given(NamedTuple):
         return self.view.data_ptr() == self.address and self.of == _kind(p)
 
 
+def check(optimizer: Any) -> None:
+    """RuntimeError for distributed parameters, whose gradients belong to their engine."""
+    if any(is_distributed(p) or is_piece(p) for p in _params(optimizer)):
+        raise RuntimeError(
+            "flat_grads=True cannot keep the gradients of distributed parameters, which belong to their engine: leave "
+            "it out"
+        )
+
+
 class FlatGrads:
     """The gradients of one optimizer. Built again where it is missing, so it is not copied or pickled with that."""
 
@@ -42,14 +51,6 @@ class FlatGrads:
         self.buffers: list[Tensor] = []
         self.versions: list[int] | None = None
         """The gradients' versions after a step that left zeros in all of them: one that still has its own is zero."""
-
-    def check(self, optimizer: Any) -> None:
-        """RuntimeError for distributed parameters, whose gradients belong to their engine."""
-        if any(is_distributed(p) or is_piece(p) for p in _params(optimizer)):
-            raise RuntimeError(
-                "flat_grads=True cannot keep the gradients of distributed parameters, which belong to their engine: "
-                "leave it out"
-            )
 
     def step(self, optimizer: Any) -> None:
         """A step of the optimizer's engine that leaves zeros in the buffers, also if it skips the update. Whoever reads
@@ -87,7 +88,7 @@ class FlatGrads:
         # Once only: what the replay of a graph writes is not seen.
         versions, self.versions = self.versions, None
         if not self._all_are_here(params):
-            self.check(optimizer)
+            check(optimizer)
             self._bring(params)
         elif versions is not None and versions == self._versions():
             return

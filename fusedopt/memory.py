@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import setting_checks
 from .optimizer import FusedOptimizer
 from .sgd import SGD
 from .storage import MASTERS, NARROW, storage
@@ -74,8 +73,7 @@ def memory(
     """
     params = model.parameters() if isinstance(model, torch.nn.Module) else model
     if isinstance(optimizer, type) and issubclass(optimizer, FusedOptimizer):
-        setting_checks.flat_grads("flat_grads", options.get("flat_grads", False))
-        made = optimizer(params, **options | {"flat_grads": False})  # it would put zeros in place of gradients
+        made = optimizer(params, **options)
     elif isinstance(optimizer, FusedOptimizer):
         if options:
             raise TypeError(f"{', '.join(options)}: an optimizer that is made already has its options")

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import checkpoints, conversion, ema, introspection, refresh, storage
+from . import checkpoints, conversion, ema, flat_grads, introspection, refresh, storage
 from .arguments import check_group
 from .ema import EmaParameters
 from .engine import Engine
@@ -63,17 +63,17 @@ class FusedOptimizer(Formula, SettingAttributes, TorchStep, torch.optim.Optimize
         self._kernel_failures: dict[torch.device, str] = {}
         super().__init__(params, *args, **kwargs)
         self._check_settings()
-        if self.flat_grads:
-            self._flat_grads.check(self)
 
     def _check_settings(self) -> None:
-        """Raise ValueError where options or parameters contradict the settings."""
+        """Raise ValueError or RuntimeError where options or parameters contradict the settings."""
         rules = [self.rule(group) for group in self.param_groups]
         storage.check(self._settings, [p for group in self.param_groups for p in group["params"]])
         if self.state_dtype is not None and rules and not any(rule.keys for rule in rules):
             raise ValueError(
                 f"state_dtype={self.state_dtype!r}: {type(self).__name__} with these options has no states"
             )
+        if self.flat_grads:
+            flat_grads.check(self)
 
     # The protocol
 

@@ -188,6 +188,10 @@ def test_flat_gradients_are_refused():
     model = sharded()
     with pytest.raises(RuntimeError, match="flat_grads=True cannot keep the gradients of distributed parameters"):
         ours(model, flat_grads=True)
+    optimizer = ours(model)
+    with pytest.raises(RuntimeError, match="flat_grads=True cannot keep the gradients of distributed parameters"):
+        optimizer.flat_grads = True
+    assert not optimizer.flat_grads
 
 
 @pytest.mark.ranks(2)
