@@ -164,7 +164,7 @@ def count_aside(optimizer: Any, p: Tensor, place: Place, stored: Storage, taken:
     return [(place.open_number("step", torch.float32), float(taken))]
 
 
-def write(optimizer: Any, writes: list[tuple[Tensor, Tensor | float]]) -> None:
+def write(optimizer: Any, writes: list[Write]) -> None:
     """Fill views. Where states were exchanged, a value may be one of the views, and a view may still be the state
     of another parameter: both are copied before anything is overwritten."""
     views = {view.data_ptr(): view for view, _ in writes if view.numel()}

@@ -120,10 +120,10 @@ class Place:
 
     def fits(self, p: Tensor, parts: dict[str, Part | Scalar], capturable: bool) -> bool:
         """Whether the place has, or can get, memory for all of these, and numbers where they should be."""
-        buffers = {**self.space.buffers, **self.space.numbers}
-        if self.space.capturable != capturable:
+        if self.space.capturable != capturable or not self.is_for(p):
             return False
-        return self.is_for(p) and all(buffers[key].dtype == x.dtype for key, x in parts.items() if key in buffers)
+        buffers = self.space.buffers | self.space.numbers
+        return all(buffers[key].dtype == x.dtype for key, x in parts.items() if key in buffers)
 
     def settle(self, adoption: tuple, keys: Sequence[str]) -> None:
         """Note how the state was adopted, and under which keys it is."""

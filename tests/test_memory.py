@@ -64,7 +64,7 @@ def test_an_instance_is_asked_about_with_its_own_model():
 
 
 def test_gradients_stay_as_they_are():
-    """An optimizer with flat_grads would move and zero them."""
+    """An optimizer with flat_grads moves and zeroes them, but not before its first zero_grad() or step()."""
     model = torch.nn.Linear(4, 3)
     model.weight.grad = gradient = torch.ones(3, 4)
     assert fusedopt.memory(model, fusedopt.Adam, flat_grads=True) == fusedopt.memory(model, fusedopt.Adam)
