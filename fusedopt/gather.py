@@ -69,6 +69,27 @@ def in_layout_of(member: Member, g: Tensor) -> Tensor:
     return torch.empty_strided(space.sizes[index], space.strides[index], dtype=g.dtype, device=g.device).copy_(g)
 
 
+class Picked:
+    """Takes the gradients of some members from those of a step: each once, in its parameter's layout."""
+
+    def __init__(self, members: Sequence[Member]):
+        self.members = members
+        self.pick = picker([m.position for m in members])
+        self.strides = [m.place.strides for m in members]
+        self.in_layout = False
+        """Whether gradients that are laid out as at the first step have their parameters' layout."""
+
+    def __call__(self, grads: Sequence[Tensor | None], as_planned: bool) -> list[Tensor]:
+        """``as_planned``: whether they are laid out as at the first step."""
+        found = self.pick(grads)
+        if as_planned and self.in_layout:
+            return found
+        found = each_once(found)
+        in_layout = list(map(Tensor.stride, found)) == self.strides
+        self.in_layout = as_planned and in_layout
+        return found if in_layout else [in_layout_of(m, g) for m, g in zip(self.members, found)]
+
+
 class Gather:
     """Copies tensors of parameters into scratch buffers: rows of neighbours whose shapes differ in the first dimension
     only by one concatenation, which is three times faster than copying one by one; the others by one list copy."""

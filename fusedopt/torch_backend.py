@@ -19,7 +19,7 @@ from .buckets import Bucket, Member
 from .clipping import Verdict
 from .cohorts import Cohort, StepNumbers, alike
 from .flat import contiguous, memory_order
-from .gather import Gather, Staging, Ways, each_once, find_ways, in_layout_of, neighbours, picker
+from .gather import Gather, Picked, Staging, Ways, find_ways, neighbours
 from .options import ASIDE, NOT_READ
 from .places import Place
 from .runs import Run
@@ -59,13 +59,10 @@ class Executor:
         self.in_place = [m.param for m in bucket.members if m not in in_copies]
         self.runs = [self._run(family[0], some) for family, some in zip(families, ways_of)]
         self.direct = [m for run in self.runs for m in run.direct]
-        self.pick = picker([m.position for m in self.direct])
+        self.picked = Picked(self.direct)
         ends = list(accumulate((len(run.direct) for run in self.runs), initial=0))
         self.parts = list(map(slice, ends, ends[1:]))
         """Which of the direct members are those of each run."""
-        self.in_layout = False
-        """Whether gradients that are laid out as at the first step have their parameters' layout."""
-        self.strides = [m.place.strides for m in self.direct]
         permuted = [m for way in ways for m in way.listed + way.direct if not m.param.is_contiguous()]
         self.reordered = [
             (k, m.param.numel()) for k, m in enumerate(self.direct) if bucket.fused and not m.param.is_contiguous()
@@ -131,13 +128,7 @@ class Executor:
         self.owes_zeros, self.begun = owes_zeros, False
         if self.scratch:
             self.gather(grads)
-        direct = self.pick(grads)
-        if not (as_planned and self.in_layout):
-            direct = each_once(direct)
-            in_layout = list(map(Tensor.stride, direct)) == self.strides
-            self.in_layout = as_planned and in_layout
-            if not in_layout:
-                direct = [in_layout_of(m, g) for m, g in zip(self.direct, direct)]
+        direct = self.picked(grads, as_planned)
         for k, size in self.reordered:
             direct[k] = direct[k].as_strided((size,), (1,))
         for run, part in zip(self.runs, map(direct.__getitem__, self.parts)):

@@ -20,7 +20,7 @@ from .clipping import Terms, Verdict
 from .cohorts import StepNumbers
 from .flat import is_dense
 from .forms import wide
-from .gather import picker
+from .gather import Picked
 from .kernels import means, rules, tracked
 from .kernels import step as step_kernel
 from .launch import Launches
@@ -52,10 +52,7 @@ class Executor:
         # A parameter with gaps in memory is updated in a dense copy.
         self.copied = {m: m.place.without_gaps() for m in members if not is_dense(m.param)}
         self.params = [self.copied.get(m, m.param) for m in members]
-        self.strides = list(map(Tensor.stride, self.params))
-        self.pick = picker([m.position for m in members])
-        self.in_layout = False
-        """Whether gradients that are laid out as at the first step have their parameters' layout."""
+        self.picked = Picked(members)
         self.in_place = [m.param for m in members if m not in self.copied]
         self.grads: list[Tensor] = []
         self.owes_zeros = False
@@ -85,15 +82,7 @@ class Executor:
         """Take this step's gradients, in their parameters' layout, and tell the device where they are. ``as_planned``:
         whether they are laid out as at the first step; ``owes_zeros``: whether zeros shall take their place."""
         self.owes_zeros = owes_zeros
-        self.grads = self.pick(grads)
-        if not (as_planned and self.in_layout):
-            in_layout = list(map(Tensor.stride, self.grads)) == self.strides
-            self.in_layout = as_planned and in_layout
-            if not in_layout:
-                self.grads = [
-                    g if g.stride() == p.stride() else torch.empty_like(p, dtype=g.dtype).copy_(g)
-                    for g, p in zip(self.grads, self.params)
-                ]
+        self.grads = self.picked(grads, as_planned)
         self.tables.point_to(self.grads)
 
     def release(self) -> None:
