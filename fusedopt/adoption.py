@@ -89,7 +89,7 @@ def numbers_of(entry: Entry, rule: Rule, count_dtype: torch.dtype | None) -> dic
     """What stands beside a parameter's states: its step count, if there is one, its rule's scalars."""
     taken = entry.taken if isinstance(entry.taken, Tensor) else float(entry.taken)
     step = {} if count_dtype is None else {"step": Scalar(taken, count_dtype)}
-    return {**step, **dict(zip(rule.scalars, entry.scalars))} if entry.scalars else step
+    return step | dict(zip(rule.scalars, entry.scalars))
 
 
 def begin_states(

@@ -22,7 +22,7 @@ from .columns import is_column
 from .launch import Launches
 from .options import ASIDE, RATE, Options
 from .refresh import FrozenFamily
-from .triton_programs import Family, Programs, can_record, is_on
+from .triton_programs import Family, Programs, can_record, for_formulas, is_on
 from .triton_rows import Chains, Rows, structure
 
 
@@ -204,12 +204,8 @@ class Operations:
         return one.rates.device_copy.index_select(0, one.of_groups)
 
     def _option(self, value: Any) -> Any:
-        """An option for formulas: a tensor on the device as a column, one elsewhere as a number."""
-        if isinstance(value, (tuple, list)):
-            return type(value)(map(self._option, value))
-        if not isinstance(value, Tensor):
-            return value
-        return value.detach().double().reshape(1, 1) if is_on(value, self.bucket.device) else float(value)
+        """An option for formulas."""
+        return for_formulas(value, self.bucket.device, lambda tensor: tensor.detach().double().reshape(1, 1))
 
     def table(self, rows: Sequence[tuple[Family, list[Any]]]) -> Tensor:
         """The rows of these values, some of which are columns."""

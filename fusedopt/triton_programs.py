@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -62,6 +62,15 @@ def is_on(value: Any, device: torch.device) -> bool:
     return isinstance(value, Tensor) and value.device == device
 
 
+def for_formulas(value: Any, device: torch.device, read: Callable[[Tensor], Any]) -> Any:
+    """An option for formulas: a tensor on the device as what ``read`` makes of it, one elsewhere as a number."""
+    if isinstance(value, (tuple, list)):
+        return type(value)(for_formulas(x, device, read) for x in value)
+    if not isinstance(value, Tensor):
+        return value
+    return read(value) if is_on(value, device) else float(value)
+
+
 def can_record(bucket: Bucket) -> bool:
     """Whether the kernel can read and write the step counts and scalars of these parameters."""
     return all(len(dtypes) == 1 and dtypes <= EXACT for dtypes in _dtypes(bucket))
@@ -85,12 +94,8 @@ class Recording:
         self.device = one.members.device
 
     def option(self, value: Any) -> Any:
-        """An option of all groups for formulas: a tensor on the device as what is read there."""
-        if isinstance(value, (tuple, list)):
-            return type(value)(map(self.option, value))
-        if not isinstance(value, Tensor):
-            return value
-        return self._read([value] * len(self.one.groups)) if is_on(value, self.device) else float(value)
+        """An option of all groups, for formulas."""
+        return for_formulas(value, self.device, lambda tensor: self._read([tensor] * len(self.one.groups)))
 
     def rate(self) -> Recorded:
         """Their learning rates."""
