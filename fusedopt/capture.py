@@ -7,13 +7,13 @@ then, and what the step of a graph used must outlive the plan that it belonged t
 from __future__ import annotations
 
 import dataclasses
-import warnings
 from collections.abc import Iterable
 from typing import Any
 
 import torch
 
 from . import upload
+from .hooks import warn
 from .setting_checks import flag
 from .settings import EpsSettings, Settings, setting
 
@@ -85,5 +85,5 @@ def check(optimizer: Any, plan: Any) -> bool:
 def _warn_as_torch_does(optimizer: Any, plan: Any) -> None:
     warned = plan.counted or getattr(optimizer, "_warned_capturable_if_run_uncaptured", False)
     if not warned and "capturable" in optimizer.defaults and any(d.type == "cuda" for d in plan.devices):
-        warnings.warn(IMPAIRS, stacklevel=2)
+        warn(IMPAIRS)
         optimizer._warned_capturable_if_run_uncaptured = True

@@ -11,7 +11,6 @@ all_reduce, also one that has no gradient at all. The same holds for means over 
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Sequence
 from itertools import chain
 from typing import Any
@@ -21,6 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .hooks import warn
 from .shards import any_distributed, is_distributed, is_piece, refuse_partial
 
 ProcessGroups = tuple[Any, ...]
@@ -161,10 +161,9 @@ def add_over_ranks(sums: Tensor, all_reduces: Iterable[AllReduce]) -> None:
 def warn_of_replaced_parameters() -> None:
     """At a first step at which nothing has a gradient."""
     if dist.is_available() and dist.is_initialized():
-        warnings.warn(
+        warn(
             "no parameter of this optimizer has a gradient at its first step. Was it built before fully_shard(), "
-            "which replaces a model's parameters? Build it afterwards, or it will never change anything.",
-            stacklevel=5,  # the line that called optimizer.step()
+            "which replaces a model's parameters? Build it afterwards, or it will never change anything."
         )
 
 

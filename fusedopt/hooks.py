@@ -1,8 +1,10 @@
-"""What torch puts around an optimizer's ``step``, where it is needed."""
+"""What torch puts around an optimizer's ``step``, where it is needed; and warnings that look through it."""
 
 from __future__ import annotations
 
 import functools
+import sys
+import warnings
 from collections.abc import Callable
 from itertools import chain
 from typing import Any
@@ -10,6 +12,18 @@ from typing import Any
 import torch
 from torch.autograd import _profiler_enabled as is_profiling
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
+
+BETWEEN = {"fusedopt", "torch", "contextlib"}
+"""Packages whose frames stand between a warning and the line that called ``step``: how many there are depends on hooks,
+schedulers and profilers."""
+
+
+def warn(message: str) -> None:
+    """Warn, with the user's line that called ``step``."""
+    level, frame = 2, sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in BETWEEN:
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, stacklevel=level)
 
 
 def profile_hook_step(func: Callable[..., Any]) -> Callable[..., Any]:

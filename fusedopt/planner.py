@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from itertools import chain
 from operator import attrgetter
@@ -15,6 +14,7 @@ from . import capture, clipping
 from .backends import KernelFailed
 from .executors import make_executor
 from .groups import get_params
+from .hooks import warn
 from .metrics import Tracker
 from .places import Place
 from .plan import Plan, without_collection
@@ -99,9 +99,8 @@ class Planner:
         others_wait = self.began and self.plan.reduction.communicates
         if optimizer.backend is not None or own_rule or others_wait or failure.too_late:
             raise failure.__cause__
-        warnings.warn(
-            f"{failure}: torch takes the steps on {failure.device} from now on; with backend='triton' this is an error",
-            stacklevel=6,  # the line that called optimizer.step()
+        warn(
+            f"{failure}: torch takes the steps on {failure.device} from now on; with backend='triton' this is an error"
         )
         optimizer._kernel_failures[failure.device] = str(failure)
         self.synchronize(optimizer)

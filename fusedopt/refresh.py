@@ -8,7 +8,6 @@ of the graph's operations: an option that goes into these cannot change without 
 from __future__ import annotations
 
 import contextlib
-import warnings
 from collections.abc import Callable, Iterator, Sequence, Set
 from typing import Any, NamedTuple
 
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .cohorts import Cohort, StepNumbers
+from .hooks import warn
 from .options import Options
 from .rule import Rule, Update
 
@@ -65,7 +65,7 @@ def _of_latest(is_latest: bool) -> Iterator[None]:
     except RuntimeError as problem:
         if is_latest:
             raise
-        warnings.warn(f"a CUDA graph stays as it is, since another was captured later: {problem}", stacklevel=5)
+        warn(f"a CUDA graph stays as it is, since another was captured later: {problem}")
 
 
 def _check_settings(optimizer: Any, before: Any) -> None:

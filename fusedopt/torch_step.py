@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .backends import backend_of
+from .hooks import warn
 from .shards import PLAIN
 
 FALLBACK_IS_FOR = {"cpu", "meta"}
@@ -83,9 +83,7 @@ def own_init_group(cls: type) -> type | None:
     return None if found is None or found.__module__.startswith("torch.") else found
 
 
-@functools.cache
-def _say_once(reason: str) -> None:
-    warnings.warn(reason, stacklevel=11)  # the line that called optimizer.step()
+_say_once = functools.cache(warn)
 
 
 def reason_against(p: Tensor, g: Tensor, group: dict[str, Any]) -> str | None:

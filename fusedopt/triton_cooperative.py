@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 from . import occupancy, triton_norm
 from .backends import KernelFailed, interpreting
 from .clipping import IMPOSSIBLE, Terms, Verdict
 from .cohorts import StepNumbers
+from .hooks import warn
 from .kernels.clipped import clipped_step
 from .skips import Skips
 from .triton_norm import judging_arguments
@@ -70,7 +70,7 @@ class Cooperative:
             if settings.launches == 1:
                 raise RuntimeError(IMPOSSIBLE.format(self.refusal)) from cause
             if not refused:
-                warnings.warn(f"{error}: norm and update take two launches on {device}", stacklevel=2)
+                warn(f"{error}: norm and update take two launches on {device}")
             return None
         executor.finish(forms)
         return terms.left_to(verdict)

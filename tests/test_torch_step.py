@@ -189,6 +189,18 @@ def test_a_gpu_without_kernels_is_left_to_torch(name):
 
 
 @pytest.mark.usefixtures("gpu_without_kernels")
+def test_a_warning_names_the_users_line_behind_what_wraps_the_step():
+    p = torch.nn.Parameter(torch.ones(3))
+    optimizer = fusedopt.SGD([p], lr=0.1)
+    torch.optim.lr_scheduler.StepLR(optimizer, 1)
+    optimizer.register_step_pre_hook(lambda *step: None)
+    p.grad = torch.ones(3)
+    with pytest.warns(UserWarning, match="torch.optim's own step runs on cpu") as warned:
+        optimizer.step()
+    assert warned[0].filename == __file__
+
+
+@pytest.mark.usefixtures("gpu_without_kernels")
 def test_what_torch_lacks_is_not_left_to_it(recwarn):
     p = torch.nn.Parameter(torch.ones(3))
     optimizer = fusedopt.Lion([p], lr=0.1)
