@@ -154,7 +154,8 @@ class Executor:
         if self.settings.track is None:
             tiles = tables.tiles
             self.launch(
-                step_kernel.step, variant, tiles.count, tables.device_copy, tiles.table, *numbers, *formulas, **shared
+                step_kernel.step, variant, tiles.count,
+                tables.upload.device_copy, tiles.table, *numbers, *formulas, **shared,
             )  # fmt: skip
         else:
             self._launch_tracked(variant, numbers, formulas, shared, verdict.loss_scale)
@@ -176,7 +177,7 @@ class Executor:
         scale, aligned = scaler_argument(loss_scale, self.bucket.device)
         self.launch(
             tracked.tracked_step, (variant, aligned), chunks.programs,
-            self.tables.device_copy, chunks.table, *numbers, self.tally.latest.sums, scale, *formulas,
+            self.tables.upload.device_copy, chunks.table, *numbers, self.tally.latest.sums, scale, *formulas,
             LANES=self.tables.tuning.block // self.tables.vector, **shared,
         )  # fmt: skip
 
@@ -237,8 +238,8 @@ class Executor:
         chunks, tables = self.chunks[count], self.tables
         self.launch(
             means.means_of_terms, (chains.used, heeding[0] is None), chunks.programs,
-            tables.device_copy, chunks.table, self.rows.table, chunks.partials, chunks.tickets, chunks.means, *heeding,
-            self.limits(), tables.roles, tables.forms, chains.h, chains.on_grad, chains.terms,
+            tables.upload.device_copy, chunks.table, self.rows.table, chunks.partials, chunks.tickets, chunks.means,
+            *heeding, self.limits(), tables.roles, tables.forms, chains.h, chains.on_grad, chains.terms,
             VECTOR=tables.vector, **shared,
         )  # fmt: skip
         return chunks.means

@@ -44,7 +44,7 @@ class Cooperative:
         forms = executor.forms()
         variant = chains.used, variant, forms is tables.forms
         args = (
-            tables.device_copy, tiles.table, tiles.count, executor.rows.table, slots, barrier, verdict,
+            tables.upload.device_copy, tiles.table, tiles.count, executor.rows.table, slots, barrier, verdict,
             *judging, known, variants, settings.seed, executor.limits(), places,
             tables.roles, forms, chains.h, chains.on_grad, chains.on_update, chains.averages,
         )  # fmt: skip

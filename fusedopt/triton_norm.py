@@ -55,7 +55,7 @@ class Norm:
         tables, tiles, tuning = self.tables, self.tables.norm_tiles, self.tables.tuning
         self.launch(
             norm.sum_of_squares, (ticket is None, variant), min(tiles.count, SLOTS),
-            tables.device_copy, tiles.table, tiles.count, tables.roles.grad, slots, first_slot, slots.numel(),
+            tables.upload.device_copy, tiles.table, tiles.count, tables.roles.grad, slots, first_slot, slots.numel(),
             ticket, verdict, *judging, **constants,
             FIELDS=tables.fields, BLOCK=tables.norm_block, SLOTS=SLOTS,
             num_warps=tuning.norm_warps, enable_fp_fusion=False,

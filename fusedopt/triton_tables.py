@@ -123,10 +123,6 @@ class Tables:
         elements = self.tuning.block // (self.num_warps * self.warp)
         return {"maxnreg": self.tuning.registers[elements]} if elements in self.tuning.registers else {}
 
-    @property
-    def device_copy(self) -> Tensor:
-        return self.upload.device_copy
-
     def point_to(self, grads: Sequence[Tensor]) -> None:
         """Tell the device where the gradients are, if it does not know. A graph has a table of its own."""
         found = np.fromiter(map(Tensor.data_ptr, grads), np.int64, len(grads))

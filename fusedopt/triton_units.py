@@ -30,8 +30,8 @@ class Limits:
             tables, of = self.tables, self.units
             self.launch(
                 units.ratios_of_units, (), of.programs,
-                tables.device_copy, self.argument, of.parts, of.partials, of.tickets, clipping, EPS, tables.roles,
-                ADDRESS=tables.address, FIELDS=tables.fields, PART=PART, BLOCK=tables.tuning.block,
+                tables.upload.device_copy, self.argument, of.parts, of.partials, of.tickets, clipping, EPS,
+                tables.roles, ADDRESS=tables.address, FIELDS=tables.fields, PART=PART, BLOCK=tables.tuning.block,
                 enable_fp_fusion=False,
             )  # fmt: skip
         return self.argument
