@@ -178,6 +178,8 @@ class FusedOptimizer(Formula, SettingAttributes, TorchStep, torch.optim.Optimize
         self.__dict__.setdefault("_ema", {})
         self.__dict__.setdefault("_flat_grads", FlatGrads())
         self.__dict__.setdefault("_kernel_failures", {})
+        if self._engine.lent:
+            self._engine.take_back(self)  # loaded states take the memory of those before, which must live until then
         self._engine.synchronize(self)
         self._engine.forget()
         conversion.release(state.get("state", {}))
