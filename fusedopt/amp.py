@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.amp.grad_scaler import OptState
 
 from .clipping import Scaling
+from .groups import params_of
 from .optimizer import FusedOptimizer
 
 NOTHING_CHECKED = "No inf checks were recorded for this optimizer."
@@ -56,7 +57,7 @@ class GradScaler(torch.amp.GradScaler):
             return super().step(optimizer, *args, **kwargs)  # which says what is wrong
         scale, _ = self._check_scale_growth_tracker("step")
         scaled = state["stage"] is OptState.READY
-        if scaled and not any(p.grad is not None for group in optimizer.param_groups for p in group["params"]):
+        if scaled and not any(p.grad is not None for p in params_of(optimizer)):
             raise AssertionError(NOTHING_CHECKED)
         with self._in_charge(optimizer, scale) as scaling:
             result = optimizer.step(**kwargs)
@@ -79,7 +80,7 @@ class GradScaler(torch.amp.GradScaler):
         if not isinstance(optimizer, FusedOptimizer):
             if scaled:
                 self.unscale_(optimizer)
-            params = [p for group in optimizer.param_groups for p in group["params"]]
+            params = params_of(optimizer)
             return torch.nn.utils.clip_grad_norm_(params, *arguments)
         if not scaled:
             return optimizer.clip_grad_norm_(*arguments)

@@ -21,7 +21,7 @@ from torch.nn.parameter import is_lazy
 from . import conversion
 from .arguments import check_rates
 from .rule import Rule
-from .shards import alike, kind, local
+from .shards import distributed_alike, kind, local
 from .storage import MASTER_KEYS, NARROW, quantization_problem
 from .torch_step import base_in_torch
 
@@ -190,7 +190,7 @@ def _check_state(rule: Rule, key: str, entry: Mapping, p: Tensor, where: str) ->
 
 
 def _check_distribution(value: Tensor, p: Tensor, where: str) -> None:
-    if not alike(value, p):
+    if not distributed_alike(value, p):
         raise ValueError(
             f"{where} is a {kind(value)} and the parameter a {kind(p)}; load states of distributed parameters with "
             "torch.distributed.checkpoint.state_dict.set_optimizer_state_dict"

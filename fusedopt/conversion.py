@@ -17,7 +17,7 @@ from .encodings import converted, decode, decode_master, encode, encode_master, 
 from .flat import strides_of_state
 from .forms import Form, wide
 from .rule import Rule
-from .shards import alike, gather_anew, is_distributed, kind, like, local
+from .shards import distributed_alike, gather_anew, is_distributed, kind, like, local
 from .storage import MASTER_KEYS, part_key, storage
 
 MASTER = "master"
@@ -223,7 +223,7 @@ def _check_masters(params: list[tuple[int | str, dict[str, Any], Tensor]], maste
             raise TypeError(
                 f"the master of parameter {key!r} must be a tensor of floating-point numbers, got {value!r:.60}"
             )
-        if value.shape != p.shape or not alike(value, p):
+        if value.shape != p.shape or not distributed_alike(value, p):
             raise ValueError(
                 f"the master of parameter {key!r} has shape {tuple(value.shape)} and is a {kind(value)}, "
                 f"the parameter has {tuple(p.shape)} and is a {kind(p)}"

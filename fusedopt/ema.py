@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from .forms import wide
+from .groups import params_of
 from .shards import gather_anew, is_piece, kind, local, on_one_mesh
 
 ROLE = "ema"
@@ -58,7 +59,7 @@ class EmaParameters(list):
         self.optimizer = optimizer
         self.trained: list[tuple[Tensor, Tensor]] = []
         """What was in the parameters, as long as they hold the averages."""
-        params = [p for group in optimizer.param_groups for p in group["params"]]
+        params = params_of(optimizer)
         super().__init__(averages.get(p, p.detach()) for p in params)
 
     def __enter__(self) -> EmaParameters:
@@ -101,7 +102,7 @@ class EmaParameters(list):
 
 def state_dict(optimizer: Any) -> dict[int, Tensor]:
     """The averages by the numbers that parameters have in ``optimizer.state_dict()``."""
-    params = [p for group in optimizer.param_groups for p in group["params"]]
+    params = params_of(optimizer)
     begun = {k: optimizer._ema[p] for k, p in enumerate(params) if p in optimizer._ema}
     if optimizer.ema_decay is None:
         return begun
@@ -113,7 +114,7 @@ def state_dict(optimizer: Any) -> dict[int, Tensor]:
 
 @torch.no_grad()
 def load(optimizer: Any, averages: Mapping[int, Tensor]) -> None:
-    params = [p for group in optimizer.param_groups for p in group["params"]]
+    params = params_of(optimizer)
     if not isinstance(averages, Mapping):
         raise TypeError(f"averages are a dict, as ema_state_dict() returns it; got {type(averages).__name__}")
     for k, value in averages.items():

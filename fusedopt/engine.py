@@ -14,9 +14,10 @@ from .backends import KernelFailed
 from .cohorts import StepNumbers
 from .distributed import warn_of_replaced_parameters
 from .executors import compile_ahead, judge_of, prefer_one_launch, problem_with_one_launch
+from .groups import params_of
 from .metrics import Metrics, Tracker
 from .plan import Plan
-from .planner import Planner
+from .planner import Planner, get_grad
 from .refresh import Captured
 from .settings import CLIP
 from .upload import capturing
@@ -100,7 +101,7 @@ class Engine(Planner):
         """Whether the next step divides by a loss scale, as ``clip`` was told."""
         if self.deferred is None or not self.deferred.scaled:
             return False
-        return self.deferred.is_of([p.grad for group in optimizer.param_groups for p in group["params"]])
+        return self.deferred.is_of(list(map(get_grad, params_of(optimizer))))
 
     def let_go(self) -> None:
         super().let_go()

@@ -19,6 +19,7 @@ from torch.nn.parameter import is_lazy
 
 from . import upload
 from .flat import Space
+from .groups import params_of
 from .shards import is_distributed, is_piece
 
 
@@ -36,7 +37,7 @@ class Given(NamedTuple):
 
 def check(optimizer: Any) -> None:
     """RuntimeError for distributed parameters, whose gradients belong to their engine."""
-    if any(is_distributed(p) or is_piece(p) for p in _params(optimizer)):
+    if any(is_distributed(p) or is_piece(p) for p in params_of(optimizer)):
         raise RuntimeError(
             "flat_grads=True cannot keep the gradients of distributed parameters, which belong to their engine: leave "
             "it out"
@@ -57,7 +58,7 @@ class FlatGrads:
         the gradients behind it finds these."""
         self.versions = None
         engine = optimizer._engine
-        engine.owes_zeros = here = self._all_are_here([p for p in _params(optimizer) if p.grad is not None])
+        engine.owes_zeros = here = self._all_are_here([p for p in params_of(optimizer) if p.grad is not None])
         try:
             engine.step(optimizer)
         finally:
@@ -80,7 +81,7 @@ class FlatGrads:
             RuntimeError: as ``check``.
         """
         params = []
-        for p in _params(optimizer):
+        for p in params_of(optimizer):
             if p.requires_grad:
                 params.append(p)
             else:
@@ -136,10 +137,6 @@ class FlatGrads:
         space.allocate("grad", _dtype(params[0]))
         views = [space.claim("grad", index) for index in range(len(params))]
         return {p: Given(view, space.buffers["grad"], view.data_ptr(), _kind(p)) for p, view in zip(params, views)}
-
-
-def _params(optimizer: Any) -> list[Tensor]:
-    return [p for group in optimizer.param_groups for p in group["params"]]
 
 
 def _has_memory(p: Tensor) -> bool:

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 from operator import itemgetter
 from typing import Any
+
+from torch import Tensor
 
 from .identity import same, same_tensors
 from .options import ASIDE, NOT_READ, Options
 
 get_params = itemgetter("params")
+
+
+def params_of(optimizer: Any) -> list[Tensor]:
+    """The parameters of all groups."""
+    return list(chain.from_iterable(map(get_params, optimizer.param_groups)))
 
 
 class Groups:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .groups import params_of
 from .optimizer import FusedOptimizer
 from .sgd import SGD
 from .storage import MASTERS, NARROW, storage
@@ -96,8 +97,8 @@ def memory(
 
 
 def _check_holds(params: Iterable[Any], optimizer: FusedOptimizer) -> None:
-    theirs = {p for group in SGD(params).param_groups for p in group["params"]}
-    missing = [p for group in optimizer.param_groups for p in group["params"] if p not in theirs]
+    theirs = set(params_of(SGD(params)))
+    missing = [p for p in params_of(optimizer) if p not in theirs]
     if missing:
         raise ValueError(
             f"the model lacks {len(missing)} of the parameters that this {type(optimizer).__name__} updates, the first "

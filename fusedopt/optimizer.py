@@ -19,6 +19,7 @@ from .ema import EmaParameters
 from .engine import Engine
 from .flat_grads import FlatGrads
 from .formula import Formula
+from .groups import params_of
 from .hooks import is_profiling, profile_hook_step
 from .metrics import Metrics
 from .settings import SettingAttributes
@@ -67,7 +68,7 @@ class FusedOptimizer(Formula, SettingAttributes, TorchStep, torch.optim.Optimize
     def _check_settings(self) -> None:
         """Raise ValueError or RuntimeError where options or parameters contradict the settings."""
         rules = [self.rule(group) for group in self.param_groups]
-        storage.check(self._settings, [p for group in self.param_groups for p in group["params"]])
+        storage.check(self._settings, params_of(self))
         if self.state_dtype is not None and rules and not any(rule.keys for rule in rules):
             raise ValueError(
                 f"state_dtype={self.state_dtype!r}: {type(self).__name__} with these options has no states"
@@ -234,7 +235,7 @@ class FusedOptimizer(Formula, SettingAttributes, TorchStep, torch.optim.Optimize
         except NotFusable:
             if self._engine.scaling is not None:
                 self._engine.scaling.unscale()
-            params = [p for group in self.param_groups for p in group["params"]]
+            params = params_of(self)
             return torch.nn.utils.clip_grad_norm_(params, max_norm, norm_type, error_if_nonfinite)
         if error_if_nonfinite and not torch.isfinite(norm):
             self._engine.deferred = None

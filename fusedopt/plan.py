@@ -25,7 +25,7 @@ from .cohorts import StoredScalars
 from .counts import Counts
 from .distributed import MeansOverRanks, Reduction
 from .flat import Space
-from .groups import Groups
+from .groups import Groups, params_of
 from .identity import same, same_tensors
 from .layouts import Layouts
 from .places import Place, finished
@@ -63,7 +63,7 @@ class Plan:
 
     def __init__(self, optimizer: Any, places: dict[Tensor, Place], grads: list[Tensor | None]):
         groups = optimizer.param_groups
-        self.params = [p for group in groups for p in group["params"]]
+        self.params = params_of(optimizer)
         rules = [optimizer.rule(group) for group in groups]
         self.present = [g is not None for g in grads]
         self.settings = optimizer._settings.layout

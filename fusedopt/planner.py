@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import chain
 from operator import attrgetter
 from typing import Any
 
@@ -13,7 +12,7 @@ from torch import Tensor
 from . import capture, clipping
 from .backends import KernelFailed
 from .executors import make_executor
-from .groups import get_params
+from .groups import params_of
 from .hooks import warn
 from .metrics import Tracker
 from .places import Place
@@ -64,7 +63,7 @@ class Planner:
         self.stepping = True
         try:
             known = self.plan is not None and self.plan.knows(optimizer)
-            params = self.plan.params if known else list(chain.from_iterable(map(get_params, optimizer.param_groups)))
+            params = self.plan.params if known else params_of(optimizer)
             grads = list(map(get_grad, params))
             parts = local_grads(params, grads) if self.distributed else grads
             if not known or not self.plan.holds(parts):
@@ -110,7 +109,7 @@ class Planner:
     @torch.no_grad()  # which the line above switches off
     @without_collection()
     def _build(self, optimizer: Any, grads: list[Tensor | None]) -> None:
-        devices = {p.device for group in optimizer.param_groups for p in group["params"]}
+        devices = {p.device for p in params_of(optimizer)}
         # What waits to be clipped by our step would not be clipped by torch's.
         left = None if self.deferred is not None else left_to_torch(optimizer, devices)
         if left is None:

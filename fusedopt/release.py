@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from . import means
 from .engine import Engine
+from .groups import params_of
 from .optimizer import FusedOptimizer
 from .shards import is_distributed, is_piece
 from .torch_step import NotFusable
@@ -76,7 +77,7 @@ def enable_gradient_release(model: torch.nn.Module, optimizer: FusedOptimizer) -
     found = [(k, p) for k, group in enumerate(groups) for p in group["params"] if p in own and p.requires_grad]
     if not found:
         raise ValueError("the optimizer has none of the model's parameters that need gradients")
-    params = [p for group in groups for p in group["params"]]
+    params = params_of(optimizer)
     draws = dict(zip(params, accumulate((-(-p.numel() // 8) for p in params), initial=0)))
     singles = [Single(optimizer, k, p, draws[p]) for k, p in found]
     hooks = [single.param.register_post_accumulate_grad_hook(_stepper(optimizer, single)) for single in singles]

@@ -55,7 +55,7 @@ def like(whole: Any, part: Tensor) -> Any:
     return module.DTensor.from_local(part, *spec, run_check=False, shape=whole.shape, stride=whole.stride())
 
 
-def alike(a: Any, b: Any) -> bool:
+def distributed_alike(a: Any, b: Any) -> bool:
     """Whether two tensors are distributed in the same way, or neither is, so that their local parts belong together."""
     return on_one_mesh(a, b) and (not is_distributed(a) or a._spec is b._spec or a.placements == b.placements)
 
@@ -95,7 +95,7 @@ def local_grads(params: list[Tensor], grads: list[Tensor | None]) -> list[Tensor
     found = []
     for position, (p, g) in enumerate(zip(params, grads)):
         if is_distributed(g) and is_distributed(p):
-            g = get_local(g if alike(p, g) else _redistributed(p, g, position))
+            g = get_local(g if distributed_alike(p, g) else _redistributed(p, g, position))
             # What a collective operation of torch's has not delivered yet.
             g = g.wait() if type(g) is not Tensor and hasattr(g, "wait") else g
         elif g is not None and is_distributed(p) != is_distributed(g):

@@ -17,9 +17,10 @@ from . import means
 from .backends import Backend, backend_of
 from .cohorts import Scalar
 from .distributed import ProcessGroups, Reduction
+from .groups import params_of
 from .places import Place, adoption_key, is_shared
 from .rule import Rule
-from .shards import alike, is_piece, local
+from .shards import distributed_alike, is_piece, local
 from .storage import Storage, quantization_problem, storage, traits
 from .torch_step import COMPLEX, PLAIN_TENSORS, REMEDIES, NotFusable, reason_against
 from .units import refuse_shards
@@ -84,7 +85,7 @@ def survey(
     """Every parameter with a gradient, by bucket. Changes nothing, so an error leaves all as it was."""
     buckets: dict[Key, list[Entry]] = {}
     choices: dict[torch.device, Backend] = {}
-    active = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    active = [p for p in params_of(optimizer) if p.grad is not None]
     if len(set(map(id, active))) != len(active):
         raise NotFusable("a parameter that is listed twice", "list it once")
     adaptive, states = optimizer._settings.adaptive_grad_clip is not None, optimizer._states
@@ -176,7 +177,7 @@ def _check_state(owner: Tensor, rule: Rule, state: dict[str, Any], where: Where)
             continue
         if not isinstance(value, Tensor):
             raise RuntimeError(f"the state {key!r} of {where} must be a tensor, got {type(value).__name__}")
-        if not alike(owner, value):
+        if not distributed_alike(owner, value):
             raise RuntimeError(
                 f"the state {key!r} of {where} must be distributed as the parameter is; load states of distributed "
                 "parameters with torch.distributed.checkpoint.state_dict.set_optimizer_state_dict"
