@@ -52,7 +52,8 @@ def stages_of(update: Update) -> list[Stage]:
 
 
 class Chunks:
-    """What the kernel of the means works on: which program adds which tiles, and where to."""
+    """The table from which the kernel of the means knows which program adds which tiles, and the memory for its sums
+    and means."""
 
     def __init__(self, tiles: Sequence[int], count: int, device: torch.device):
         """``tiles`` of each tensor, ``count`` means for each."""

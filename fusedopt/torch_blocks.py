@@ -53,6 +53,7 @@ class Blocks:
                     self.fused_step(tensors, g_block, run.cohort, scale, update)
                 continue
             if not terms:
+                # A direction is dropped before the next one is made, which then takes its memory, still in the cache.
                 for tensors, g_block in parts:
                     self._follow(tensors, self._direction(self.load(tensors), g_block, update, factor), (), update)
                 continue

@@ -10,14 +10,14 @@ from torch import Tensor
 from .kernels import units
 from .launch import Launches
 from .triton_tables import Tables
-from .units import EPS, PART, Units
+from .units import EPS, PART, UnitTables
 
 
 class Limits:
     """The limits of one bucket's units."""
 
     def __init__(self, params: Sequence[Tensor], dtype: torch.dtype, tables: Tables, launch: Launches):
-        self.units = Units(params, dtype, launch.device)
+        self.units = UnitTables(params, dtype, launch.device)
         self.argument = units.Units(self.units.ratios, self.units.table)
         self.tables = tables
         self.launch = launch

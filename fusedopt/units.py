@@ -59,8 +59,9 @@ def refuse_shards(owner: Any, where: Any) -> None:
         )
 
 
-class Units:
-    """What the kernel of the ratios works on: which program adds what, and where to."""
+class UnitTables:
+    """The tables from which the kernel of the ratios knows which program adds which part of which unit, and the memory
+    for its sums and ratios."""
 
     def __init__(self, params: Sequence[Tensor], dtype: torch.dtype, device: torch.device):
         layouts = [_layout(p) for p in params]
