@@ -27,7 +27,7 @@ Write = tuple[Tensor, Tensor | float]
 
 
 class Change(NamedTuple):
-    """What becomes of a dict of tensors once its new ones are filled: an interrupt before that loses nothing."""
+    """What a dict of tensors gets and loses once the new tensors are filled: an interrupt before that loses nothing."""
 
     entries: dict[Any, Any]
     new: dict[Any, Tensor]
@@ -99,8 +99,8 @@ def begin_states(
     stored: Storage,
     numbers: dict[str, Scalar],
 ) -> tuple[list[Write], list[Change]]:
-    """Give every empty ``optimizer.state[p]`` views of its place. Returns what has to be written into them, where new
-    memory holds zeros, and who gets them then.
+    """Give every empty ``optimizer.state[p]`` views of its place. Returns what has to be written into them (new memory
+    holds zeros), and the changes that hand them over then.
 
     Args:
         beginners: parameters of one group as the optimizer holds them, what this rank updates of them, and places.
@@ -156,8 +156,8 @@ def adopt_states(
 
 
 def count_aside(optimizer: Any, p: Tensor, place: Place, stored: Storage, taken: int) -> list[Write]:
-    """Make the place count steps where torch does not, so that the device knows a first step from others. Goes before
-    the states. Returns what has to be written."""
+    """Make the place count steps where torch keeps no count, so that the device can tell a first step from others. To
+    be called before the states are adopted. Returns what has to be written."""
     state = optimizer._states.get(p, {})
     if "step" in place.views and all(place.holds(key, state.get(key)) for key in stored.kept_keys):
         return []

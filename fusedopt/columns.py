@@ -21,8 +21,8 @@ Number = Any
 """A float, or a column."""
 
 Rounded = np.floating | Tensor | Recorded
-"""One of a rule's scalars where the host knows it, in the dtype of its state: a number of NumPy, which calculates
-faster than a 0-dim tensor of torch's, or such a tensor for a dtype that NumPy lacks. A column else."""
+"""One of a rule's scalars, in the dtype of its state. Where the host knows it: a number of NumPy, which calculates
+faster than a 0-dim tensor of torch's, or such a tensor for a dtype that NumPy lacks. Otherwise a column."""
 
 
 def is_column(x: Any) -> bool:

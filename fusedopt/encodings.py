@@ -66,9 +66,9 @@ def encode(form: Form, values: Tensor, strides: tuple[int, ...]) -> list[Tensor]
 
 
 def encode_master(form: Form, master: Tensor | None, p: Tensor, strides: tuple[int, ...]) -> list[Tensor]:
-    """New parts, the parameter aside, that make ``p`` the exact ``master`` where it is its rounded value. Where another
-    form has rounded it, this one goes as near to it as it can. Elsewhere somebody has given p another value, which then
-    is the master, as everywhere where there was none."""
+    """New parts beside the parameter. Together they hold ``master`` wherever ``p`` is what this form rounds it to.
+    Where another form has rounded it to ``p``, they come as near to it as this form can. Elsewhere somebody has given
+    ``p`` another value since: then that is the master, as it is where there was none."""
     plain = p.detach().float()
     if master is None:
         return encode(form, plain, strides)[1:]

@@ -38,7 +38,7 @@ class Chains(NamedTuple):
     averages: tuple
     width: int
     means: tuple[int, ...]
-    """Which of the means that the update chain may need its stages do, by number."""
+    """The numbers of the means that its stages need, among all that the update chain may need."""
     means_at_most: int
     """How many it may need."""
 
