@@ -62,7 +62,9 @@ class GradScaler(torch.amp.GradScaler):
         with self._in_charge(optimizer, scale) as scaling:
             result = optimizer.step(**kwargs)
         if scaled:
-            state["found_inf_per_device"] = {scaling.found_inf.device: scaling.found_inf}
+            # Nobody has looked where a step hook has dropped all gradients.
+            found = torch.zeros_like(scale) if scaling.found_inf is None else scaling.found_inf
+            state["found_inf_per_device"] = {found.device: found}
         state["stage"] = OptState.STEPPED
         return result
 

@@ -140,6 +140,19 @@ def test_what_torch_has_no_step_for_is_refused_before_it_is_unscaled(device):
     assert torch.equal(p.grad, torch.full_like(p, 8.0))
 
 
+def test_a_hook_may_drop_all_gradients(device):
+    """Then nobody looks at them, and nothing was found."""
+    p = torch.nn.Parameter(torch.ones(3, device=device))
+    scaler, _ = scalers(device)
+    optimizer = fusedopt.SGD([p], lr=0.5)
+    optimizer.register_step_pre_hook(lambda *step: setattr(p, "grad", None))
+    scaler.scale(torch.zeros((), device=device))
+    p.grad = torch.ones_like(p)
+    scaler.step(optimizer)
+    scaler.update()
+    assert torch.equal(p.detach(), torch.ones_like(p)) and scaler.get_scale() == ARGUMENTS["init_scale"]
+
+
 def test_float16_gradients(device):
     """torch refuses to unscale them in place, which rounds; here nothing is written."""
     p = torch.nn.Parameter(torch.ones(5, dtype=torch.float16, device=device))
