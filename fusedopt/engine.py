@@ -222,6 +222,3 @@ class Engine(Planner):
     def _norm_dtype(self) -> torch.dtype:
         wide = any(executor.bucket.grad_dtype == torch.float64 for executor in self.executors)
         return torch.float64 if wide else torch.float32
-
-    def skipped_steps(self) -> Tensor:
-        return self.skips.total()

@@ -217,8 +217,8 @@ class FusedOptimizer(Formula, SettingAttributes, TorchStep, torch.optim.Optimize
 
         Raises:
             ValueError: for a ``max_norm`` that is negative or NaN.
-            RuntimeError: if ``max_grad_norm`` is set as well, for a second call before ``step``, and under gradient
-                release.
+            RuntimeError: under gradient release; and, for ``norm_type`` 2, if ``max_grad_norm`` is set as well or for a
+                second call before ``step``.
         """
         max_norm, norm_type = float(max_norm), float(norm_type)
         if not max_norm >= 0:
@@ -291,7 +291,7 @@ class FusedOptimizer(Formula, SettingAttributes, TorchStep, torch.optim.Optimize
     @property
     def skipped_steps(self) -> Tensor:
         """How many steps were skipped for non-finite gradients: a 0-dim tensor, a new one at each access."""
-        return self._engine.skipped_steps()
+        return self._engine.skips.total()
 
     def layout(self) -> str:
         """What runs where, and why: a line for each device, dtype and formula of the latest step, with the number of
