@@ -146,8 +146,10 @@ class FusedOptimizer(Formula, SettingAttributes, TorchStep, torch.optim.Optimize
 
         Args:
             compact: keep 16- and 8-bit states, and what ``master`` keeps beside parameters, as they are stored:
-                smaller, exact to the last bit, and for fusedopt alone. Otherwise they are shown in float32, as new
-                tensors; the exact values of 16-bit parameters as "master".
+                smaller, exact to the last bit, and for fusedopt alone. Elements of 8 bits share scales in the order of
+                memory, so keep their strides: a ``.contiguous()`` on the way, of filters in ``channels_last`` say,
+                gives them the scales of others. Otherwise states are shown in float32, as new tensors; the exact
+                values of 16-bit parameters as "master".
 
         Raises:
             RuntimeError: for ``compact`` and 8-bit states of distributed parameters.
