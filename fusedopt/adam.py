@@ -23,6 +23,7 @@ from functools import partial
 import torch
 
 from .columns import number
+from .normalized import normalized, step_uncorrected
 from .optimizer import FusedOptimizer
 from .rule import EVERY_DTYPE, FOREVER, Rule, divisible, root_of_sum, root_plus_eps, step_tensors
 from .setting_checks import flag
@@ -33,8 +34,7 @@ def adam(g, state, h, denominator=root_plus_eps):
     m, v = state
     weight1, weight2, eps, correction1, correction2 = h
     m.lerp_(g, weight1)
-    v.mul_(1 - weight2).addcmul_(g, g, value=weight2)
-    return m.mul(correction1).div_(denominator(v, eps, correction2))
+    return normalized(m.mul(correction1), g, v, weight2, correction2, eps, denominator)
 
 
 def amsgrad(g, state, h, denominator=root_plus_eps):
@@ -63,6 +63,16 @@ def _fused(params, grads, states, steps, group, scale):
         weight_decay=float(group["weight_decay"]), eps=divisible(group["eps"]),
         amsgrad=bool(v_max), maximize=bool(group["maximize"]), grad_scale=scale,
     )  # fmt: skip
+
+
+def direct(p, g, m, v, u, h, decay):
+    """AdamW's direction with its decay, for what scales it by sums over all of it: u, 0 before. m and v move on."""
+    weight1, weight2, eps, correction1, correction2 = h
+    step_uncorrected(
+        [u], [g], [m], [v], lr=-correction1 / correction2, beta1=1 - weight1, beta2=1 - weight2, eps=eps / correction2
+    )
+    if decay != 0:
+        u.add_(p, alpha=decay)
 
 
 def hyper(group, t, bias_correction=True):

@@ -22,8 +22,10 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from .arguments import check_betas, check_nonnegative
+from .blocks import blocks, parted_decay, scratch
 from .capture import CapturableSettings
 from .columns import where
+from .normalized import normalized, step_normalized
 from .optimizer import FusedOptimizer
 from .rule import Rule, Stage, divisible
 
@@ -34,14 +36,39 @@ def adan(g, state, h):
     d = torch.zeros_like(g) if first else g + before
     m.lerp_(g, weight1)
     b.lerp_(d, weight2)
-    ahead = torch.add(g, d, alpha=beta2)
-    v.mul_(1 - weight3).addcmul_(ahead, ahead, value=weight3)
     torch.neg(g, out=before)
-    root_v_hat = v.sqrt().mul_(correction3)
-    return m.mul(correction1).add_(b, alpha=beta2 * correction2).div_(root_v_hat.add_(eps))
+    ahead = torch.add(g, d, alpha=beta2)
+    return normalized(m.mul(correction1).add_(b, alpha=beta2 * correction2), ahead, v, weight3, correction3, eps)
 
 
-ADAN = Rule("adan", ("exp_avg", "exp_avg_sq", "exp_avg_diff", "neg_pre_grad"), adan, squares=("exp_avg_sq",))
+def fused(params, grads, states, t, group, scale, rates):
+    """torch's fused AdamW divides the sum of both averages, which is its first moment, by the root of the average of
+    other squares."""
+    weight1, weight2, weight3, beta2, eps, correction1, correction2, correction3, first = hyper(group, t)
+    decay, plain = parted_decay(group)
+    for p, g, m, v, b, before, lr in blocks(plain, scale, params, grads, *states, rates=rates):
+        d = scratch("difference", p)
+        if first:
+            d.zero_()
+        else:
+            torch.add(g, before, out=d)
+        m.lerp_(g, weight1)
+        b.lerp_(d, weight2)
+        torch.neg(g, out=before)
+        ahead = torch.add(g, d, alpha=beta2, out=d)
+        both = torch.add(m, b, alpha=beta2 * correction2 / correction1, out=scratch("both", p))
+        size = correction1 * (lr if group["no_prox"] else lr / (1 + lr * decay))
+        step_normalized(p, both, ahead, v, weight3, correction3, eps, size, decay / correction1)
+
+
+def hyper(group, t):
+    beta1, beta2, beta3 = map(float, group["betas"])
+    corrections = 1 / (1 - beta1**t), 1 / (1 - beta2**t), (1 - beta3**t) ** -0.5
+    return 1 - beta1, 1 - beta2, 1 - beta3, beta2, divisible(group["eps"]), *corrections, where(t == 1, 1.0, 0.0)
+
+
+STATES = ("exp_avg", "exp_avg_sq", "exp_avg_diff", "neg_pre_grad")
+ADAN = Rule("adan", STATES, adan, fused, takes_rates=True, squares=("exp_avg_sq",))
 
 
 class Adan(FusedOptimizer):
@@ -76,9 +103,7 @@ class Adan(FusedOptimizer):
         return ADAN
 
     def hyper(self, group, t):
-        beta1, beta2, beta3 = map(float, group["betas"])
-        corrections = 1 / (1 - beta1**t), 1 / (1 - beta2**t), (1 - beta3**t) ** -0.5
-        return 1 - beta1, 1 - beta2, 1 - beta3, beta2, divisible(group["eps"]), *corrections, where(t == 1, 1.0, 0.0)
+        return hyper(group, t)
 
     def decoupled(self, group):
         return True

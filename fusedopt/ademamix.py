@@ -17,12 +17,15 @@ import math
 import numbers
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from .arguments import check_betas, check_nonnegative
+from .blocks import blocks, parted_decay, scratch
 from .capture import CapturableSettings
 from .columns import Number, minimum, where
+from .normalized import normalized, step_normalized
 from .optimizer import FusedOptimizer
 from .rule import Rule, divisible
 
@@ -32,15 +35,35 @@ def ademamix(g, state, h):
     weight1, weight2, weight3, eps, correction1, correction2, alpha = h
     fast.lerp_(g, weight1)
     slow.lerp_(g, weight3)
-    v.mul_(1 - weight2).addcmul_(g, g, value=weight2)
-    root_v_hat = v.sqrt().mul_(correction2)
-    return fast.mul(correction1).add_(slow, alpha=alpha).div_(root_v_hat.add_(eps))
+    return normalized(fast.mul(correction1).add_(slow, alpha=alpha), g, v, weight2, correction2, eps)
+
+
+def fused(params, grads, states, t, group, scale, rates):
+    """torch's fused AdamW divides the sum of both averages, which is its first moment."""
+    weight1, weight2, weight3, eps, correction1, correction2, alpha = hyper(group, t)
+    decay, before = parted_decay(group)
+    for p, g, fast, slow, v, lr in blocks(before, scale, params, grads, *states, rates=rates):
+        fast.lerp_(g, weight1)
+        slow.lerp_(g, weight3)
+        both = torch.add(fast, slow, alpha=alpha / correction1, out=scratch("both", p))
+        step_normalized(p, both, g, v, weight2, correction2, eps, lr * correction1, decay / correction1)
+
+
+def hyper(group, t):
+    beta1, beta2, beta3 = map(float, group["betas"])
+    alpha = float(group["alpha"]) * _share(t, group["alpha_warmup"])
+    if group["beta3_warmup"]:
+        beta3 = _between(beta1, beta3, _share(t, group["beta3_warmup"]))
+    corrections = 1 / (1 - beta1**t), (1 - beta2**t) ** -0.5
+    return 1 - beta1, 1 - beta2, 1 - beta3, divisible(group["eps"]), *corrections, alpha
 
 
 ADEMAMIX = Rule(
     "ademamix",
     ("exp_avg_fast", "exp_avg_slow", "exp_avg_sq"),
     ademamix,
+    fused,
+    takes_rates=True,
     squares=("exp_avg_sq",),
     # It moves by a ten-thousandth of a gradient at each step, far less than a code.
     uncoded=("exp_avg_slow",),
@@ -85,12 +108,7 @@ class AdEMAMix(FusedOptimizer):
         return ADEMAMIX
 
     def hyper(self, group, t):
-        beta1, beta2, beta3 = map(float, group["betas"])
-        alpha = float(group["alpha"]) * _share(t, group["alpha_warmup"])
-        if group["beta3_warmup"]:
-            beta3 = _between(beta1, beta3, _share(t, group["beta3_warmup"]))
-        corrections = 1 / (1 - beta1**t), (1 - beta2**t) ** -0.5
-        return 1 - beta1, 1 - beta2, 1 - beta3, divisible(group["eps"]), *corrections, alpha
+        return hyper(group, t)
 
     def decoupled(self, group):
         return True

@@ -37,8 +37,9 @@ def is_plain(group: dict[str, Any], scale: Tensor | None) -> bool:
 
 
 def parted_decay(group: dict[str, Any]) -> tuple[float, dict[str, Any]]:
-    """The decay of the step, and the group with that of the gradient, for classes with ``decoupled_weight_decay``."""
-    if not group["decoupled_weight_decay"]:
+    """The decay of the step, and the group with that of the gradient, for classes whose decay is decoupled, or may be:
+    then they have ``decoupled_weight_decay``."""
+    if not group.get("decoupled_weight_decay", True):
         return 0.0, group
     return float(group["weight_decay"]), {**group, "weight_decay": 0.0}
 

@@ -14,14 +14,17 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from .adam import ADAM, hyper
+from .adam import ADAM, direct, hyper
 from .arguments import check_betas, check_nonnegative
+from .blocks import blocks, parted_decay
 from .capture import CapturableSettings
+from .means import mean_of_squares, trust_ratio
 from .optimizer import FusedOptimizer
-from .rule import Stage
+from .rule import WIDE, Stage
 
 
 class LAMB(FusedOptimizer):
@@ -69,5 +72,21 @@ class LAMB(FusedOptimizer):
         return update._replace(on_update=(*update.on_update, trust))
 
 
-# torch's fused kernel takes its step at once.
-RULE = ADAM._replace(fused=None)
+def fused(params, grads, states, t, group, scale, rates, sizes):
+    """torch's fused Adam makes u out of zeros, for one tensor at a time."""
+    h, (decay, before) = hyper(group, t), parted_decay(group)
+
+    def step(p, g, m, v, lr, lengths):
+        u = torch.zeros_like(p)
+        for block in blocks(before, scale, [p], [g], [m], [v], [u]):
+            direct(*block, h, decay)
+        if decay != 0 or group["always_adapt"]:
+            p.addcmul_(u, trust_ratio(mean_of_squares(p, lengths), mean_of_squares(u, lengths)), value=-lr)
+        else:
+            p.sub_(u, alpha=lr)
+
+    for tensors in zip(params, grads, *states, rates, sizes):
+        step(*tensors)
+
+
+RULE = ADAM._replace(fused=fused, fused_dtypes=WIDE, takes_rates=True, takes_sizes=True, list_threads=0)

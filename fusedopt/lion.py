@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from .arguments import check_betas, check_nonnegative
+from .blocks import blocks, parted_decay, scratch
 from .capture import CapturableSettings
 from .optimizer import FusedOptimizer
 from .rule import Rule
@@ -29,7 +30,25 @@ def lion(g, state, h):
     return u
 
 
-LION = Rule("lion", ("exp_avg",), lion)
+def fused(params, grads, states, t, group, scale, rates):
+    """The direction in memory that is kept; torch's fused SGD goes there."""
+    weight1, weight2 = hyper(group)
+    decay, before = parted_decay(group)
+    for p, g, m, lr in blocks(before, scale, params, grads, *states, rates=rates):
+        u = torch.lerp(m, g, weight1, out=scratch("direction", p)).sign_()
+        m.lerp_(g, weight2)
+        torch._fused_sgd_(
+            [p], [u], [], weight_decay=decay, momentum=0.0, lr=lr, dampening=0.0, nesterov=False, maximize=False,
+            is_first_step=False,
+        )  # fmt: skip
+
+
+def hyper(group):
+    beta1, beta2 = map(float, group["betas"])
+    return 1 - beta1, 1 - beta2
+
+
+LION = Rule("lion", ("exp_avg",), lion, fused, takes_rates=True)
 
 
 class Lion(FusedOptimizer):
@@ -59,8 +78,7 @@ class Lion(FusedOptimizer):
         return LION
 
     def hyper(self, group, t):
-        beta1, beta2 = map(float, group["betas"])
-        return 1 - beta1, 1 - beta2
+        return hyper(group)
 
     def decoupled(self, group):
         return True

@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .blocks import SECOND_CACHE
+from .flat import memory_order
 from .rule import Stage, Update
 
 CHUNK = 16
@@ -38,6 +40,12 @@ def square_of_step(u, p, g, state, weight, adapts):
 
 
 terms = {term.__name__: term for term in (agreement, excess, square_of_parameter, square_of_step)}
+
+
+def trust_ratio(of_parameter: Tensor, of_step: Tensor) -> Tensor:
+    """|p| / |u| from the means of their squares; 1 where one is zero."""
+    defined = (of_parameter != 0) & (of_step != 0)
+    return torch.where(defined, of_parameter.sqrt() / of_step.sqrt(), 1.0)
 
 
 def needed(optimizer: Any) -> int:
@@ -77,6 +85,22 @@ def sums(blocks: Iterable[Sequence[Tensor]]) -> list[Tensor]:
     """The sum of each term over a tensor, given for each of its blocks one after the other."""
     # torch adds a block pairwise, which is right to the last bits of the dtype in a fraction of float64's time.
     return [sum(parts) for parts in zip(*([x.sum().double() for x in block] for block in blocks))]
+
+
+def mean(x: Tensor, lengths: Sequence[int]) -> Tensor:
+    """The mean over each parameter, of which those of ``lengths`` lie side by side in x: one number, or one for each
+    element."""
+    if len(lengths) > 1:
+        return of_neighbours([[x]], lengths)[0][0]
+    return (x.sum().double() / x.numel()).to(x.dtype)
+
+
+def mean_of_squares(x: Tensor, lengths: Sequence[int]) -> Tensor:
+    if len(lengths) > 1:
+        return mean(x.square(), lengths)
+    # Over blocks a dot product is right to the last bits of the dtype, and five times faster.
+    parts = memory_order(x).split(SECOND_CACHE[0])
+    return (sum(part.dot(part).double() for part in parts) / x.numel()).to(x.dtype)
 
 
 def of_neighbours(blocks: Sequence[Sequence[Tensor]], sizes: Sequence[int]) -> list[list[Tensor]]:

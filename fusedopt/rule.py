@@ -10,6 +10,8 @@ from torch import Tensor
 
 Numbers = tuple[float, ...]
 
+WIDE = frozenset((torch.float32, torch.float64))
+
 
 class Rule(NamedTuple):
     """One update formula, u, states <- rule(g, states, h), as a torch function and a Triton one.
@@ -28,7 +30,7 @@ class Rule(NamedTuple):
     """torch's fused CPU kernel for the same formula, decay and step included:
     ``fused(params, grads, states, t, group, scale, *scalars)`` for the ``t``-th step; ``scale``, a float32 tensor or
     None, divides the gradients."""
-    fused_dtypes: frozenset = frozenset((torch.float32, torch.float64))
+    fused_dtypes: frozenset = WIDE
     """Parameter dtypes in which that kernel is right."""
     fused_narrow: Callable | None = None
     """The same for one block of 16-bit tensors: ``fused_narrow(p, g, states, t, group, scale, *scalars)`` rounds each
@@ -37,6 +39,9 @@ class Rule(NamedTuple):
     takes_rates: bool = False
     """Whether ``fused`` takes one argument more behind ``scale``, a list of the parameters' learning rates, so that one
     call serves groups that differ in nothing else."""
+    takes_sizes: bool = False
+    """Whether ``fused`` takes one argument more behind that, for each tensor the numbers of elements of the parameters
+    that lie side by side in it, since it takes sums over each. It is not given blocks of tensors then."""
     list_threads: float = 0
     """With up to this many threads one call of ``fused`` serves a whole list of small tensors well. With more,
     torch spends a parallel region on each tensor, and gathering them into one is faster; a kernel that is called

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor
 
 from .buckets import Member
 from .cohorts import Cohort
+from .rule import Rule
 
 
 @dataclasses.dataclass(slots=True)
@@ -35,9 +37,9 @@ class Run:
     groups: list[tuple[dict[str, Any], int]] = dataclasses.field(default_factory=list)
     """The parameter groups of the parameters, and how many of them in a row belong to each."""
 
-    def rates(self) -> list[float]:
-        """The learning rate of each parameter."""
-        rates: list[float] = []
-        for group, count in self.groups:
-            rates += [float(group["lr"])] * count
-        return rates
+    def arguments_of(self, rule: Rule) -> Iterator[list]:
+        """What the rule's ``fused`` takes beside its usual arguments."""
+        if rule.takes_rates:
+            yield [lr for group, count in self.groups for lr in [float(group["lr"])] * count]
+        if rule.takes_sizes:
+            yield self.sizes

@@ -13,14 +13,17 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from .adam import ADAM
+from .adam import ADAM, direct
 from .arguments import check_betas, check_nonnegative
+from .blocks import blocks, parted_decay
 from .capture import CapturableSettings
+from .means import mean
 from .optimizer import FusedOptimizer
-from .rule import SMALLEST, Stage, divisible
+from .rule import SMALLEST, WIDE, Stage, divisible
 
 
 class StableAdamW(FusedOptimizer):
@@ -51,17 +54,40 @@ class StableAdamW(FusedOptimizer):
         return RULE
 
     def hyper(self, group, t):
-        beta1, beta2 = map(float, group["betas"])
-        return (1 - beta1) / (1 - beta1**t), (1 - beta2) / (1 - beta2**t), divisible(group["eps"]), 1.0, 1.0
+        return hyper(group, t)
 
     def decoupled(self, group):
         return True
 
     def update(self, group, t):
         update = super().update(group, t)
-        limit = Stage("limit_rms", (max(float(group["eps"]) ** 2, SMALLEST),), None, terms=("excess",))
+        limit = Stage("limit_rms", (smallest_square(group),), None, terms=("excess",))
         return update._replace(on_update=(*update.on_update, limit))
 
 
-# torch's fused kernel corrects the averages afterwards, and knows no limit.
-RULE = ADAM._replace(fused=None)
+def fused(params, grads, states, t, group, scale, rates, sizes):
+    """torch's fused Adam makes u out of zeros, for one tensor at a time."""
+    h, (decay, before) = hyper(group, t), parted_decay(group)
+
+    def step(p, g, m, v, lr, lengths):
+        u, excess = torch.zeros_like(p), torch.zeros_like(p)
+        for p_block, g_block, m_block, v_block, u_block, x in blocks(before, scale, [p], [g], [m], [v], [u], [excess]):
+            direct(p_block, g_block, m_block, v_block, u_block, h, decay)
+            torch.clamp(v_block, min=smallest_square(group), out=x)
+            torch.div(g_block, x, out=x).mul_(g_block)
+        p.addcdiv_(u, mean(excess, lengths).sqrt_().clamp_(min=1.0), value=-lr)
+
+    for tensors in zip(params, grads, *states, rates, sizes):
+        step(*tensors)
+
+
+def hyper(group, t):
+    beta1, beta2 = map(float, group["betas"])
+    return (1 - beta1) / (1 - beta1**t), (1 - beta2) / (1 - beta2**t), divisible(group["eps"]), 1.0, 1.0
+
+
+def smallest_square(group):
+    return max(float(group["eps"]) ** 2, SMALLEST)
+
+
+RULE = ADAM._replace(fused=fused, fused_dtypes=WIDE, takes_rates=True, takes_sizes=True, list_threads=0)

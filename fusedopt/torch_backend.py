@@ -204,8 +204,8 @@ class Executor:
         for run in self.runs:
             before = None if self.tally is None else self.tally.copies(run)
             cohort = run.cohort
-            rates = (run.rates(),) if self.bucket.rule.takes_rates else ()
-            fused(run.params, run.grads, run.states, cohort.t + 1, cohort.group, scale, *rates, *cohort.scalars)
+            more = run.arguments_of(self.bucket.rule)
+            fused(run.params, run.grads, run.states, cohort.t + 1, cohort.group, scale, *more, *cohort.scalars)
             if before is not None:
                 self.tally.compare(before, run)
             # While the parameters lie in the cache.

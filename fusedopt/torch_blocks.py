@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import means
-from .blocks import WHOLE, for_threads
+from .blocks import for_threads
 from .buckets import Bucket
 from .flat import memory_order
 from .forms import wide
@@ -60,11 +60,12 @@ class Blocks:
             directions = (self._direction(self.load(tensors), g, update, factor) for tensors, g in parts)
             if joined is not None:
                 found = repeat(next(joined).unbind())
-            elif len(parts) == 1 or (g.numel() <= WHOLE and self.computes_in_place and g.dtype == self.compute_dtype):
+            elif len(parts) == 1 or (self.computes_in_place and g.dtype == self.compute_dtype):
                 directions = list(directions)
                 found = self._means(terms, directions, sizes)
             else:
-                # All directions, before the first is followed: too much to keep, so they are computed twice.
+                # All directions, before the first is followed. Copies in a wider dtype serve one block at a time, so
+                # here they are computed twice.
                 found = self._means(terms, self._glimpses(parts, update, factor), sizes)
             for tensors, direction, block_means in zip(blocks, directions, found):
                 self._follow(tensors, direction, block_means, update)

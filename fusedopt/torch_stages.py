@@ -18,13 +18,8 @@ stages = {
     "damp": lambda u, p, factor: u * factor,
     "cautious": lambda u, p, g, mean: u * means.agreement(u, p, g, ()).div_(mean.clamp(min=1e-3)),
     "limit_rms": lambda u, p, g, mean, eps_squared: u / mean.sqrt().clamp_(min=1.0),
-    "trust": lambda u, p, g, of_parameter, of_step, weight, adapts: u * _trust_ratio(of_parameter, of_step),
+    "trust": lambda u, p, g, of_parameter, of_step, weight, adapts: u * means.trust_ratio(of_parameter, of_step),
 }
-
-
-def _trust_ratio(of_parameter: Tensor, of_step: Tensor) -> Tensor:
-    defined = (of_parameter != 0) & (of_step != 0)
-    return torch.where(defined, of_parameter.sqrt() / of_step.sqrt(), 1.0)
 
 
 def through(chain: Sequence[Stage], x: Tensor, p: Tensor, g: Tensor | None = None, found: Sequence = ()) -> Tensor:

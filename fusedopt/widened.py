@@ -15,7 +15,7 @@ from .settings import Settings
 from .storage import NARROW
 from .torch_stages import follow
 
-WIDE = frozenset((torch.float32,))
+FLOAT = frozenset((torch.float32,))
 
 COPIED = 1 << 16
 """Elements per block of which there are copies in a wider dtype: these fit the second cache."""
@@ -39,7 +39,7 @@ def fused_step(bucket: Bucket, settings: Settings) -> Callable[..., None] | None
     is_changed = settings.cautious or settings.looks_inside
     # A gradient that is not copied would be changed.
     is_narrow = bucket.dtype in NARROW and bucket.grad_dtype in NARROW and bucket.stored.plain
-    if bucket.fused or is_changed or not is_narrow or not rule.fuses(bucket.device, WIDE):
+    if bucket.fused or is_changed or rule.takes_sizes or not is_narrow or not rule.fuses(bucket.device, FLOAT):
         return None
     dtypes = {bucket.dtype, bucket.grad_dtype, *bucket.stored.dtypes}
     update_block = _update_narrow if rule.fused_narrow is not None and len(dtypes) == 1 else _update_copies
