@@ -23,8 +23,8 @@ million elements occupies a GPU."""
 
 
 def agreement(u, p, g, state):
-    # Of two numbers that are small the product could vanish. A comparison in place needs no slow conversion of bool.
-    return u.sign().mul_(g.sign()).gt_(0)
+    # The product of two small numbers could vanish. A comparison in place needs no slow conversion of bool.
+    return u.sign().mul_(g).gt_(0)
 
 
 def excess(u, p, g, state, eps_squared):
