@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from .rule import FOREVER, root_plus_eps
+from .rule import FOREVER, SMALLEST, root_plus_eps
 
 KEEP = 1 - 2.0**-53
 """A beta with which an average stays what it was: 1 in float32, and at most an ulp of the gradient is added."""
@@ -31,7 +31,7 @@ def step_uncorrected(
     kernel = torch._fused_adamw_ if decoupled else torch._fused_adam_
     kernel(
         params, grads, moments, squares, [], [FOREVER] * len(params), lr=lr, beta1=beta1, beta2=beta2,
-        weight_decay=weight_decay, eps=eps, amsgrad=False, maximize=maximize, grad_scale=scale,
+        weight_decay=weight_decay, eps=max(eps, SMALLEST), amsgrad=False, maximize=maximize, grad_scale=scale,
     )  # fmt: skip
 
 
@@ -59,5 +59,5 @@ def step_normalized(
     step, kept = (FOREVER, 1.0) if weight > 0 else (LONG_AGO, KEPT)
     torch._fused_adamw_(
         [p], [g], [numerator], [v], [], [step], lr=kept * lr / correction, beta1=KEEP, beta2=1 - weight,
-        weight_decay=decay * correction / kept, eps=eps / correction, amsgrad=False, maximize=False,
+        weight_decay=decay * correction / kept, eps=max(eps / correction, SMALLEST), amsgrad=False, maximize=False,
     )  # fmt: skip

@@ -126,6 +126,23 @@ def test_eps_may_be_zero(name, settings, dtype, backend, device):
     torch.testing.assert_close(ours[1:], theirs[1:], rtol=bound, atol=0)
 
 
+@pytest.mark.skipif(not torch.set_flush_denormal(False), reason="this processor keeps subnormal numbers")
+@pytest.mark.parametrize("cautious", [False, True])
+def test_eps_of_zero_where_subnormal_numbers_are_flushed(cautious):
+    """What takes its place must not become one in a bias correction."""
+    torch.set_flush_denormal(True)
+    try:
+        for name in ("Adam", "NAdam", "RAdam", "RMSprop", "Adan", "AdEMAMix", "StableAdamW", "LAMB"):
+            p = torch.nn.Parameter(torch.ones(3))
+            optimizer = fusedopt.registry[name]([p], lr=0.1, eps=0.0, weight_decay=0.0, cautious=cautious)
+            for _ in range(3):
+                p.grad = torch.tensor([0.0, 1.0, -2.0])
+                optimizer.step()
+            assert p[0] == 1 and p.isfinite().all(), name
+    finally:
+        torch.set_flush_denormal(False)
+
+
 CONTRADICTIONS = [
     ({"momentum_form": "average"}, {"momentum": 0.9, "dampening": 0.1}, "dampening=0.1"),
     ({"momentum_form": "velocity"}, {"momentum": 0.9, "dampening": 0.1}, "dampening=0.1"),
