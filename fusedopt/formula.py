@@ -24,6 +24,25 @@ def naming_scalars(method: Callable[..., Returned]) -> Callable[..., Returned]:
     return method
 
 
+FORMULA = frozenset(("hyper", "lr", "update", "decoupled", "decays", "averages", "next_scalars"))
+"""What ``Rule.fused`` repeats of a class."""
+
+
+def as_overridden(rule: Callable[..., Rule]) -> Callable[..., Rule]:
+    """The method ``rule`` for a subclass with other numbers: without torch's kernel, which knows nothing of them."""
+
+    @functools.wraps(rule)
+    def without_kernel(self: Any, group: dict[str, Any]) -> Rule:
+        return _without_kernel(rule(self, group))
+
+    return without_kernel
+
+
+@functools.lru_cache
+def _without_kernel(rule: Rule) -> Rule:
+    return rule._replace(fused=None, fused_narrow=None)
+
+
 class Formula:
     """What ``FusedOptimizer`` asks a subclass: ``rule`` and ``hyper`` of each, the others where they differ from these.
 
@@ -32,6 +51,11 @@ class Formula:
     be computed for each parameter there. Operators work on both; ``fusedopt.columns`` has ``number``, ``where``,
     ``minimum`` and ``maximum``. A formula that asks for more gets float64 tensors [rows, 1].
     """
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "rule" not in vars(cls) and not FORMULA.isdisjoint(vars(cls)):
+            cls.rule = as_overridden(cls.rule)
 
     counts_steps = True
     """Whether torch keeps ``state[p]["step"]``."""
