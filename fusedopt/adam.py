@@ -23,7 +23,7 @@ from functools import partial
 import torch
 
 from .columns import number
-from .normalized import normalized, step_uncorrected
+from .normalized import step_uncorrected
 from .optimizer import FusedOptimizer
 from .rule import EVERY_DTYPE, FOREVER, Rule, divisible, root_of_sum, root_plus_eps, step_tensors
 from .setting_checks import flag
@@ -34,7 +34,8 @@ def adam(g, state, h, denominator=root_plus_eps):
     m, v = state
     weight1, weight2, eps, correction1, correction2 = h
     m.lerp_(g, weight1)
-    return normalized(m.mul(correction1), g, v, weight2, correction2, eps, denominator)
+    v.mul_(1 - weight2).addcmul_(g, g, value=weight2)
+    return m.mul(correction1).div_(denominator(v, eps, correction2))
 
 
 def amsgrad(g, state, h, denominator=root_plus_eps):
@@ -65,7 +66,7 @@ def _fused(params, grads, states, steps, group, scale):
     )  # fmt: skip
 
 
-def direct(p, g, m, v, u, h, decay):
+def fused_direction(p, g, m, v, u, h, decay):
     """AdamW's direction with its decay, for what scales it by sums over all of it: u, 0 before. m and v move on."""
     weight1, weight2, eps, correction1, correction2 = h
     step_uncorrected(

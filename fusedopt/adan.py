@@ -32,31 +32,29 @@ from .rule import Rule, Stage, divisible
 
 def adan(g, state, h):
     m, v, b, before = state
-    weight1, weight2, weight3, beta2, eps, correction1, correction2, correction3, first = h
-    d = torch.zeros_like(g) if first else g + before
+    _, _, weight3, _, eps, correction1, _, correction3, _ = h
+    both, ahead = move(g, m, b, before, h)
+    return normalized(both.mul_(correction1), ahead, v, weight3, correction3, eps)
+
+
+def move(g, m, b, before, h, sum_out=None, d_out=None):
+    """Returns what u divides, over the correction of m, and g + beta2 d."""
+    weight1, weight2, _, beta2, _, correction1, correction2, _, first = h
+    d = torch.zeros_like(g) if first else torch.add(g, before, out=d_out)
     m.lerp_(g, weight1)
     b.lerp_(d, weight2)
     torch.neg(g, out=before)
-    ahead = torch.add(g, d, alpha=beta2)
-    return normalized(m.mul(correction1).add_(b, alpha=beta2 * correction2), ahead, v, weight3, correction3, eps)
+    both = torch.add(m, b, alpha=beta2 * correction2 / correction1, out=sum_out)
+    return both, torch.add(g, d, alpha=beta2, out=d)
 
 
 def fused(params, grads, states, t, group, scale, rates):
     """torch's fused AdamW divides the sum of both averages, which is its first moment, by the root of the average of
     other squares."""
-    weight1, weight2, weight3, beta2, eps, correction1, correction2, correction3, first = hyper(group, t)
+    _, _, weight3, _, eps, correction1, _, correction3, _ = h = hyper(group, t)
     decay, plain = parted_decay(group)
     for p, g, m, v, b, before, lr in blocks(plain, scale, params, grads, *states, rates=rates):
-        d = scratch("difference", p)
-        if first:
-            d.zero_()
-        else:
-            torch.add(g, before, out=d)
-        m.lerp_(g, weight1)
-        b.lerp_(d, weight2)
-        torch.neg(g, out=before)
-        ahead = torch.add(g, d, alpha=beta2, out=d)
-        both = torch.add(m, b, alpha=beta2 * correction2 / correction1, out=scratch("both", p))
+        both, ahead = move(g, m, b, before, h, scratch("both", p), scratch("difference", p))
         size = correction1 * (lr if group["no_prox"] else lr / (1 + lr * decay))
         step_normalized(p, both, ahead, v, weight3, correction3, eps, size, decay / correction1)
 

@@ -32,20 +32,24 @@ from .rule import Rule, divisible
 
 def ademamix(g, state, h):
     fast, slow, v = state
-    weight1, weight2, weight3, eps, correction1, correction2, alpha = h
+    _, weight2, _, eps, correction1, correction2, _ = h
+    return normalized(move(g, fast, slow, h).mul_(correction1), g, v, weight2, correction2, eps)
+
+
+def move(g, fast, slow, h, out=None):
+    """Returns what u divides, over the correction of m1."""
+    weight1, _, weight3, _, correction1, _, alpha = h
     fast.lerp_(g, weight1)
     slow.lerp_(g, weight3)
-    return normalized(fast.mul(correction1).add_(slow, alpha=alpha), g, v, weight2, correction2, eps)
+    return torch.add(fast, slow, alpha=alpha / correction1, out=out)
 
 
 def fused(params, grads, states, t, group, scale, rates):
     """torch's fused AdamW divides the sum of both averages, which is its first moment."""
-    weight1, weight2, weight3, eps, correction1, correction2, alpha = hyper(group, t)
+    _, weight2, _, eps, correction1, correction2, _ = h = hyper(group, t)
     decay, before = parted_decay(group)
     for p, g, fast, slow, v, lr in blocks(before, scale, params, grads, *states, rates=rates):
-        fast.lerp_(g, weight1)
-        slow.lerp_(g, weight3)
-        both = torch.add(fast, slow, alpha=alpha / correction1, out=scratch("both", p))
+        both = move(g, fast, slow, h, scratch("both", p))
         step_normalized(p, both, g, v, weight2, correction2, eps, lr * correction1, decay / correction1)
 
 

@@ -131,6 +131,7 @@ def _is_fused(key: Key, settings: Settings, overlapping: set[int]) -> bool:
     dtypes = {key.dtype, key.grad_dtype, *key.stored.dtypes}
     if not key.stored.plain or settings.cautious or not key.rule.fuses(key.device, dtypes):
         return False
+    # Sums over parameters of which ranks hold parts.
     if key.rule.takes_sizes and key.spread is not None:
         return False
     # Inside a kernel numbers are float32, outside they would be rounded to 16 bits.

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from .adam import ADAM, direct, hyper
+from .adam import ADAM, fused_direction, hyper
 from .arguments import check_betas, check_nonnegative
 from .blocks import blocks, parted_decay
 from .capture import CapturableSettings
@@ -79,7 +79,7 @@ def fused(params, grads, states, t, group, scale, rates, sizes):
     def step(p, g, m, v, lr, lengths):
         u = torch.zeros_like(p)
         for block in blocks(before, scale, [p], [g], [m], [v], [u]):
-            direct(*block, h, decay)
+            fused_direction(*block, h, decay)
         if decay != 0 or group["always_adapt"]:
             p.addcmul_(u, trust_ratio(mean_of_squares(p, lengths), mean_of_squares(u, lengths)), value=-lr)
         else:

@@ -22,21 +22,20 @@ from .optimizer import FusedOptimizer
 from .rule import Rule
 
 
-def lion(g, state, h):
+def lion(g, state, h, out=None):
     m = state[0]
     weight1, weight2 = h
-    u = torch.lerp(m, g, weight1).sign_()
+    u = torch.lerp(m, g, weight1, out=out).sign_()
     m.lerp_(g, weight2)
     return u
 
 
 def fused(params, grads, states, t, group, scale, rates):
     """The direction in memory that is kept; torch's fused SGD goes there."""
-    weight1, weight2 = hyper(group)
+    h = hyper(group)
     decay, before = parted_decay(group)
     for p, g, m, lr in blocks(before, scale, params, grads, *states, rates=rates):
-        u = torch.lerp(m, g, weight1, out=scratch("direction", p)).sign_()
-        m.lerp_(g, weight2)
+        u = lion(g, [m], h, scratch("direction", p))
         torch._fused_sgd_(
             [p], [u], [], weight_decay=decay, momentum=0.0, lr=lr, dampening=0.0, nesterov=False, maximize=False,
             is_first_step=False,

@@ -28,7 +28,13 @@ def agreement(u, p, g, state):
 
 
 def excess(u, p, g, state, eps_squared):
-    return g.square().div_(state[1].clamp(min=eps_squared))
+    return ahead_of(state[1], g, eps_squared)
+
+
+def ahead_of(v, g, eps_squared, out=None):
+    """g^2 / max(v, eps^2)"""
+    x = torch.clamp(v, min=eps_squared, out=out)
+    return torch.div(g, x, out=x).mul_(g)
 
 
 def square_of_parameter(u, p, g, state, weight, adapts):

@@ -6,7 +6,7 @@ time of separate calls, and its arguments can be chosen so that it changes nothi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -35,19 +35,15 @@ def step_uncorrected(
     )  # fmt: skip
 
 
-def normalized(
-    numerator: Tensor, g: Tensor, v: Tensor, weight: float, correction: float, eps: float,
-    denominator: Callable[..., Tensor] = root_plus_eps,
-) -> Tensor:  # fmt: skip
-    """v <- (1 - weight) v + weight g^2, in place; returns numerator / (correction sqrt(v) + eps), or over another
-    denominator, and may use up the numerator. ``weight`` is above 0."""
-    by_kernel = denominator is root_plus_eps
-    if by_kernel and all(x.is_cpu and x.dim() == 1 and x.is_contiguous() for x in (numerator, g, v)):
+def normalized(numerator: Tensor, g: Tensor, v: Tensor, weight: float, correction: float, eps: float) -> Tensor:
+    """v <- (1 - weight) v + weight g^2, in place; returns numerator / (correction sqrt(v) + eps), and may use up
+    the numerator. ``weight`` is above 0."""
+    if all(x.is_cpu and x.dim() == 1 and x.is_contiguous() for x in (numerator, g, v)):
         quotient = torch.zeros_like(v)
         step_normalized(quotient, numerator, g, v, weight, correction, eps, -1.0)
         return quotient
     v.mul_(1 - weight).addcmul_(g, g, value=weight)
-    return numerator.div_(denominator(v, eps, correction))
+    return numerator.div_(root_plus_eps(v, eps, correction))
 
 
 def step_normalized(

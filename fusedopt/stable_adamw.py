@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from .adam import ADAM, direct
+from .adam import ADAM, fused_direction
 from .arguments import check_betas, check_nonnegative
 from .blocks import blocks, parted_decay
 from .capture import CapturableSettings
-from .means import mean
+from .means import ahead_of, mean
 from .optimizer import FusedOptimizer
 from .rule import SMALLEST, WIDE, Stage, divisible
 
@@ -72,9 +72,8 @@ def fused(params, grads, states, t, group, scale, rates, sizes):
     def step(p, g, m, v, lr, lengths):
         u, excess = torch.zeros_like(p), torch.zeros_like(p)
         for p_block, g_block, m_block, v_block, u_block, x in blocks(before, scale, [p], [g], [m], [v], [u], [excess]):
-            direct(p_block, g_block, m_block, v_block, u_block, h, decay)
-            torch.clamp(v_block, min=smallest_square(group), out=x)
-            torch.div(g_block, x, out=x).mul_(g_block)
+            fused_direction(p_block, g_block, m_block, v_block, u_block, h, decay)
+            ahead_of(v_block, g_block, smallest_square(group), out=x)
         p.addcdiv_(u, mean(excess, lengths).sqrt_().clamp_(min=1.0), value=-lr)
 
     for tensors in zip(params, grads, *states, rates, sizes):
