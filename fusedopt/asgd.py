@@ -40,6 +40,8 @@ ASGD_RULE = Rule("asgd", (), asgd, fused, averages=("ax",), scalars=("eta", "mu"
 class ASGD(FusedOptimizer, torch.optim.ASGD):
     """ASGD, with torch.optim.ASGD's arguments and defaults."""
 
+    begins_at_rate = True
+
     def rule(self, group):
         return ASGD_RULE
 

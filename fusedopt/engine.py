@@ -182,7 +182,7 @@ class Engine(Planner):
         if self.verdict.tensor is not None and self.plan.counted and not captures:
             if self.verdict.may_skip:
                 self.skips.listen()
-            self.hear(optimizer, wait=False)
+            self.hear(optimizer, wait=self.plan.took_rates)
         elif self.verdict.may_skip:
             self.skips.unattended = True
 

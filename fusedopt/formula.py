@@ -60,6 +60,9 @@ class Formula:
     counts_steps = True
     """Whether torch keeps ``state[p]["step"]``."""
 
+    begins_at_rate = False
+    """Whether states begin at the learning rate, that of the first step which is taken."""
+
     _first_draw = 0
     """The number of the first parameter's first eight elements, for random bits: see ``buckets.Member``."""
 

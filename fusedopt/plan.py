@@ -12,7 +12,7 @@ import copy
 import gc
 import math
 from collections.abc import Callable, Iterator, Sequence
-from itertools import compress
+from itertools import chain, compress
 from operator import attrgetter, itemgetter
 from typing import Any
 
@@ -75,6 +75,9 @@ class Plan:
         self.joined_means = MeansOverRanks(self.params, self.reduction, joined) if joined else None
         """What joins the ranks' parts of means over whole parameters, where means are needed."""
         newcomers = survey(optimizer, rules, grads, self.reduction, places)
+        entries = chain.from_iterable(newcomers.values()) if optimizer.begins_at_rate else ()
+        self.beginners = {entry.owner for entry in entries if not entry.state}
+        """Parameters whose states begin at the learning rate of this plan's first step."""
         known = set(map(id, self.params))
         for kept in (places, optimizer._ema):
             for stale in [p for p in kept if id(p) not in known]:
@@ -241,20 +244,27 @@ class Plan:
         self.counts.advance(by)
         self.lasts = lasts
 
+    @property
+    def took_rates(self) -> bool:
+        """Whether states may have begun at the learning rate of the latest step: not if that was skipped."""
+        return bool(self.beginners) and any(cohort.t == 1 for bucket in self.counted for cohort in bucket.cohorts)
+
     def drop_unwritten(self, optimizer: Any) -> bool:
-        """Remove the states of parameters that have not taken a step yet, where torch keeps no step count: a momentum
-        buffer exists only once it was written, and its absence means the first step. Returns whether there were any."""
-        unwritten = [
-            (member.owner, key)
-            for bucket in self.counted
-            for cohort in bucket.cohorts
-            if cohort.t == 0
-            for member in cohort.members
-            for key in bucket.stored.kept_keys
-        ]
+        """Remove the states of parameters that have not taken a step yet, where they begin at the learning rate of the
+        one that is taken, and where torch keeps no step count: a momentum buffer exists only once it was written, and
+        its absence means the first step. Returns whether there were any."""
+        unwritten = list(self._unwritten(optimizer))
         for owner, key in unwritten:
             optimizer._states[owner].pop(key, None)
         return bool(unwritten)
+
+    def _unwritten(self, optimizer: Any) -> Iterator[tuple[Tensor, str]]:
+        """The parameters and keys of these states."""
+        counts = optimizer.counts_steps
+        for bucket in self.counted:
+            keys = state_keys(optimizer, bucket.rule, bucket.stored) if counts else bucket.stored.kept_keys
+            members = (m for cohort in bucket.cohorts if cohort.t == 0 for m in cohort.members)
+            yield from ((m.owner, key) for m in members if not counts or m.owner in self.beginners for key in keys)
 
 
 def _views(optimizer: Any, bucket: Bucket) -> Iterator[tuple[Callable[[dict], Tensor], list[dict], list[Tensor]]]:

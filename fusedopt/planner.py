@@ -204,8 +204,8 @@ class Planner:
             self.drop_unwritten(optimizer)
 
     def drop_unwritten(self, optimizer: Any) -> None:
-        """Drop the states that no step has written yet, where no step count says so, and the plan that has them."""
-        if self.plan is not None and not optimizer.counts_steps and self.plan.drop_unwritten(optimizer):
+        """Drop the states that no step has written yet, where that makes a difference, and the plan that has them."""
+        if self.plan is not None and self.plan.drop_unwritten(optimizer):
             self.plan = None
 
     def forget(self) -> None:

@@ -37,6 +37,8 @@ RPROP = Rule("rprop", STATES, rprop, uncoded=STATES)
 class Rprop(FusedOptimizer, torch.optim.Rprop):
     """Rprop, with torch.optim.Rprop's arguments and defaults."""
 
+    begins_at_rate = True
+
     def rule(self, group):
         return RPROP
 

@@ -90,6 +90,36 @@ def test_unscaled_by_the_user(name, backend, device):
     pair.check()
 
 
+@pytest.mark.parametrize("name", ["ASGD", "Rprop"])
+def test_states_begin_at_the_rate_of_the_first_step_that_is_taken(name, backend, device):
+    """Not at that of one before, which was skipped."""
+    pair = Pair(name, None, "tiny", device=device, backend=backend)
+    ours, theirs = scalers(device)
+    for number in (0, 1, 2):
+        for group in (*pair.opt.param_groups, *pair.oracle.param_groups):
+            group["lr"] *= 0.5
+        give_scaled_gradients(pair.ours, ours, number)
+        give_scaled_gradients(pair.theirs, theirs, number)
+        for scaler, optimizer in ((ours, pair.opt), (theirs, pair.oracle)):
+            scaler.step(optimizer)
+            scaler.update()
+        assert any(pair.opt.state_dict()["state"].values()) == (number > 0)
+    pair.check()
+
+
+def test_states_that_were_given_are_kept_by_a_skipped_step(backend, device):
+    params = model("tiny", device=device)
+    optimizer = fusedopt.Rprop(params, lr=0.1, skip_nonfinite=True, backend=backend)
+    for p in params:
+        optimizer.state[p] = {"step": torch.tensor(0.0), "prev": torch.ones_like(p), "step_size": torch.ones_like(p)}
+    give_gradients(params, 5, plain=True)
+    params[1].grad[0, 0] = math.nan
+    before = snapshot(optimizer)
+    optimizer.step()
+    assert optimizer.skipped_steps == 1
+    assert_same(before, snapshot(optimizer))
+
+
 def test_two_optimizers_and_one_of_torch(device):
     """One scaler, three optimizers, one of which is not ours: a bad gradient of one skips that one alone."""
     names = ["Adam", "SGD", "RMSprop"]

@@ -99,19 +99,19 @@ def test_a_buffer_that_was_never_written_is_no_state(device):
 
 
 class LateSkips(Skips):
-    """As on a GPU that is several steps behind: the host hears of a skip only when it asks for the state."""
+    """As on a GPU that is several steps behind: the host hears of a skip only when it waits for it."""
 
-    launched = 0
+    launched = told = 0
 
     def listen(self):
         self.launched += 1
+        self.told = int(self.tensor[3])
 
     def resolve(self, wait=False):
         if not wait:
             return 0
         self.launched = 0
-        new = int(self.tensor[3]) - self.known
-        self.known += new
+        new, self.known = self.told - self.known, self.told
         return new
 
     @property
@@ -138,6 +138,27 @@ def test_skips_that_the_host_has_not_heard_of(case, device):
         assert all(map(same_bits, got, wanted))
     assert made.skipped_steps == 3
     assert steps_of(made) == steps_of(reference)
+
+
+@pytest.mark.parametrize("case", ["asgd", "rprop"])
+def test_a_first_step_at_another_rate_that_the_host_has_not_heard_of(case, device):
+    """What begins at the learning rate begins at that of the first step that is taken."""
+    params, others = parameters([5, 1030], device), parameters([5, 1030], device)
+    made, reference = (optimizer(case, ps, skip_nonfinite=True) for ps in (params, others))
+    made._engine.skips = LateSkips()
+    for t, lr in enumerate([0.5, 0.02, 0.01]):
+        for each in (made, reference):
+            each.param_groups[0]["lr"] = lr
+        grads = tensors([5, 1030], device, seed=t)
+        set_gradients(others, tensors([5, 1030], device, seed=t))
+        if t == 0:
+            grads[0][2] = math.inf
+        else:
+            reference.step()
+        set_gradients(params, grads)
+        made.step()
+    for got, wanted in zip(results(made), results(reference)):
+        assert all(map(same_bits, got, wanted))
 
 
 @pytest.mark.parametrize("case", MAIN_CASES)

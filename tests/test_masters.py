@@ -106,6 +106,19 @@ def test_forms_that_make_no_sense():
         fusedopt.SGD([wide], state_dtype="8bit")
 
 
+@pytest.mark.parametrize("name", ["SGD", "Rprop"])
+def test_loaded_masters_are_kept_by_a_skipped_step(name):
+    """Whose states are dropped, since no step has written them."""
+    params, optimizer = made(name, master="split", skip_nonfinite=True)
+    exact = {k: torch.randn(p.shape) for k, p in enumerate(params)}
+    optimizer.load_master_state_dict(exact)
+    for p in params:
+        p.grad = torch.full_like(p, torch.nan)
+    optimizer.step()
+    assert optimizer.skipped_steps == 1
+    assert all(map(same_bits, optimizer.master_state_dict().values(), exact.values()))
+
+
 @pytest.mark.parametrize("after", MASTERS)
 @pytest.mark.parametrize("before", MASTERS)
 def test_masters_loaded_after_another_form_was_chosen(before, after):
