@@ -7,7 +7,7 @@ of them at once cannot be had with it: their global norm, skipping a step, accum
 from __future__ import annotations
 
 from collections import ChainMap
-from collections.abc import Callable, Iterable, Iterator, MutableMapping
+from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
 from itertools import accumulate
 from typing import Any
 
@@ -73,19 +73,23 @@ def enable_gradient_release(model: torch.nn.Module, optimizer: FusedOptimizer) -
     _refuse_wrappers(model)
     _refuse_parts(model.parameters(), optimizer)
     own = set(model.parameters())
-    groups = optimizer.param_groups
-    found = [(k, p) for k, group in enumerate(groups) for p in group["params"] if p in own and p.requires_grad]
+    found = [(p, at) for p, at in _listed(optimizer.param_groups) if p in own and p.requires_grad]
     if not found:
         raise ValueError("the optimizer has none of the model's parameters that need gradients")
     params = params_of(optimizer)
     draws = dict(zip(params, accumulate((-(-p.numel() // 8) for p in params), initial=0)))
-    singles = [Single(optimizer, k, p, draws[p]) for k, p in found]
+    singles = [Single(optimizer, p, at, draws[p]) for p, at in found]
     hooks = [single.param.register_post_accumulate_grad_hook(_stepper(optimizer, single)) for single in singles]
     hooks.append(model.register_forward_pre_hook(_refuse_late_wrappers))
     optimizer._engine.released = True
     optimizer._engine.forget()
     optimizer._engine.places.clear()
     return GradientRelease(optimizer, hooks)
+
+
+def _listed(groups: Sequence[dict[str, Any]]) -> Iterator[tuple[Tensor, tuple[int, int]]]:
+    """Every parameter with the number of its group, and its position in that."""
+    return ((p, (number, k)) for number, group in enumerate(groups) for k, p in enumerate(group["params"]))
 
 
 def _stepper(optimizer: FusedOptimizer, single: Single) -> Callable[[Tensor], None]:
@@ -158,27 +162,36 @@ class Single:
     step_of_torch = None
     """That would be a step of all parameters."""
 
-    def __init__(self, optimizer: FusedOptimizer, group_number: int, p: Tensor, first_draw: int):
+    def __init__(self, optimizer: FusedOptimizer, p: Tensor, at: tuple[int, int], first_draw: int):
         self.optimizer = optimizer
-        self.group_number = group_number
         self.param = p
+        self._at = at
         self._first_draw = first_draw
-        self._groups = [self._view(optimizer.param_groups[group_number])]
+        self._view = self._view_of(optimizer.param_groups[at[0]])
         self._states = SingleEntry(lambda: optimizer._states, p)
         self._ema = SingleEntry(lambda: optimizer._ema, p)
 
     @property
     def param_groups(self) -> list[ChainMap]:
         """A view of the parameter's group, where schedulers write. Loading a checkpoint puts another group there, and
-        groups may be taken out."""
-        groups, k = self.optimizer.param_groups, self.group_number
-        if not (self._groups and k < len(groups) and groups[k] is self._groups[0].maps[1]):
-            having = [k for k, group in enumerate(groups) if any(p is self.param for p in group["params"])]
-            self._groups = [self._view(groups[k]) for k in having]
-            self.group_number = having[0] if having else 0
-        return self._groups
+        groups and parameters may be taken out."""
+        groups = self.optimizer.param_groups
+        if not self._is_there(groups):
+            found = [at for p, at in _listed(groups) if p is self.param]
+            if not found:
+                return []
+            self._at = found[0]
+        group = groups[self._at[0]]
+        if self._view.maps[1] is not group:
+            self._view = self._view_of(group)
+        return [self._view]
 
-    def _view(self, group: dict[str, Any]) -> ChainMap:
+    def _is_there(self, groups: Sequence[dict[str, Any]]) -> bool:
+        number, position = self._at
+        params = groups[number]["params"] if number < len(groups) else ()
+        return position < len(params) and params[position] is self.param
+
+    def _view_of(self, group: dict[str, Any]) -> ChainMap:
         return ChainMap({"params": [self.param]}, group)
 
     def __getattr__(self, name: str) -> Any:

@@ -77,13 +77,13 @@ def test_as_step(name, backend, device):
         for scheduler in schedulers:
             scheduler.step()
     close(net.parameters(), other.parameters(), 1e-12)
-    by_parameter = dict(zip(next(zip(*all_parameters(optimizer))), optimizer.ema_parameters()))
+    by_parameter = dict(zip(all_parameters(optimizer), optimizer.ema_parameters()))
     close([by_parameter[p] for p in net.parameters()], averages, 1e-12)
     close_states(optimizer, oracle, 1e-12)
 
 
 def all_parameters(optimizer):
-    return [(p,) for group in optimizer.param_groups for p in group["params"]]
+    return [p for group in optimizer.param_groups for p in group["params"]]
 
 
 def test_schedulers_know_of_steps(device, recwarn):
@@ -136,6 +136,53 @@ def test_groups_that_are_taken_out(device):
         train(net, optimizer, number)
         train(other, oracle, number)
     assert net.c.bias.grad is not None and net.c.weight.grad is None
+    close(net.parameters(), other.parameters(), 1e-12)
+
+
+def test_parameters_that_are_taken_out_of_a_group(device):
+    """By its list or in another one; and put into another group. Neighbours in the list go on."""
+    (net, other), optimizer, oracle = pair_of("AdamW", device)
+    fusedopt.enable_gradient_release(net, optimizer)
+    for number in range(8):
+        for each in (optimizer, oracle):
+            first, second = (group["params"] for group in each.param_groups)
+            if number == 2:
+                del second[0]
+            if number == 4:
+                each.param_groups[0]["params"] = first[1:]
+            if number == 6:
+                second.append(first.pop())
+        train(net, optimizer, number)
+        train(other, oracle, number)
+        out = [p for p in net.parameters() if p.requires_grad and p not in set(all_parameters(optimizer))]
+        assert [p.grad is None for p in out] == [False] * ((number > 1) + (number > 3))
+    close(net.parameters(), other.parameters(), 1e-12)
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_backward_that_raises_halfway(error, device):
+    """What it has reached was updated, as often as it was, and what it has not goes on at the next one."""
+    (net, other), optimizer, oracle = pair_of("AdamW", device)
+    fusedopt.enable_gradient_release(net, optimizer)
+
+    def fail(grad):
+        raise error
+
+    for number in range(4):
+        for each in (net, other):
+            x = torch.linspace(-1, 1, 15, dtype=torch.float64, device=device).view(3, 5)
+            hidden = torch.tanh(each.a(x))
+            if number in (0, 2):
+                hidden.register_hook(fail)
+            loss = each.c(each.b(hidden)).square().sum()
+            if number in (0, 2):
+                with pytest.raises(error):
+                    loss.backward()
+            else:
+                loss.backward()
+        oracle.step()
+        oracle.zero_grad()
+        assert all(p.grad is None for p in net.parameters())
     close(net.parameters(), other.parameters(), 1e-12)
 
 
