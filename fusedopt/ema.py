@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from .forms import wide
 from .groups import params_of
@@ -60,7 +61,7 @@ class EmaParameters(list):
         self.trained: list[tuple[Tensor, Tensor]] = []
         """What was in the parameters, as long as they hold the averages."""
         params = params_of(optimizer)
-        super().__init__(averages.get(p, p.detach()) for p in params)
+        super().__init__(averages.get(p, p if is_lazy(p) else p.detach()) for p in params)
 
     def __enter__(self) -> EmaParameters:
         engine = self.optimizer._engine
@@ -107,9 +108,8 @@ def state_dict(optimizer: Any) -> dict[int, Tensor]:
     if optimizer.ema_decay is None:
         return begun
     # So that there is something to load into before the first step.
-    return begun | {
-        k: p.detach().to(wide(p.dtype), copy=True) for k, p in enumerate(params) if k not in begun and p.requires_grad
-    }
+    others = {k: p for k, p in enumerate(params) if k not in begun and p.requires_grad and not is_lazy(p)}
+    return begun | {k: p.detach().to(wide(p.dtype), copy=True) for k, p in others.items()}
 
 
 @torch.no_grad()

@@ -176,6 +176,21 @@ def test_parameters_that_move(device):
     close(optimizer.ema_parameters(), hand.averages, 1e-6)  # one step in float32
 
 
+def test_lazy_parameters_have_no_average_yet(device):
+    layers = torch.nn.Sequential(torch.nn.LazyLinear(3), torch.nn.Linear(3, 2)).to(device)
+    optimizer = fusedopt.SGD(layers.parameters(), lr=0.5, ema_decay=DECAY)
+    assert list(optimizer.ema_state_dict()) == [2, 3]
+    assert optimizer.ema_parameters()[0] is layers[0].weight
+    with optimizer.ema_parameters():
+        pass
+    layers(torch.ones(1, 5, device=device)).sum().backward()
+    hand = ByHand(layers.parameters())
+    optimizer.step()
+    hand.follow(layers.parameters())
+    close(optimizer.ema_parameters(), hand.averages, 1e-6)  # one step in float32
+    assert list(optimizer.ema_state_dict()) == [0, 1, 2, 3]
+
+
 def test_bad_input(device):
     params = model("tiny", device=device)
     for decay in (1.0, -0.1, math.nan, math.inf):
