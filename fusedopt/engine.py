@@ -79,16 +79,10 @@ class Engine(Planner):
         """Judge the gradients now, and leave it to the next step to clip them. Returns their norm."""
 
         def judge(optimizer: Any, grads: list[Tensor | None]) -> None:
-            terms = clipping.terms(optimizer, self.scaling)
-            if terms.clip is not None:
-                raise RuntimeError(
-                    f"the step clips to max_grad_norm={terms.clip[0]} by itself: leave clip_grad_norm_() out, or set "
-                    "optimizer.max_grad_norm = None"
-                )
             # Gradients that were added to since, the step left out, are judged anew.
             if self.deferred is not None and self.deferred.is_valid(grads):
                 raise RuntimeError("clip_grad_norm_() was called twice for one step(): call it once, after backward()")
-            terms = terms._replace(clip=(max_norm, *CLIP))
+            terms = clipping.terms(optimizer, self.scaling)._replace(clip=(max_norm, *CLIP))
             self.verdict = self._judge(terms)
             self.skips.count_in(self.verdict, -1)
             self.deferred = clipping.Deferred(self.verdict, grads, self.scaling)

@@ -219,7 +219,7 @@ class FusedOptimizer(Formula, SettingAttributes, TorchStep, torch.optim.Optimize
 
         Raises:
             ValueError: for a ``max_norm`` that is negative or NaN.
-            RuntimeError: under gradient release; and, for ``norm_type`` 2, if ``max_grad_norm`` is set as well or for a
+            RuntimeError: under gradient release; if ``max_grad_norm`` is set as well; and, for ``norm_type`` 2, for a
                 second call before ``step``.
         """
         max_norm, norm_type = float(max_norm), float(norm_type)
@@ -228,6 +228,11 @@ class FusedOptimizer(Formula, SettingAttributes, TorchStep, torch.optim.Optimize
         if self._engine.released:
             raise RuntimeError(
                 "clip_grad_norm_() needs all gradients together, and gradient release frees each at once"
+            )
+        if self.max_grad_norm is not None:
+            raise RuntimeError(
+                f"the step clips to max_grad_norm={self.max_grad_norm} by itself: leave clip_grad_norm_() out, or set "
+                "optimizer.max_grad_norm = None"
             )
         try:
             if norm_type != 2:

@@ -144,8 +144,11 @@ def test_bad_calls(backend, device):
     for max_norm in (-1.0, math.nan):
         with pytest.raises(ValueError, match="Invalid max_norm"):
             optimizer.clip_grad_norm_(max_norm)
-    with pytest.raises(RuntimeError, match=r"max_grad_norm=1\.0 by itself"):
-        optimizer.clip_grad_norm_(1.0)
+    given = grads_of(params)
+    for norm_type in (2.0, 1.0, math.inf):
+        with pytest.raises(RuntimeError, match=r"max_grad_norm=1\.0 by itself"):
+            optimizer.clip_grad_norm_(1.0, norm_type)
+    assert all(map(same_bits, given, grads_of(params)))
     optimizer.max_grad_norm = None
     optimizer.clip_grad_norm_(1.0)
     with pytest.raises(RuntimeError, match="twice"):
