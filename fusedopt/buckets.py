@@ -15,6 +15,7 @@ from . import ema
 from .adoption import adopt, has_shared_state, numbers_of
 from .backends import Backend
 from .cohorts import Cohort, Scalar
+from .devices import has_addresses
 from .distributed import ProcessGroups
 from .flat import Space, is_dense
 from .places import Place, flatten
@@ -104,7 +105,8 @@ def make_bucket(optimizer: Any, key: Key, entries: list[Entry], places: dict[Ten
     packed = _packed(key, settings, entries, overlapping, fused)
     homes = _homes(key, entries, packed, count_dtype)
     places.update(zip([entry.owner for entry in entries], homes))
-    flattened = flatten(homes, params, settings.flatten and key.spread is None)
+    flattens = settings.flatten and key.spread is None and has_addresses(key.device)
+    flattened = flatten(homes, params, flattens)
     adopt(optimizer, key, entries, homes, count_dtype)
 
     cohorts, members = _grouped(key, entries, homes)

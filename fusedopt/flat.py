@@ -1,7 +1,7 @@
 """Flat index spaces: many tensors side by side, in parallel buffers with one layout.
 
 Views that others may see own their storage (a DLPack alias at offset 0), so that saving, pickling or
-freeing one never touches the whole buffer.
+freeing one never touches the whole buffer. Where DLPack cannot do that they are plain views.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
+
+from .devices import has_addresses
 
 ALIGNMENT = 256
 """Elements between possible starts of tensors in a buffer that kernels read: a multiple of every vector width."""
@@ -41,9 +43,11 @@ def contiguous(tensor: Tensor) -> Tensor:
 
 
 def alias(part: Tensor) -> Tensor:
-    """The same memory as a tensor whose storage begins and ends with it."""
+    """The same memory as a tensor whose storage begins and ends with it, where there can be one."""
     if part.numel() == 0:
         return part.clone()
+    if not has_addresses(part.device):
+        return part
     return torch._C._from_dlpack(torch._C._to_dlpack(part))
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .blocks import SECOND_CACHE
+from .devices import sum_dtype
 from .flat import memory_order
 from .rule import Stage, Update
 
@@ -90,7 +91,7 @@ class Chunks:
 def sums(blocks: Iterable[Sequence[Tensor]]) -> list[Tensor]:
     """The sum of each term over a tensor, given for each of its blocks one after the other."""
     # torch adds a block pairwise, which is right to the last bits of the dtype in a fraction of float64's time.
-    return [sum(parts) for parts in zip(*([x.sum().double() for x in block] for block in blocks))]
+    return [sum(parts) for parts in zip(*([x.sum().to(sum_dtype(x.device)) for x in block] for block in blocks))]
 
 
 def mean(x: Tensor, lengths: Sequence[int]) -> Tensor:

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .devices import sum_dtype
 from .distributed import Reduction, add_over_ranks, all_reduces_over
 from .shards import local
 
@@ -47,7 +48,8 @@ class Tracker:
         self.reduction = reduction
         updated = {position for executor in executors for position in executor.tally.positions}
         self.others = [k for k in range(len(params)) if k not in updated]
-        self.device = executors[0].bucket.device if executors else local(params[0]).device if params else "cpu"
+        devices = [executor.bucket.device for executor in executors] or [local(p).device for p in params]
+        self.device = next(iter(devices), torch.device("cpu"))
         dtypes = {p.dtype for p in params} | {executor.bucket.grad_dtype for executor in executors}
         self.dtype = torch.float64 if torch.float64 in dtypes else torch.float32
         self.rows = [torch.tensor(executor.tally.positions, device=self.device) for executor in executors]
@@ -76,13 +78,14 @@ class Tracker:
 
     @torch.no_grad()
     def _here(self) -> Tensor:
-        """float64 [parameters, SUMS] on this rank."""
-        found = torch.zeros(len(self.params), SUMS, dtype=torch.float64, device=self.device)
+        """[parameters, SUMS] on this rank, float64 where the device has it."""
+        found = torch.zeros(len(self.params), SUMS, dtype=sum_dtype(self.device), device=self.device)
         for rows, executor in zip(self.rows, self.executors):
-            found[rows] = executor.tally.sums().to(self.device, non_blocking=True)
+            found[rows] = executor.tally.sums().to(found, non_blocking=True)
         for k in self.others:
-            norm = torch.linalg.vector_norm(local(self.params[k]).detach(), dtype=torch.float64)
-            found[k, 2] = norm.square().to(self.device, non_blocking=True)
+            p = local(self.params[k]).detach()
+            norm = torch.linalg.vector_norm(p, dtype=sum_dtype(p.device))
+            found[k, 2] = norm.square().to(found, non_blocking=True)
         return found
 
     def _over_ranks(self, here: Tensor) -> tuple[Tensor, Tensor]:

@@ -101,7 +101,8 @@ class Settings:
     flatten: bool = setting(
         False,
         flag,
-        """(bool): move plain dense parameters that alone own their memory into one flat buffer.""",
+        """(bool): move plain dense parameters that alone own their memory into one flat buffer, on CPUs and on GPUs
+        of CUDA or ROCm.""",
     )
     flat_grads: bool | str = setting(
         False,

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .devices import sum_dtype
 from .flat import memory_order
 from .metrics import SUMS
 
@@ -20,7 +21,7 @@ class Tally:
         self.runs = runs
         self.block = block
         self.positions = [m.position for run in runs for m in run.members]
-        self.squares = torch.zeros(len(self.positions), SUMS, dtype=torch.float64, device=device)
+        self.squares = torch.zeros(len(self.positions), SUMS, dtype=sum_dtype(device), device=device)
         self.cuts: list[tuple[int, Tensor]] = []
         """For each block its first row, and how many elements belong to that row and to each after it."""
         row = 0
@@ -70,7 +71,7 @@ class Tally:
 
     def _add(self, column: int, cut: tuple[int, Tensor], x: Tensor) -> None:
         first, lengths = cut
-        x = x.to(torch.float64)
+        x = x.to(self.squares.dtype)
         if len(lengths) == 1:
             self.squares[first, column] += torch.dot(x, x)
         else:

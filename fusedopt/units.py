@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .devices import sum_dtype
 from .shards import is_piece
 
 PART = 16 * 1024
@@ -42,7 +43,8 @@ def clip_runs(runs: Iterable[Any], clipping: float, factor: float, dtype: torch.
 def _factors(g: Tensor, p: Tensor, clipping: float, factor: float) -> Tensor:
     """min(1, clipping max(|p|, eps) / |factor g|) by unit."""
     dims = tuple(range(1, g.dim())) or None
-    g_norm, p_norm = (torch.linalg.vector_norm(x.detach(), dim=dims, keepdim=True, dtype=torch.float64) for x in (g, p))
+    wide = sum_dtype(g.device)
+    g_norm, p_norm = (torch.linalg.vector_norm(x.detach(), dim=dims, keepdim=True, dtype=wide) for x in (g, p))
     # The same operations as in kernels/units.py: a zero gradient makes it infinite, and NaN stays NaN.
     return (clipping * p_norm.clamp(min=EPS) / g_norm / factor).clamp(max=1.0).to(g.dtype)
 
