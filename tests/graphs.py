@@ -80,9 +80,12 @@ class Graph:
 def capture(monkeypatch, executors):
     """Yields a graph of what happens within; ``executors`` of the optimizers that take a step in it."""
     if torch.cuda.is_available():
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            yield graph
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+        try:
+            with torch.cuda.graph(graph):
+                yield graph
+        finally:
+            torch.cuda.set_stream(stream)  # torch's context keeps its own where the capture fails
         return
     graph = Graph()
 

@@ -125,6 +125,12 @@ API cudaPeekAtLastError(void) { return last; }
 const char *cudaGetErrorName(API error) { return "an error without a GPU"; }
 const char *cudaGetErrorString(API error)
 {
+    if (error == cudaErrorStreamCaptureUnsupported)
+        return "operation not permitted when stream is capturing";
+    if (error == cudaErrorStreamCaptureInvalidated)
+        return "operation failed due to a previous error during capture";
+    if (error == cudaErrorCapturedEvent)
+        return "operation not permitted on an event last recorded in a capturing stream";
     static char text[32];
     snprintf(text, sizeof text, "CUDA error %d", error);
     return text;
@@ -172,6 +178,7 @@ API cudaGetDriverEntryPoint(const char *name, void **f, unsigned long long flags
 
 struct stream { int captures; unsigned long long capture; void *graph; };
 int capturing;                                   // how many graphs are captured now
+int spoilt;                                      // whether somebody waited meanwhile, after which none of them is right
 void (*on_capture)(void *graph);                 // NULL where a capture ends
 void (*on_replay)(void *graph);
 
@@ -181,7 +188,12 @@ static struct stream *of(cudaStream_t s)
     return (uintptr_t)s <= 2 ? &legacy : (struct stream *)s;
 }
 
-static API wait(void) { return last = capturing ? cudaErrorStreamCaptureUnsupported : cudaSuccess; }
+static API wait(void)
+{
+    spoilt |= capturing > 0;
+    return last = capturing ? cudaErrorStreamCaptureUnsupported : cudaSuccess;
+}
+
 #define NEW(type) calloc(1, sizeof(struct type))
 
 API cudaStreamCreate(cudaStream_t *s) DOES(*s = NEW(stream))
@@ -196,22 +208,32 @@ API cudaStreamAddCallback(cudaStream_t s, cudaStreamCallback_t f, void *data, un
 DOES(f(s, cudaSuccess, data))
 API cudaLaunchHostFunc(cudaStream_t s, cudaHostFn_t f, void *data) DOES(f(data))
 
-struct event { int answers; };
+struct event { int answers, captured; };
 int late;                                        // how often an event that was recorded is said not to be over
 
 API cudaEventCreate(cudaEvent_t *event) DOES(*event = NEW(event))
 API cudaEventCreateWithFlags(cudaEvent_t *event, unsigned flags) DOES(*event = NEW(event))
 API cudaEventDestroy(cudaEvent_t event) DOES(free(event))
-API cudaEventRecord(cudaEvent_t event, cudaStream_t s) DOES(((struct event *)event)->answers = late)
+API cudaEventRecord(cudaEvent_t event, cudaStream_t s)
+DOES(*(struct event *)event = (struct event){late, of(s)->captures})
 API cudaEventRecordWithFlags(cudaEvent_t event, cudaStream_t s, unsigned flags) { return cudaEventRecord(event, s); }
 API cudaEventQuery(cudaEvent_t event)
 {
+    struct event *it = (struct event *)event;
+    if (it->captured)
+        return last = cudaErrorCapturedEvent;
     if (wait())
         return last;
-    return ((struct event *)event)->answers-- > 0 ? cudaErrorNotReady : cudaSuccess;
+    return it->answers-- > 0 ? cudaErrorNotReady : cudaSuccess;
 }
 
-API cudaEventSynchronize(cudaEvent_t event) { ((struct event *)event)->answers = 0; return wait(); }
+API cudaEventSynchronize(cudaEvent_t event)
+{
+    struct event *it = (struct event *)event;
+    it->answers = 0;
+    return it->captured ? (last = cudaErrorCapturedEvent) : wait();
+}
+
 API cudaEventElapsedTime(float *ms, cudaEvent_t a, cudaEvent_t b) DOES(*ms = 1)
 
 API cudaStreamIsCapturing(cudaStream_t s, enum cudaStreamCaptureStatus *status)
@@ -234,10 +256,12 @@ API cudaStreamEndCapture(cudaStream_t s, cudaGraph_t *graph)
 {
     capturing -= of(s)->captures;
     of(s)->captures = 0;
-    *graph = of(s)->graph;
     if (on_capture)
         on_capture(NULL);
-    return cudaSuccess;
+    API found = spoilt ? cudaErrorStreamCaptureInvalidated : cudaSuccess;
+    *graph = spoilt ? NULL : of(s)->graph;
+    spoilt &= capturing > 0;
+    return last = found;
 }
 
 API cudaStreamGetCaptureInfo(cudaStream_t s, enum cudaStreamCaptureStatus *status, unsigned long long *id,

@@ -70,8 +70,9 @@ class Call:
 
     def __call__(self) -> Any:
         captured = bool(current)
-        if captured and "_local_scalar_dense" in str(self.op):
-            raise RuntimeError("operation not permitted when stream is capturing: a number is read")
+        if captured and self._waits():
+            ctypes.c_int.in_dll(runtime, "spoilt").value = 1
+            raise RuntimeError(f"operation not permitted when stream is capturing: {self.op}")
         before = [(h, h.clone()) for h, _ in self.pairs if 0 not in h.stride()] if captured else []
         result = self.op(*self.args, **self.kwargs)
         for h, x in self.pairs:
@@ -86,6 +87,13 @@ class Call:
                     h.copy_(values)
             current[-1].append(lambda: self._again(new))
         return found
+
+    def _waits(self) -> bool:
+        """Whether it reads a number, or copies from or to memory of the host that is not pinned."""
+        if self.op is torch.ops.aten.copy_.default:
+            on_gpu = {id(h) for h, _ in self.pairs}
+            return not all(id(x) in on_gpu or x.is_pinned() for x in self.args[:2])
+        return self.op is torch.ops.aten._local_scalar_dense.default
 
     def _again(self, outputs: list[Tensor]) -> None:
         results = pytree.tree_leaves(self.op(*self.args, **self.kwargs))
