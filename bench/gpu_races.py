@@ -98,8 +98,13 @@ def _walk(run: Run, settings: dict[str, Any], way: Way) -> list[Tensor]:
 
 
 def _aside(run: Run, step: Callable[[], None]) -> None:
-    """On a stream of its own, while what this one allocates takes any memory that was freed too early."""
-    run.on.alongside(step, in_order=True)
+    """On a stream of its own, before which what this one allocates takes any memory that was freed too early."""
+
+    def late() -> None:
+        run.on.delay(0.002)
+        step()
+
+    run.on.alongside(late, in_order=True)
     for size in (64, 512, 4096, 32768):
         torch.full((size,), float("nan"), device=run.on.name)
     run.on.join()

@@ -24,6 +24,9 @@ Models = Mapping[str, shapes.Groups]
 
 NORM_KERNEL = "sum_of_squares"
 
+KERNELS = NORM_KERNEL, "step_", "clipped_"
+"""How the names of kernels begin of which it is known how much they move."""
+
 LAUNCH_QUEUE = 1000
 """Launches that a GPU's queue holds. A host that queues more is made to wait, and its time is no longer its own."""
 
@@ -217,8 +220,9 @@ def _fill(row: Row, result: Result, copy: float) -> None:
 
 def _kernel_rows(blank: Row, result: Result, copy: float) -> Iterator[Row]:
     """How long each kernel takes by itself: the norm, which reads the gradients, and the update."""
-    norm = result.gradient_bytes if len(result.seen.kernels) > 1 else 0
-    for kernel, times in result.seen.kernels.items():
+    kernels = {name: times for name, times in result.seen.kernels.items() if name.startswith(KERNELS)}
+    norm = result.gradient_bytes if NORM_KERNEL in kernels else 0
+    for kernel, times in kernels.items():
         took = statistics.median(times)
         moved = norm if kernel == NORM_KERNEL else result.bytes - norm
         share = round(moved / (took * 1e-6) / copy, 3)

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import gpu
 import gpu_tests
 import history
+import measure
 import problem
 import profiles
 import pytest
@@ -155,6 +156,16 @@ class TestTrace:
         seen = profiles.summary(trace, 2)
         assert (seen.launches, seen.copies, seen.waits) == (1.5, 0.5, 1.0)
         assert seen.kernels == {"step_adam": [7.0, 9.0], "sum_of_squares": [3.0]}
+
+    def test_what_each_kernel_moves(self):
+        """Of a step under a GradScaler, which has kernels of torch's too."""
+        seen = profiles.Seen(3, 0, 0, {"step_adam": [7.0], "sum_of_squares": [1.0], "void at::native::add": [2.0]})
+        result = measure.Result("fusedopt", bytes=800, gradient_bytes=100, seen=seen)
+        blank = history.Row("", "", "", "", "cuda", 1, "", "", "")
+        made = measure._kernel_rows(blank, result, copy=1e8)
+        assert {row.implementation: (row.bytes, row.bandwidth) for row in made} == {
+            "fusedopt: step_adam": (700, 1.0), "fusedopt: sum_of_squares": (100, 1.0),
+        }  # fmt: skip
 
     def test_peak_memory(self):
         def action():
