@@ -21,6 +21,7 @@ from .rule import Rule
 from .shards import local
 from .storage import Storage, state_keys
 from .survey import Entry, Key
+from .upload import free_later
 
 Write = tuple[Tensor, Tensor | float]
 """A view, and what it is to be filled with."""
@@ -34,6 +35,9 @@ class Change(NamedTuple):
     gone: Sequence[str] = ()
 
     def make(self) -> None:
+        for key in self.entries.keys() & {*self.new, *self.gone}:
+            if isinstance(dropped := local(self.entries[key]), Tensor):
+                free_later(dropped)
         self.entries.update(self.new)
         for key in self.gone:
             del self.entries[key]

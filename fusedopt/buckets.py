@@ -189,6 +189,8 @@ def _homes(key: Key, entries: Sequence[Entry], packed: Sequence[bool], count_dty
     # Small ones first, and group by group, so that each cohort's lie side by side; within a group by shape, so
     # that gradients can be gathered by few calls.
     homeless.sort(key=lambda one: (not one[2], one[1].group_number, one[1].param.shape[1:] if one[2] else ()))
+    for earlier in {entry.place.space for _, entry, _ in homeless if entry.place is not None}:
+        earlier.free_later()
     space = Space([entry.param for _, entry, _ in homeless], sum(pack for *_, pack in homeless), key.capturable)
     for number, (index, entry, pack) in enumerate(homeless):
         owned = entry.place is not None and entry.place.flattened == entry.owner.data_ptr()

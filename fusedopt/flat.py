@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from . import upload
 from .devices import has_addresses
 
 ALIGNMENT = 256
@@ -169,6 +170,11 @@ class Space:
             else:
                 self.buffers[role] = torch.empty(0, dtype=dtype, device=self.device).set_(storage, 0, (size,), (1,))
         self.lent = {}
+
+    def free_later(self) -> None:
+        """Before others take its place."""
+        for buffer in (*self.buffers.values(), *self.numbers.values()):
+            upload.free_later(buffer)
 
     def end(self, index: int) -> int:
         return self.offsets[index] + self.sizes[index].numel()

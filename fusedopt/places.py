@@ -17,6 +17,7 @@ from .rule import Rule
 from .settings import Settings
 from .shards import PLAIN, is_piece, local
 from .storage import Part
+from .upload import free_later
 
 
 @dataclasses.dataclass(slots=True, eq=False)
@@ -169,6 +170,7 @@ def flatten(places: list[Place], params: list[Tensor], wanted: bool) -> bool:
         elif wanted and place.flattened is None and "param" not in place.views and (place.owned or owns_memory(p)):
             view = place.open("param", p.dtype)
             view.copy_(p.detach())
+            free_later(p)
             p.data = view
             place.flattened = p.data_ptr()
     return len({place.space for place in places}) == 1 and all(place.flattened is not None for place in places)

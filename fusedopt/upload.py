@@ -24,6 +24,13 @@ def capturing(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
+def free_later(tensor: Tensor) -> None:
+    """Before a tensor is dropped: its memory waits for what is queued on this stream, wherever it was allocated."""
+    # An alias is none of the allocator's memory, only what it is an alias of.
+    if tensor.is_cuda and tensor.untyped_storage().resizable():
+        tensor.record_stream(torch.cuda.current_stream(tensor.device))
+
+
 class Ring:
     """Pinned memory for copies that are under way. A piece is taken again only after its copy has ended; as long as
     the oldest is busy, another one is added."""
@@ -114,9 +121,8 @@ class Upload:
     @torch.inference_mode(False)
     def _allocate(self, values: np.ndarray) -> None:
         with on(self.device):
-            if self.device_copy is not None and self.device_copy.is_cuda and not self.is_frozen:
-                # A kernel on this stream may still read it, wherever it was allocated.
-                self.device_copy.record_stream(torch.cuda.current_stream())
+            if self.device_copy is not None and not self.is_frozen:
+                free_later(self.device_copy)
             self.device_copy = torch.empty_like(torch.from_numpy(values), device=self.device)
         if self.device_copy.is_cuda:
             self.ring = Ring(self.device_copy)
