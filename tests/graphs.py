@@ -5,12 +5,14 @@ What happens while the CPU's graph is captured is written down and not done: ker
 """
 
 import contextlib
+import gc
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from fusedopt import upload
+from fusedopt.plan import without_collection
 
 
 class Recorder(TorchDispatchMode):
@@ -81,8 +83,11 @@ def capture(monkeypatch, executors):
     """Yields a graph of what happens within; ``executors`` of the optimizers that take a step in it."""
     if torch.cuda.is_available():
         graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+        # Pinned memory of an earlier graph that is found to be garbage within is freed behind an event that this one
+        # holds, and for which torch then asks in vain.
+        gc.collect()
         try:
-            with torch.cuda.graph(graph):
+            with without_collection(), torch.cuda.graph(graph):
                 yield graph
         finally:
             torch.cuda.set_stream(stream)  # torch's context keeps its own where the capture fails
