@@ -60,9 +60,13 @@ class Upload:
     def __init__(self, device: torch.device):
         self.device = device
         self.device_copy: Tensor | None = None
+        """What was sent last."""
         self.ring: Ring | None = None
-        self.spare: Tensor | None = None
-        """Pinned memory for a graph. Before 2.11 torch can make none during a capture."""
+        self.made: dict[tuple[int, ...], tuple[Tensor, Ring | None]] = {}
+        """Tables, and from where they are sent, by shape: where a GPU skips steps by itself, how many rows there are
+        depends on how far the host is ahead of it, and changes at most steps."""
+        self.spare: dict[tuple[int, ...], Tensor] = {}
+        """Pinned memory for a graph, by shape. Before 2.11 torch can make none during a capture."""
         self.frozen: list[tuple[Tensor, Tensor]] = []
         """What belongs to graphs: each one's table, and its memory on the host."""
         self.is_frozen = False
@@ -83,7 +87,7 @@ class Upload:
             self._freeze(values)
             return
         if self.device_copy is None or self.device_copy.shape != values.shape or self.is_frozen:
-            self._allocate(values)
+            self._take(values)
         with on(self.device):
             if self.ring is None:
                 self.device_copy.copy_(torch.from_numpy(values))
@@ -108,23 +112,21 @@ class Upload:
     @torch.inference_mode(False)
     def prepare(self, values: np.ndarray) -> None:
         """Make the pinned memory from which a graph may send values like these, even if nothing was sent before."""
-        if self.device.type == "cuda":
-            self.spare = torch.empty_like(torch.from_numpy(values), pin_memory=True)
+        if self.device.type == "cuda" and values.shape not in self.spare:
+            self.spare[values.shape] = torch.empty_like(torch.from_numpy(values), pin_memory=True)
 
     def _pinned(self, values: Tensor) -> Tensor:
         """The values in pinned memory that nobody else has."""
-        spare, self.spare = self.spare, None
-        if spare is None or (spare.shape, spare.dtype) != (values.shape, values.dtype):
-            return values.pin_memory()
-        return spare.copy_(values)
+        spare = self.spare.pop(tuple(values.shape), None)
+        return values.pin_memory() if spare is None else spare.copy_(values)
 
     @torch.inference_mode(False)
-    def _allocate(self, values: np.ndarray) -> None:
-        with on(self.device):
-            if self.device_copy is not None and not self.is_frozen:
-                free_later(self.device_copy)
-            self.device_copy = torch.empty_like(torch.from_numpy(values), device=self.device)
-        if self.device_copy.is_cuda:
-            self.ring = Ring(self.device_copy)
+    def _take(self, values: np.ndarray) -> None:
+        """Send to the table that has their shape from now on."""
+        if values.shape not in self.made:
+            with on(self.device):
+                table = torch.empty_like(torch.from_numpy(values), device=self.device)
+            self.made[values.shape] = table, Ring(table) if table.is_cuda else None
+        self.device_copy, self.ring = self.made[values.shape]
         self.prepare(values)
         self.is_frozen = False

@@ -142,7 +142,7 @@ def test_a_graph_takes_pinned_memory_that_was_made_before_it(monkeypatch):
     table, values = upload.Upload(torch.device("cuda")), torch.arange(6.0).view(2, 3)
     with torch.inference_mode():
         table.prepare(values.numpy())
-    spare = table.spare
+    (spare,) = table.spare.values()
     assert table._pinned(values) is spare and torch.equal(spare, values)
     assert table._pinned(values) is values
     table.prepare(np.zeros((3, 3), dtype=np.float32))

@@ -14,6 +14,7 @@ import fusedopt
 from fusedopt import triton_rows
 from fusedopt.cohorts import StepNumbers
 from fusedopt.launch import Launches
+from fusedopt.skips import Skips
 
 COUNT = 16
 
@@ -122,6 +123,28 @@ def test_a_step_sends_its_rows_and_allocates_nothing(settings, device):
     with Operations() as seen:
         optimizer.step()
     assert seen.names.count("copy_") == 2
+
+
+def test_as_many_rows_as_once_before_cost_no_memory(device, monkeypatch):
+    """A GPU that is now so many, now so many steps behind."""
+    behind = []
+    monkeypatch.setattr(Skips, "listen", lambda self: None)
+    monkeypatch.setattr(Skips, "variants", property(lambda self: behind.pop(0)))
+    params = [torch.nn.Parameter(torch.ones(40, device=device)) for _ in range(5)]
+    optimizer = fusedopt.AdamW(params, backend="triton", skip_nonfinite=True)
+    for p in params:
+        p.grad = torch.ones_like(p)
+    for count in (1, 2, 3):
+        behind[:] = [count] * 3  # the first step asks more than once
+        optimizer.step()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    for count in (3, 1, 2):
+        behind[:] = [count]
+        with Operations() as seen:
+            optimizer.step()
+        assert [name for name in seen.names if name != "lift_fresh"] == ["copy_"]
+        assert len(optimizer._engine.executors[0].rows.table) == count
 
 
 class RoundedLR(fusedopt.Adam):
