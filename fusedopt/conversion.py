@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from .flat import strides_of_state
 from .forms import Form, wide
 from .rule import Rule
 from .shards import distributed_alike, gather_anew, is_distributed, kind, like, local
-from .storage import MASTER_KEYS, part_key, storage
+from .storage import MASTER_KEYS, Storage, part_key, storage
 
 MASTER = "master"
 
@@ -186,6 +186,17 @@ def load_master_state_dict(optimizer: Any, masters: Mapping[int | str, Tensor]) 
         )
     params = list(numbered(optimizer))
     _check_masters(params, masters)
+    try:
+        _take_masters(optimizer, params, masters)
+    except BaseException:  # an interrupt on the way, behind which some parameters are the loaded ones and others not
+        _take_masters(optimizer, params, masters)
+        raise
+
+
+def _take_masters(
+    optimizer: Any, params: Sequence[tuple[int | str, dict[str, Any], Tensor]], masters: Mapping[int | str, Tensor]
+) -> None:
+    """Set the parameters and what is kept beside them; may be done again, wherever it was interrupted."""
     for key, group, p in params:
         part, value = local(p), local(masters[key])
         stored = storage(p, optimizer.rule(group), optimizer._settings, optimizer._states.get(p, {}))
@@ -197,17 +208,22 @@ def load_master_state_dict(optimizer: Any, masters: Mapping[int | str, Tensor]) 
         if len(values) == 1:
             continue
         state = optimizer._states[p]
-        if not state and optimizer.counts_steps:
-            # torch's classes take a state without these for a broken one.
-            state["step"] = torch.zeros((), dtype=_get_scalar_dtype())
-            initial = map(torch.tensor, optimizer.initial_scalars(group))
-            state |= dict(zip(optimizer.rule(group).scalars, initial))
-            for role, form in stored.kept:
-                initial = optimizer.initial_value(group, role)
-                made = torch.full(part.size(), initial, dtype=wide(part.dtype), device=part.device)
-                state |= _named(role, form, p, encode(form, made, strides_of_state(part)))
-        state |= _named("", stored.param, p, values)
+        # torch's classes take a state without these for a broken one.
+        others = _begun(optimizer, group, p, stored) if not state and optimizer.counts_steps else {}
+        state |= others | _named("", stored.param, p, values)
     gather_anew(p for _, _, p in params)
+
+
+def _begun(optimizer: Any, group: dict[str, Any], p: Tensor, stored: Storage) -> dict[str, Tensor]:
+    """The states of a parameter as they are before the first step."""
+    part = local(p)
+    begun = {"step": torch.zeros((), dtype=_get_scalar_dtype())}
+    begun |= zip(optimizer.rule(group).scalars, map(torch.tensor, optimizer.initial_scalars(group)))
+    for role, form in stored.kept:
+        initial = optimizer.initial_value(group, role)
+        made = torch.full(part.size(), initial, dtype=wide(part.dtype), device=part.device)
+        begun |= _named(role, form, p, encode(form, made, strides_of_state(part)))
+    return begun
 
 
 def _check_masters(params: list[tuple[int | str, dict[str, Any], Tensor]], masters: Any) -> None:

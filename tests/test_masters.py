@@ -1,6 +1,8 @@
 """``master_state_dict`` and ``load_master_state_dict``, and forms that are refused."""
 
 import pickle
+from itertools import chain, repeat
+from unittest import mock
 
 import pytest
 import torch
@@ -8,6 +10,7 @@ from pairs import assert_same, same_bits, snapshot
 from stored_training import MASTERS, made, run, through_file
 
 import fusedopt
+from fusedopt import conversion
 
 
 @pytest.mark.parametrize("named", [False, True])
@@ -104,6 +107,24 @@ def test_forms_that_make_no_sense():
         assert torch.equal(narrow, torch.ones_like(narrow))
     with pytest.raises(ValueError, match="no states"):
         fusedopt.SGD([wide], state_dtype="8bit")
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize(("where", "calls"), [("encode", 1), ("_named", 0), ("gather_anew", 0)])
+@pytest.mark.parametrize("name", ["AdamW", "SGD"])
+def test_an_interrupt_leaves_no_part_of_them(name, where, calls, when):
+    """Ctrl-C on the way: what was begun is finished."""
+    exact = {k: torch.randn(p.shape) for k, p in enumerate(made()[0])}
+    (params, optimizer), (others, other) = (made(name, master="split") for _ in range(2))
+    if when == "after":
+        run(params, optimizer, 1)
+        run(others, other, 1)
+    other.load_master_state_dict(exact)
+    effects = chain(repeat(mock.DEFAULT, calls), [KeyboardInterrupt], repeat(mock.DEFAULT))
+    watched = mock.patch.object(conversion, where, wraps=getattr(conversion, where), side_effect=effects)
+    with watched, pytest.raises(KeyboardInterrupt):
+        optimizer.load_master_state_dict(exact)
+    assert_same(snapshot(optimizer), snapshot(other))
 
 
 @pytest.mark.parametrize("name", ["SGD", "Rprop"])
