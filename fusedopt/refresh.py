@@ -96,18 +96,13 @@ class FrozenFamily(NamedTuple):
     aside: Set[str]
     """Keys that they may differ in."""
     options: dict[str, Any]
-    """Those of all of them, at the capture."""
+    """Those of all of them, at the capture; tensors where replays read these."""
     live: list[Tensor] | None
     """Their learning rates, where these are tensors that replays read."""
     rates: Tensor | None
     """Otherwise the host's memory of them."""
     constants: Tensor
     """The host's memory of what the device does not compute."""
-
-    @classmethod
-    def of(cls, groups: list[dict[str, Any]], aside: Set[str], rates: Tensor | None, constants: Tensor) -> FrozenFamily:
-        live = None if rates is not None or "lr" not in groups[0] else [group["lr"] for group in groups]
-        return cls(groups, aside, _on_host(Options(groups, aside).in_common(groups[0])), live, rates, constants)
 
     def updates(self, optimizer: Any, columns: Callable[[Update], list]) -> tuple[Update, list]:
         """The update as it is now, and what is to be written."""
@@ -117,11 +112,11 @@ class FrozenFamily(NamedTuple):
         options = Options(self.groups, self.aside)
         if set(options.first_alike()) != {0}:
             raise RuntimeError(f"groups had the same options when a CUDA graph was captured, and differ now{AGAIN}")
-        now = _on_host(options.in_common(self.groups[0]))
-        (_, before), (update, after) = (_evaluated(optimizer, each, columns) for each in (self.options, now))
+        then, now = _on_host(self.options), _on_host(options.in_common(self.groups[0]))
+        (_, before), (update, after) = (_evaluated(optimizer, each, columns) for each in (then, now))
         for old, new in zip(before, after, strict=True):
             if isinstance(old, Tensor) != isinstance(new, Tensor) or (isinstance(old, Tensor) and not _same(old, new)):
-                changed = [key for key, x in now.items() if x != self.options.get(key)]
+                changed = [key for key, x in now.items() if x != then.get(key)]
                 raise RuntimeError(
                     f"{', '.join(changed)} changed, and goes into what a CUDA graph computes from its own step counts "
                     f"(capturable=True){AGAIN}"

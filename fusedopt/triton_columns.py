@@ -93,8 +93,13 @@ class Columns:
 
     def _frozen(self, one: Family, width: int) -> FrozenFamily:
         """What the graph that is being captured holds of a family: the host's memory, latest in its tables."""
-        rates = None if "lr" not in one.groups[0] or one.is_live else one.rates.frozen[-1][1]
-        return FrozenFamily.of(one.groups, self.options.aside, rates, one.constants.frozen[-1][1][:, :width])
+        options = self.options.in_common(one.groups[0])
+        options = {key: for_formulas(x, self.bucket.device, lambda tensor: tensor) for key, x in options.items()}
+        has_rates = "lr" in one.groups[0]
+        live = [group["lr"] for group in one.groups] if has_rates and one.is_live else None
+        rates = one.rates.frozen[-1][1] if has_rates and not one.is_live else None
+        constants = one.constants.frozen[-1][1][:, :width]
+        return FrozenFamily(one.groups, self.options.aside, options, live, rates, constants)
 
     def look(self) -> None:
         """Take what the formulas need as it is now."""

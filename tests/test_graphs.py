@@ -148,6 +148,39 @@ def test_memory_of_means_outlives_stages_that_come_later(device, monkeypatch):
 
 
 @interpreter_noise
+def test_options_that_it_reads_outlive_others(device, monkeypatch):
+    """Tensors on the device, which are read by every replay, also where a group was given others since."""
+    runs = [Run("Adam", device) for _ in range(2)]
+    betas = [torch.tensor([0.9, 0.95], dtype=torch.float64, device=device).unbind() for _ in runs]
+    for run, values in zip(runs, betas):
+        for group in run.opt.param_groups:
+            group["betas"] = values
+        run.warm_up()
+        run.prepare(6)
+    eager, captured = runs
+    graph = captured.capture(monkeypatch)
+    used = list(map(weakref.ref, betas[1]))
+    for number in range(6, 8):
+        for run, values in zip(runs, betas):
+            run.prepare(number)
+            values[0].fill_(1 / number)
+        captured.opt.refresh()
+        eager.opt.step()
+        graph.replay()
+        assert_equal(captured, eager)
+    if isinstance(graph, Graph):
+        graph.calls.clear()  # a true graph keeps nothing alive
+    for group in captured.opt.param_groups:
+        group["betas"] = 0.5, 0.6
+    del betas, values
+    captured.opt.step()
+    gc.collect()
+    assert all(ref() is not None for ref in used)
+    with pytest.raises(RuntimeError, match="betas changed"):
+        captured.opt.refresh()
+
+
+@interpreter_noise
 def test_a_gradient_that_is_made_in_the_graph(device, monkeypatch):
     """Backward leaves it in the graph's own memory."""
     eager, captured = (Run("Adam", device, max_grad_norm=3.0) for _ in range(2))
