@@ -54,6 +54,16 @@ class TestHistory:
         old, other, new = a_row(wall_us=1.0), a_row(clip=True), a_row(wall_us=2.0, date="2026-11-22")
         assert history.latest([old, other, new]) == [other, new]
 
+    def test_of_one_date_the_later_line_counts(self):
+        """Lines are appended as they are measured."""
+        old, new, before = a_row(wall_us=1.0), a_row(wall_us=2.0), a_row(wall_us=3.0, date="2026-11-19")
+        assert history.latest([old, new]) == [new]
+        assert history.latest([new, old]) == [old]
+        for row in (old, before):  # other machines
+            row.machine = "another"
+        assert report.newest([old, new]) == report.newest([new, before]) == [new]
+        assert report.newest([new, old]) == [old]
+
 
 DAMAGE = {
     "a time that is none": ("100.0", "fast", "wall_us is 'fast', not a number"),
