@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable, Sequence
 from itertools import compress
-from operator import attrgetter, is_
+from operator import attrgetter, is_, mul
 from typing import Any
 
 import torch
@@ -44,6 +44,13 @@ def is_piece(p: Any) -> bool:
 def local(tensor: Any) -> Any:
     """The part of a DTensor on this rank; anything else as it is."""
     return get_local(tensor) if is_distributed(tensor) else tensor
+
+
+def first_element(p: Any) -> int:
+    """The number that the first element of a DTensor's part on this rank has among all."""
+    find = sys.modules["torch.distributed.tensor._utils"].compute_local_shape_and_global_offset
+    _, offsets = find(p.shape, p.device_mesh, p.placements)
+    return sum(map(mul, offsets, p.stride()))
 
 
 def like(whole: Any, part: Tensor) -> Any:

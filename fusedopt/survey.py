@@ -20,7 +20,7 @@ from .distributed import ProcessGroups, Reduction
 from .groups import params_of
 from .places import Place, adoption_key, is_shared
 from .rule import Rule
-from .shards import distributed_alike, is_piece, local
+from .shards import distributed_alike, first_element, is_piece, local
 from .storage import Storage, quantization_problem, storage, traits
 from .torch_step import COMPLEX, PLAIN_TENSORS, REMEDIES, NotFusable, reason_against
 from .units import refuse_shards
@@ -129,6 +129,8 @@ def survey(
                 key = Key(p.device, p.dtype, g.dtype, rule, choices[p.device], stored, spread, capturable, dtypes)
                 kinds[kind] = stored, scalars, buckets.setdefault(key, [])
             stored, scalars, entries = kinds[kind]
+            if stored.draws and p is not owner:
+                first_draw += first_element(owner) // 8
             taken = 0
             if state:
                 taken = _steps_taken(optimizer, rule, stored, state, read, where)

@@ -206,6 +206,31 @@ def test_tensors_distributed_by_hand():
 
 
 @pytest.mark.ranks(4)
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_random_bits_are_those_of_one_process(backend):
+    """Where a shard begins at a multiple of eight elements; replicas have the same."""
+    grid, found = mesh(2, 2), []
+    layouts = {
+        (16, 8): [Shard(0), Shard(0)],
+        (5, 16): [Replicate(), Shard(0)],
+        (16,): [Shard(0), Replicate()],
+        (3, 8): [Replicate(), Replicate()],
+    }
+    for place in (lambda x: x, lambda x: distribute_tensor(x, grid, layouts[tuple(x.shape)])):
+        ones = [place(torch.ones(shape, dtype=torch.bfloat16)) for shape in layouts]
+        params = [nn.Parameter(x.clone()) for x in ones]
+        options = {"lr": 1e-3, "master": "stochastic", "state_dtype": torch.bfloat16, "backend": backend}
+        optimizer = fusedopt.AdamW(params, **options)
+        for _ in range(3):
+            for p, x in zip(params, ones):
+                p.grad = x.clone()
+            optimizer.step()
+        found.append([full(x) for p in params for x in (p, optimizer.state[p]["exp_avg_sq"])])
+    assert all(map(torch.equal, *found))
+    assert len(found[0][0].unique()) > 1  # rounded at random
+
+
+@pytest.mark.ranks(4)
 def test_pipeline_stages_share_a_norm_through_clip_group():
     """Ranks 0, 1 hold the first stage and ranks 2, 3 the second, each sharded over its two ranks."""
     grid = mesh(2, 2, names=("pp", "dp"))
