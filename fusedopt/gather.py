@@ -139,14 +139,17 @@ class Staging:
             torch._foreach_copy_(self.params, self.copies)
 
 
-def neighbours(members: list[Member]) -> list[list[Member]]:
-    """Every unbroken row of members in memory."""
+def neighbours(members: list[Member], most: float) -> list[list[Member]]:
+    """Unbroken rows of members in memory, of at most so many elements or of one member."""
     rows: list[list[Member]] = []
+    size = 0
     for m in sorted(members, key=lambda m: (id(m.place.space), m.place.index)):
-        if rows and _adjoin(rows[-1][-1], m):
+        size += m.param.numel()
+        if rows and _adjoin(rows[-1][-1], m) and size <= most:
             rows[-1].append(m)
         else:
             rows.append([m])
+            size = m.param.numel()
     return rows
 
 

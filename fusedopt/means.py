@@ -98,7 +98,7 @@ def mean(x: Tensor, lengths: Sequence[int]) -> Tensor:
     """The mean over each parameter, of which those of ``lengths`` lie side by side in x: one number, or one for each
     element."""
     if len(lengths) > 1:
-        return of_neighbours([[x]], lengths)[0][0]
+        return of_neighbours(x, lengths)
     return (x.sum().double() / x.numel()).to(x.dtype)
 
 
@@ -110,13 +110,8 @@ def mean_of_squares(x: Tensor, lengths: Sequence[int]) -> Tensor:
     return (sum(part.dot(part).double() for part in parts) / x.numel()).to(x.dtype)
 
 
-def of_neighbours(blocks: Sequence[Sequence[Tensor]], sizes: Sequence[int]) -> list[list[Tensor]]:
-    """For tensors of these sizes that lie side by side, cut into blocks of equal length but for the last: for each
-    block each term's mean at each element, over the tensor to which that belongs."""
-    lengths = torch.tensor(sizes, device=blocks[0][0].device)
-    found = []
-    for parts in zip(*blocks):
-        totals = torch.segment_reduce(torch.cat(parts).double(), "sum", lengths=lengths)
-        means = (totals / lengths).to(parts[0].dtype)
-        found.append(means.repeat_interleave(lengths).split(len(parts[0])))
-    return list(map(list, zip(*found)))
+def of_neighbours(x: Tensor, sizes: Sequence[int]) -> Tensor:
+    """For tensors of these sizes that lie side by side in x, at each element the mean over the one it belongs to."""
+    lengths = torch.tensor(sizes, device=x.device)
+    means = torch.segment_reduce(x.double(), "sum", lengths=lengths) / lengths
+    return means.to(x.dtype).repeat_interleave(lengths)

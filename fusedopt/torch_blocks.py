@@ -107,7 +107,7 @@ class Blocks:
         """For each block the means that these stages need."""
         blocks = self._terms(stages, directions)
         if len(sizes) > 1:
-            return means.of_neighbours(list(blocks), sizes)
+            return [[means.of_neighbours(x, sizes) for x in block] for block in blocks]  # there is but one
         return repeat([(total / sizes[0]).to(self.compute_dtype) for total in means.sums(blocks)])
 
     def _follow(self, tensors: Sequence[Tensor], direction: tuple, found: Sequence[Tensor], update: Update) -> None:
