@@ -5,13 +5,13 @@ import math
 
 import pytest
 import torch
-from cases import KERNEL_NAMES, clip_settings, every_optimizer, kinds, label, model, options_of, stands_for_all
+from cases import KERNEL_NAMES, clip_settings, every_optimizer, kinds, label, model, options_of, random, stands_for_all
 from options import IN_TORCH
 from pairs import Pair, assert_same, close, snapshot
 from rule_cases import optimizer, parameters, results, same_bits, set_gradients, tensors
 
 import fusedopt
-from fusedopt import means, torch_blocks
+from fusedopt import means, torch_backend, torch_blocks
 
 MASKED = [name for name in IN_TORCH if name != "ASGD"]
 """Without ASGD, whose average follows the parameter, and so the mask."""
@@ -276,3 +276,24 @@ def test_tensors_of_several_blocks(dtype, storage, monkeypatch):
             made.step()
         ends.append([p.detach(), *(x for x in made.state[p].values() if isinstance(x, torch.Tensor))])
     assert len(ends[0]) > 2 and all(map(same_bits, *ends))
+
+
+@pytest.mark.parametrize(("name", "settings"), [("LAMB", {}), ("StableAdamW", {}), ("AdamW", {"cautious": True})])
+def test_of_many_small_tensors_some_are_taken_at_a_time(name, settings, monkeypatch):
+    """Sums over each take copies of all that are."""
+    monkeypatch.setattr(torch_backend, "WHOLE", torch_blocks.BLOCK)
+
+    def parameters():
+        return [torch.nn.Parameter(random((10_000 + k,), k).double()) for k in range(15)]
+
+    params, others = parameters(), parameters()
+    together = fusedopt.registry[name](params, lr=0.1, backend="torch", **settings)
+    alone = [fusedopt.registry[name]([p], lr=0.1, backend="torch", **settings) for p in others]
+    for number in range(3):
+        for p in (*params, *others):
+            p.grad = random(tuple(p.shape), 100 + number).double()
+        for each in (together, *alone):
+            each.step()
+    close(params, others, 1e-12)
+    (executor,) = together._engine.executors
+    assert [len(sizes) for run in executor.runs for sizes in run.sizes] == [13, 2]
