@@ -115,7 +115,8 @@ def cautious(u, p, g, mean):
 def excess(u, p, g, state, eps_squared):
     """g^2 / max(v, eps^2) for a rule whose second state is v, an average of g^2"""
     v = state[1]
-    return divide(g * g, tl.maximum(v, eps_squared, propagate_nan=tl.PropagateNan.ALL))
+    # Not g g / v, which is NaN where the squares overflow.
+    return g * divide(g, tl.maximum(v, eps_squared, propagate_nan=tl.PropagateNan.ALL))
 
 
 @triton.jit

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from cases import kinds, model
+from cases import kernels_overflow, kinds, model
 from options import LR
 from pairs import Pair, close
 
@@ -62,6 +62,18 @@ def test_parameters_whose_gradient_was_always_zero(backend, device):
     for _ in range(2):
         made.step()
     assert torch.equal(p.detach(), torch.ones_like(p))
+
+
+@kernels_overflow
+def test_a_gradient_whose_square_overflows(backend, device):
+    """Its element stands still, behind an infinite v, and the others go on."""
+    p = torch.nn.Parameter(torch.zeros(3, device=device))
+    made = fusedopt.StableAdamW([p], lr=0.1, weight_decay=0.0, backend=backend)
+    for size in (1e30, 1.0):
+        p.grad = torch.tensor([size, 1.0, -1.0], device=device)
+        made.step()
+    assert p[0] == 0
+    torch.testing.assert_close(p.detach()[1:], torch.tensor([-0.2, 0.2], device=device))
 
 
 def test_with_cautious(backend, device):
