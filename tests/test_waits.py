@@ -1,0 +1,51 @@
+"""Nobody waits for the GPU: torch's own debug mode makes every operation that does so an error."""
+
+import contextlib
+
+import pytest
+import torch
+from feature_runs import Run
+from features import KINDS, STEPS, absent, program
+
+SETTLED = 2
+"""The step from which on nothing is planned any more."""
+
+WAIT = {"torch.amp.GradScaler", "graph"}
+"""torch's scaler asks whether to step; what a graph holds cannot wait."""
+
+FEATURES = [name for name in KINDS if name not in WAIT and not absent(program([name]))]
+
+
+@contextlib.contextmanager
+def no_waiting():
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.fixture(scope="module")
+def tells_of_waits():
+    if not torch.cuda.is_available():
+        pytest.skip("there is no GPU to wait for")
+    x = torch.ones(1, device="cuda")
+    with no_waiting(), contextlib.suppress(RuntimeError):
+        x.item()
+        pytest.skip("this GPU is a stand-in, for which torch never waits")
+
+
+@pytest.mark.usefixtures("needs_triton", "tells_of_waits")
+@pytest.mark.parametrize("feature", FEATURES)
+def test_no_step_waits(feature):
+    run = Run(program([feature]), torch.device("cuda"), "triton")
+    update = run.update
+
+    def update_without_waiting():
+        with no_waiting():
+            update()
+
+    for number in range(STEPS):
+        if number == SETTLED:
+            run.update = update_without_waiting
+        run.step(number, None)
