@@ -174,9 +174,9 @@ class Executor:
         self, variant: tuple, numbers: tuple, formulas: tuple, shared: dict[str, Any], loss_scale: Tensor | None
     ) -> None:
         chunks, self.tally.latest = self.tally.chunks, self.tally.of_chunks
-        scale, aligned = scaler_argument(loss_scale, self.bucket.device)
+        scale, kind = scaler_argument(loss_scale, self.bucket.device)
         self.launch(
-            tracked.tracked_step, (variant, aligned), chunks.programs,
+            tracked.tracked_step, (variant, kind), chunks.programs,
             self.tables.upload.device_copy, chunks.table, *numbers, self.tally.latest.sums, scale, *formulas,
             LANES=self.tables.tuning.block // self.tables.vector, **shared,
         )  # fmt: skip

@@ -124,10 +124,10 @@ def _squares_by_spread(executors: Sequence[Any], terms: Terms, verdict: Tensor, 
 
 def judging_arguments(device: torch.device, terms: Terms) -> tuple[tuple, Mapping[str, bool], tuple]:
     """The kernels' last arguments, the constants that go with them, and which variant of a kernel they are."""
-    scale, scale_aligned = scaler_argument(terms.loss_scale, device)
-    found_inf, found_inf_aligned = scaler_argument(terms.found_inf, device)
+    scale, kind_of_scale = scaler_argument(terms.loss_scale, device)
+    found_inf, kind_of_found_inf = scaler_argument(terms.found_inf, device)
     limits, constants = _of_settings(terms.clip, terms.skip_nonfinite)
-    variant = terms.clip is not None, terms.skip_nonfinite, scale_aligned, found_inf_aligned
+    variant = terms.clip is not None, terms.skip_nonfinite, kind_of_scale, kind_of_found_inf
     return (*limits, scale, found_inf), constants, variant
 
 
@@ -137,10 +137,10 @@ def _of_settings(clip: tuple[float, float, float] | None, skip_nonfinite: bool) 
     return clip or (math.inf, 0.0, 1.0), MappingProxyType({"CLIP": clip is not None, "SKIP": skip_nonfinite})
 
 
-def scaler_argument(number: Tensor | None, device: torch.device) -> tuple[Tensor | None, bool | None]:
+def scaler_argument(number: Tensor | None, device: torch.device) -> tuple[Tensor | None, tuple | None]:
     """A number of a GradScaler for a kernel on that device, and which variant of the kernel takes it."""
     if number is None:
         return None, None
     # A scaler keeps its scale where the loss is, which may be another GPU.
     number = number.to(device, non_blocking=True)
-    return number, number.data_ptr() & 15 == 0
+    return number, (number.dtype, number.data_ptr() & 15 == 0)

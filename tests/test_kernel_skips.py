@@ -1,10 +1,11 @@
 """Steps that the kernels skip, and gradients that they unscale."""
 
+import itertools
 import math
 
 import pytest
 import torch
-from cases import MAIN_CASES, kernels_overflow
+from cases import MAIN_CASES, kernels_overflow, label
 from rule_cases import (
     ADDRESSES,
     CASES,
@@ -194,6 +195,22 @@ def test_grad_scale_divides_the_gradients(address, settings, device):
         assert all(map(same_bits, got, wanted))
     if settings:
         assert made.grad_norm == reference.grad_norm  # of the unscaled gradients
+
+
+@pytest.mark.parametrize("settings", [{}, {"track": "total"}, {"max_grad_norm": 1.0, "launches": 1}], ids=label)
+def test_numbers_of_a_scaler_may_change_their_dtype(settings, device):
+    """And where they lie: a kernel that was compiled for one dtype does not read another."""
+    params, others = parameters([5, 1030], device), parameters([5, 1030], device)
+    made, reference = optimizer("adam", params, **settings), optimizer("adam", others, **settings)
+    for t, (dtype, place) in enumerate(itertools.product((torch.float32, torch.float64), (0, 1))):
+        scale, found_inf = torch.tensor([[8.0, 8.0], [0.0, 0.0]], dtype=dtype, device=device)[:, place]
+        made.grad_scale, made.found_inf = scale, found_inf
+        set_gradients(params, [8 * g for g in tensors([5, 1030], device, seed=t)])
+        set_gradients(others, tensors([5, 1030], device, seed=t))
+        made.step()
+        reference.step()
+        for got, wanted in zip(results(made), results(reference)):
+            assert all(map(same_bits, got, wanted))
 
 
 @pytest.mark.parametrize("settings", [{}, {"max_grad_norm": 0.5}], ids=["plain", "clipped"])
