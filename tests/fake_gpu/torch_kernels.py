@@ -26,6 +26,12 @@ ABOUT_MEMORY = {
 WITHOUT_KERNELS = {"copy_", "masked_fill_.Scalar", "masked_fill_.Tensor"}
 """What has no kernel of a device's own, and launches some all the same."""
 
+ASKING = {"_local_scalar_dense", "equal", "is_nonzero", "masked_select", "nonzero", "repeat_interleave", "unique_dim"}
+"""What gives a number, or a size that depends on numbers, to the host."""
+
+ERROR = 2
+"""Of ``torch.cuda.set_sync_debug_mode``."""
+
 kernels = registration.Library("aten", "IMPL")
 """Of CUDA tensors. They last as long as it does."""
 
@@ -73,6 +79,8 @@ class Call:
         if captured and self._waits():
             ctypes.c_int.in_dll(runtime, "spoilt").value = 1
             raise RuntimeError(f"operation not permitted when stream is capturing: {self.op}")
+        if torch.cuda.get_sync_debug_mode() == ERROR and self._waits():
+            raise RuntimeError(f"called a synchronizing CUDA operation: {self.op}")
         before = [(h, h.clone()) for h, _ in self.pairs if 0 not in h.stride()] if captured else []
         result = self.op(*self.args, **self.kwargs)
         for h, x in self.pairs:
@@ -89,11 +97,13 @@ class Call:
         return found
 
     def _waits(self) -> bool:
-        """Whether it reads a number, or copies from or to memory of the host that is not pinned."""
-        if self.op is torch.ops.aten.copy_.default:
-            on_gpu = {id(h) for h, _ in self.pairs}
-            return not all(id(x) in on_gpu or x.is_pinned() for x in self.args[:2])
-        return self.op is torch.ops.aten._local_scalar_dense.default
+        """Whether it asks for numbers, or copies from or to the host otherwise than by the way from pinned memory."""
+        if self.op is not torch.ops.aten.copy_.default:
+            return self.op._schema.name.removeprefix("aten::") in ASKING
+        on_gpu = {id(h) for h, _ in self.pairs}
+        hosts = [x for x in self.args[:2] if id(x) not in on_gpu]
+        non_blocking = self.kwargs.get("non_blocking", self.args[2:] == [True])
+        return bool(hosts) and not (non_blocking and all(x.is_pinned() for x in hosts))
 
     def _again(self, outputs: list[Tensor]) -> None:
         results = pytree.tree_leaves(self.op(*self.args, **self.kwargs))
