@@ -89,6 +89,8 @@ class Engine(Planner):
 
         if not self.with_gradients(optimizer, judge):
             self.verdict = clipping.Verdict(norm=0.0)
+        elif self.plan.has_beginners(0):
+            self.synchronize(optimizer)  # they begin anew at the step, which may have another learning rate
         return self.grad_norm()
 
     def will_unscale(self, optimizer: Any) -> bool:
@@ -176,7 +178,8 @@ class Engine(Planner):
         if self.verdict.tensor is not None and self.plan.counted and not captures:
             if self.verdict.may_skip:
                 self.skips.listen()
-            self.hear(optimizer, wait=self.plan.took_rates)
+            # States must not begin at the learning rate of a first step that is skipped.
+            self.hear(optimizer, wait=self.plan.has_beginners(1))
         elif self.verdict.may_skip:
             self.skips.unattended = True
 

@@ -244,10 +244,10 @@ class Plan:
         self.counts.advance(by)
         self.lasts = lasts
 
-    @property
-    def took_rates(self) -> bool:
-        """Whether states may have begun at the learning rate of the latest step: not if that was skipped."""
-        return bool(self.beginners) and any(cohort.t == 1 for bucket in self.counted for cohort in bucket.cohorts)
+    def has_beginners(self, taken: int) -> bool:
+        """Whether states that began with this plan, at a learning rate, may be of parameters that have taken so many
+        steps."""
+        return bool(self.beginners) and any(cohort.t == taken for bucket in self.counted for cohort in bucket.cohorts)
 
     def drop_unwritten(self, optimizer: Any) -> bool:
         """Remove the states of parameters that have not taken a step yet, where they begin at the learning rate of the

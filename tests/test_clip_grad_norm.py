@@ -258,6 +258,21 @@ def test_a_first_step_that_is_left_out_leaves_no_buffer(backend, device):
         assert torch.equal(p.detach(), -torch.ones_like(p))  # no dampening of the first
 
 
+@pytest.mark.parametrize("name", ["ASGD", "Rprop"])
+def test_states_begin_at_the_learning_rate_of_the_step(name, backend, device):
+    """Not at that of the clipping before it."""
+    pair = Pair(name, None, "tiny", device=device, backend=backend)
+    for number in range(3):
+        give_both(pair, number)
+        clip_by_torch(pair, 0.5)
+        pair.opt.clip_grad_norm_(0.5)
+        for group in (*pair.opt.param_groups, *pair.oracle.param_groups):
+            group["lr"] *= 0.5
+        pair.opt.step()
+        pair.oracle.step()
+    pair.check()
+
+
 def test_a_step_that_is_left_out(backend, device):
     """As torch's scaler leaves it out: gradients that backward then adds to are judged anew."""
     (p,) = params = [torch.nn.Parameter(torch.zeros(4, device=device))]
