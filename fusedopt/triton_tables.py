@@ -128,10 +128,11 @@ class Tables:
         found = np.fromiter(map(Tensor.data_ptr, grads), np.int64, len(grads))
         addresses = found.tobytes()
         if addresses != self.addresses or not self.upload.holds():
-            self.addresses = addresses
+            self.addresses = b""  # as long as an interrupt may come before they are on their way
             self.records[:, address.GRAD.value] = found
             self.records[:, address.IS_ALIGNED.value] = (found & 15 == 0) & self.in_line
             self.upload.send(self.records)
+            self.addresses = addresses
 
 
 def tuned(device: torch.device) -> tuning.Tuning:

@@ -75,8 +75,9 @@ class Upload:
     def tell(self, values: np.ndarray) -> None:
         """``send``, unless the device knows them."""
         if not (self.holds() and self.told is not None and np.array_equal(self.told, values)):
-            self.told = values
+            self.told = None  # as long as an interrupt may come before they are on their way
             self.send(values)
+            self.told = values
 
     def holds(self) -> bool:
         """Whether what was sent last may serve one more step: not across the border of a graph."""

@@ -12,6 +12,7 @@ import triton
 from compiling import OLD_TRITON, TRITONS, environment_of
 from fake_gpu.build import COMPILER, driver
 
+import fusedopt
 from fusedopt import launch, upload
 
 HERE = Path(__file__).parent
@@ -148,3 +149,49 @@ def test_a_graph_takes_pinned_memory_that_was_made_before_it(monkeypatch):
     table.prepare(np.zeros((3, 3), dtype=np.float32))
     assert table._pinned(values) is values
     assert len(made) == 2
+
+
+@pytest.mark.parametrize("sent", [False, True], ids=["before it", "behind it"])
+def test_what_an_interrupt_kept_from_being_sent_is_sent_later(sent, monkeypatch):
+    table = upload.Upload(torch.device("cpu"))
+    old, new = np.zeros((1, 2)), np.ones((1, 2))
+    table.tell(old)
+    send = table.send
+
+    def interrupted(values):
+        if sent:
+            send(values)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(table, "send", interrupted)
+        table.tell(new)
+    for values in (old, new) if sent else (new, old):
+        table.tell(values)
+        assert np.array_equal(table.device_copy, values)
+
+
+@pytest.mark.usefixtures("needs_triton")
+@pytest.mark.parametrize("sent", [False, True], ids=["before it", "behind it"])
+def test_addresses_that_an_interrupt_kept_from_being_sent_are_sent_later(sent, device, monkeypatch):
+    """The step behind it reads the gradients where they are."""
+    p = torch.nn.Parameter(torch.zeros(5, device=device))
+    optimizer = fusedopt.SGD([p], lr=1.0, backend="triton")
+    grads = [torch.full_like(p, x) for x in (1.0, 2.0)]
+    p.grad = grads[0]
+    optimizer.step()
+    table = optimizer._engine.executors[0].tables.upload
+    send = table.send
+
+    def interrupted(values):
+        if sent:
+            send(values)
+        raise KeyboardInterrupt
+
+    p.grad = grads[1]
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(table, "send", interrupted)
+        optimizer.step()
+    p.grad = grads[0 if sent else 1]
+    optimizer.step()
+    assert (p == (-2.0 if sent else -3.0)).all()
