@@ -253,9 +253,9 @@ class FusedOptimizer(Formula, SettingAttributes, TorchStep, torch.optim.Optimize
         return norm
 
     def refresh(self) -> None:
-        """Tell the CUDA graphs that hold steps of this optimizer what its options are now. A learning rate that is a
-        tensor on the GPU is read by every replay; numbers, among them a learning rate, are as they were at the capture
-        until this is called. Waits for the GPU. Without graphs nothing is frozen, and nothing happens.
+        """Tell the CUDA graphs that hold steps of this optimizer what its options are now. Tensors on the GPU, as a
+        learning rate may be, are read by every replay; numbers are as they were at the capture until this is called.
+        Waits for the GPU. Without graphs nothing is frozen, and nothing happens.
 
         Raises:
             RuntimeError: before anything is changed, where a graph holds more of an option than numbers: with
