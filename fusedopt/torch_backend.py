@@ -46,7 +46,7 @@ class Executor:
         self.blocks = self.blocks_class(bucket, settings)
         self.compute_dtype = self.blocks.compute_dtype
         in_one_call = WHOLE if rule.takes_sizes else math.inf
-        self.row = in_one_call if bucket.fused else self.blocks.size
+        self.longest_row = in_one_call if bucket.fused else self.blocks.size
         """How many elements of parameters may lie side by side: sums over each take copies of all."""
         families = alike(bucket.cohorts, ASIDE if bucket.fused and rule.takes_rates else NOT_READ)
         ways_of = [[self._ways(some) for some in alike(family)] for family in families]
@@ -89,7 +89,7 @@ class Executor:
         """``ways`` are those of cohorts that share all their numbers."""
         lists = [[] for _ in self.keys]
         count = len(self.bucket.rule.states)
-        rows = [row for way in ways for row in neighbours(way.joined, self.row)]
+        rows = [row for way in ways for row in neighbours(way.joined, self.longest_row)]
         listed = [m for way in ways for m in way.listed]
         direct = [m for way in ways for m in way.direct]
         run = Run(cohort, [], lists[:count], lists[count:], [], direct)
