@@ -34,7 +34,7 @@ def fused(params, grads, states, t, group, scale, eta, mu):
     )  # fmt: skip
 
 
-ASGD_RULE = Rule("asgd", (), asgd, fused, averages=("ax",), scalars=("eta", "mu"))
+ASGD_RULE = Rule("asgd", (), asgd, fused, averages=("ax",), scalars=("eta", "mu"), list_threads=1)
 
 
 class ASGD(FusedOptimizer, torch.optim.ASGD):

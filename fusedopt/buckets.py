@@ -102,7 +102,8 @@ def make_bucket(optimizer: Any, key: Key, entries: list[Entry], places: dict[Ten
         # As in torch, whose fused kernels want float32 counts on the device.
         count_dtype = _get_scalar_dtype(key.capturable and any(entry.group.get("fused") for entry in entries))
 
-    packed = _packed(key, settings, entries, overlapping, fused)
+    lists = fused and _takes_lists(key.rule, entries)
+    packed = _packed(key, settings, entries, overlapping, lists)
     homes = _homes(key, entries, packed, count_dtype)
     places.update(zip([entry.owner for entry in entries], homes))
     flattens = settings.flatten and key.spread is None and has_addresses(key.device)
@@ -113,7 +114,7 @@ def make_bucket(optimizer: Any, key: Key, entries: list[Entry], places: dict[Ten
     averages = key.rule.averages if settings.ema_decay is None else (*key.rule.averages, ema.ROLE)
     return Bucket(
         key.rule, key.device, key.dtype, key.grad_dtype, key.backend, flattened, key.stored, averages, fused,
-        _is_listed(key, fused), key.spread or (), key.capturable, cohorts, members,
+        _is_listed(key, lists), key.spread or (), key.capturable, cohorts, members,
     )  # fmt: skip
 
 
@@ -143,12 +144,18 @@ def _is_fused(key: Key, settings: Settings, overlapping: set[int]) -> bool:
     return not (overlapping and key.rule.averages)
 
 
-def _is_listed(key: Key, fused: bool) -> bool:
-    """Whether that kernel takes small parameters as a list, where they are."""
-    return fused and torch.get_num_threads() <= key.rule.list_threads
+def _takes_lists(rule: Rule, entries: Sequence[Entry]) -> bool:
+    """Whether one call of that kernel serves a list of these parameters."""
+    groups = {entry.group_number: entry.group for entry in entries}.values()
+    return rule.list_threads > 0 and (rule.lists is None or all(map(rule.lists, groups)))
 
 
-def _packed(key: Key, settings: Settings, entries: Sequence[Entry], overlapping: set[int], fused: bool) -> list[bool]:
+def _is_listed(key: Key, lists: bool) -> bool:
+    """Whether that is better than to gather small ones."""
+    return lists and torch.get_num_threads() <= key.rule.list_threads
+
+
+def _packed(key: Key, settings: Settings, entries: Sequence[Entry], overlapping: set[int], lists: bool) -> list[bool]:
     """Which parameters' states, and copies of them, lie side by side without gaps."""
     # Blocks of quantized values, and random bits, go by tensor.
     if key.backend.name != "torch" or not key.stored.plain:
@@ -156,8 +163,8 @@ def _packed(key: Key, settings: Settings, entries: Sequence[Entry], overlapping:
     gathers = key.device.type == "cpu" and key.spread is None
     small = [gathers and _is_small(entry, overlapping) for entry in entries]
     # Where one call serves a list of tensors, gathering pays for long lists only.
-    enough = sum(small) >= (FEW_LISTED if fused and key.rule.list_threads else FEW)
-    enough = enough and (not _is_listed(key, fused) or settings.flatten or settings.needs_norm)
+    enough = sum(small) >= (FEW_LISTED if lists else FEW)
+    enough = enough and (not _is_listed(key, lists) or settings.flatten or settings.needs_norm)
     # What was gathered once stays so, or parameters that have no gradient at some steps would wander.
     return [
         not is_dense(entry.param) or (is_small and (enough or _is_packed(entry)))

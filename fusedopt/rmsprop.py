@@ -143,7 +143,10 @@ def hyper(group):
 SQUARES = ("square_avg",)
 # A root of a difference of states: rounded ones could make it negative.
 EXACT = ("square_avg", "grad_avg")
-PLAIN = Rule("rmsprop", SQUARES, rmsprop, fused, fused_narrow=fused_narrow, squares=SQUARES)
+PLAIN = Rule(
+    "rmsprop", SQUARES, rmsprop, fused, fused_narrow=fused_narrow, list_threads=1,
+    lists=lambda group: is_plain(group, None), squares=SQUARES,
+)  # fmt: skip
 MOMENTUM = Rule(
     "rmsprop_momentum",
     (*SQUARES, "momentum_buffer"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence, Set
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -46,6 +46,8 @@ class Rule(NamedTuple):
     """With up to this many threads one call of ``fused`` serves a whole list of small tensors well. With more,
     torch spends a parallel region on each tensor, and gathering them into one is faster; a kernel that is called
     tensor by tensor (0) always gains by it."""
+    lists: Callable[[dict[str, Any]], bool] | None = None
+    """``lists(group)``: whether it does so with these options, where not with all."""
     averages: tuple[str, ...] = ()
     """Keys of states that follow the new parameter: a <- a + weight (p - a), after the update and outside the formula.
     The weights are ``Update.averages``."""
