@@ -31,7 +31,7 @@ def find_ways(bucket: Bucket, members: Sequence[Member], settings: Settings) -> 
     ways = Ways([], [], [])
     lists = bucket.listed or (bucket.passing and bucket.fused) or len(members) == 1
     alone = ways.listed if settings.needs_norm and not bucket.passing else ways.direct
-    # A kernel that takes no states has been through its lists before their gradients would be copied.
+    # Without states the kernel is through its lists sooner than gradients could be copied.
     apart = bucket.listed and alone is ways.direct and not bucket.rule.states
     for m in members:
         if not m.place.packed:
